@@ -1,0 +1,3 @@
+//! gRPC: the services of `proto/`, wire <-> domain, authorisation.
+
+pub mod wire;

@@ -1,0 +1,77 @@
+//! Every bound of the daemon, in one place, each with its reason.
+//!
+//! A bound that operators may change is a *default* here and a key in the configuration; the rest are fixed because
+//! formats, the kernel or the catalog depend on them.
+
+/// Fill unit: piece of a blob that is fetched, made durable and resumed as one. 4 MiB keeps the unit map of a
+/// 500 GB file at 15 KiB and is a good HTTP range.
+pub const UNIT_BYTES: u64 = 4 << 20;
+
+/// Largest chunk. Equal to a fill unit, so that sealing never holds more than one unit's worth undecided.
+pub const CHUNK_MAX_BYTES: u64 = 4 << 20;
+
+/// Shortest piece that is entered in the chunk table: below it a hole saves less than its rows cost.
+pub const CHUNK_MIN_RECORDED_BYTES: u64 = 64 << 10;
+
+/// Shortest run worth borrowing: shorter holes fragment a file's reads for little space.
+pub const BORROW_MIN_BYTES: u64 = 256 << 10;
+
+/// Granularity of holes and shared extents on the filesystems we run on.
+pub const DISK_BLOCK_BYTES: u64 = 4096;
+
+/// Linux `NAME_MAX`: a longer component could not be shown on the mount.
+pub const ENTRY_NAME_BYTES: usize = 255;
+
+/// Linux `PATH_MAX` less the NUL.
+pub const ENTRY_PATH_BYTES: usize = 4095;
+
+/// Nesting of directories; real trees stay below 30.
+pub const ENTRY_DEPTH: usize = 128;
+
+/// Length of ids of checkpoints and jobs: they become file names.
+pub const ID_BYTES: usize = 128;
+
+/// Length of names and owners.
+pub const LABEL_BYTES: usize = 255;
+
+/// Entries of one checkpoint: twice the largest public dataset-like repositories.
+pub const CHECKPOINT_ENTRIES: usize = 2_000_000;
+
+/// Logical bytes of one checkpoint, as the platform promises (500 GB, decimal).
+pub const CHECKPOINT_BYTES_DEFAULT: u64 = 500_000_000_000;
+
+/// Encoded manifest: 2,000,000 entries of 200 bytes.
+pub const MANIFEST_BYTES: usize = 512 << 20;
+
+/// Bytes that fetchers may hold in memory.
+pub const MEMORY_BUDGET_DEFAULT: u64 = 256 << 20;
+
+/// Files fetched at a time from one source.
+pub const FETCHES_PER_SOURCE: usize = 8;
+
+/// Ingests that move bytes at the same time; more wait their turn.
+pub const INGESTS_AT_A_TIME: usize = 8;
+
+/// Files published in one transaction.
+pub const PUBLISH_BATCH_FILES: usize = 512;
+
+/// From this many files in a batch one `syncfs` is cheaper than an `fdatasync` each.
+pub const SYNCFS_FROM_FILES: usize = 16;
+
+/// Commands waiting for a catalog or publisher thread; senders wait beyond.
+pub const QUEUE_COMMANDS: usize = 256;
+
+/// Blob descriptors kept open by the daemon for its own reads.
+pub const OPEN_BLOBS: usize = 1024;
+
+/// Space that admission leaves free on the store's filesystem, so that the catalog can always commit.
+pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
+
+/// One gRPC message, either way.
+pub const MESSAGE_BYTES: usize = 16 << 20;
+
+/// Events kept; older ones are dropped.
+pub const EVENTS_KEPT: u64 = 10_000;
+
+/// Checkpoints in one attachment.
+pub const CHECKPOINTS_PER_JOB: usize = 64;

@@ -1,0 +1,317 @@
+//! Names, parsed once.
+//!
+//! Whatever comes from outside (a request, a listing, an archive, a disk) becomes one of these types at the door,
+//! and is not checked again behind it. Names inside checkpoints are bytes, as on Linux; names of
+//! checkpoints, owners and jobs are text.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::limits;
+
+/// One component of a path inside a checkpoint: 1 to 255 bytes, no `/`, no NUL, not `.` or `..`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EntryName(Box<[u8]>);
+
+impl EntryName {
+    /// Checks one component.
+    ///
+    /// # Errors
+    /// `BAD_ENTRY_NAME` with the name and the rule it breaks.
+    pub fn new(bytes: impl Into<Box<[u8]>>) -> Result<Self> {
+        let bytes = bytes.into();
+        match component_fault(&bytes) {
+            None => Ok(Self(bytes)),
+            Some(fault) => Err(Error::invalid("BAD_ENTRY_NAME", format!("the name `{}` {fault}", show_bytes(&bytes)))),
+        }
+    }
+
+    /// The raw bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for EntryName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EntryName({})", show_bytes(&self.0))
+    }
+}
+
+/// A relative path inside a checkpoint: valid components joined by single `/`. The root is the empty path.
+///
+/// Ordered component by component, so that a directory comes right before what is below it: the canonical order
+/// of manifests.
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
+pub struct EntryPath(Box<[u8]>);
+
+impl EntryPath {
+    /// Checks a relative path; the empty path is the root.
+    ///
+    /// # Errors
+    /// `BAD_ENTRY_PATH` for an absolute path, an empty or forbidden component, or one that is too long or too deep.
+    pub fn new(bytes: impl Into<Box<[u8]>>) -> Result<Self> {
+        let bytes = bytes.into();
+        match path_fault(&bytes) {
+            None => Ok(Self(bytes)),
+            Some(fault) => Err(Error::invalid("BAD_ENTRY_PATH", format!("the path `{}` {fault}", show_bytes(&bytes)))),
+        }
+    }
+
+    /// The root of a checkpoint.
+    pub fn root() -> Self {
+        Self::default()
+    }
+
+    /// The path of `name` inside this directory.
+    ///
+    /// # Errors
+    /// `BAD_ENTRY_PATH` where the whole becomes too long or too deep.
+    pub fn join(&self, name: &EntryName) -> Result<Self> {
+        if self.is_root() {
+            return Ok(Self(name.0.clone()));
+        }
+        let mut bytes = Vec::with_capacity(self.0.len() + 1 + name.0.len());
+        bytes.extend_from_slice(&self.0);
+        bytes.push(b'/');
+        bytes.extend_from_slice(&name.0);
+        Self::new(bytes)
+    }
+
+    /// The raw bytes; empty for the root.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Whether this is the root.
+    pub fn is_root(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The components from the top.
+    pub fn components(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.split(|byte| *byte == b'/').filter(|part| !part.is_empty())
+    }
+
+    /// The last component; empty for the root.
+    pub fn file_name(&self) -> &[u8] {
+        self.0.rsplit(|byte| *byte == b'/').next().unwrap_or_default()
+    }
+
+    /// The directory that holds this entry; `None` for the root.
+    pub fn parent(&self) -> Option<Self> {
+        if self.is_root() {
+            return None;
+        }
+        let end = self.0.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+        Some(Self(self.0[..end].into()))
+    }
+}
+
+impl Ord for EntryPath {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.components().cmp(other.components())
+    }
+}
+
+impl PartialOrd for EntryPath {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl fmt::Display for EntryPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&show_bytes(&self.0))
+    }
+}
+
+impl fmt::Debug for EntryPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "EntryPath({self})")
+    }
+}
+
+/// Bytes of a name for people: text as it is, anything else escaped.
+pub fn show_bytes(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) if !text.chars().any(char::is_control) => text.to_owned(),
+        _ => bytes.escape_ascii().to_string(),
+    }
+}
+
+fn component_fault(bytes: &[u8]) -> Option<&'static str> {
+    if bytes.is_empty() {
+        Some("is empty")
+    } else if bytes == b"." || bytes == b".." {
+        Some("is `.` or `..`")
+    } else if bytes.contains(&b'/') {
+        Some("contains a `/`")
+    } else if bytes.contains(&0) {
+        Some("contains a NUL byte")
+    } else if bytes.len() > limits::ENTRY_NAME_BYTES {
+        Some("is longer than 255 bytes")
+    } else {
+        None
+    }
+}
+
+fn path_fault(bytes: &[u8]) -> Option<&'static str> {
+    if bytes.is_empty() {
+        return None;
+    }
+    if bytes[0] == b'/' {
+        return Some("is absolute");
+    }
+    if bytes.len() > limits::ENTRY_PATH_BYTES {
+        return Some("is longer than 4095 bytes");
+    }
+    let mut depth = 0;
+    for component in bytes.split(|byte| *byte == b'/') {
+        if let Some(fault) = component_fault(component) {
+            return Some(match fault {
+                "is empty" => "has an empty component",
+                "is `.` or `..`" => "has a component `.` or `..`",
+                "is longer than 255 bytes" => "has a component longer than 255 bytes",
+                other => other,
+            });
+        }
+        depth += 1;
+    }
+    (depth > limits::ENTRY_DEPTH).then_some("is nested too deeply")
+}
+
+/// Defines a text name with a checked constructor.
+macro_rules! text_name {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $reason:literal, $valid:expr, $rule:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        pub struct $name(String);
+
+        impl $name {
+            /// Checks the text.
+            ///
+            /// # Errors
+            /// Invalid, with the text and the rule.
+            pub fn new(text: impl Into<String>) -> Result<Self> {
+                let text = text.into();
+                let valid: fn(&str) -> bool = $valid;
+                if valid(&text) {
+                    Ok(Self(text))
+                } else {
+                    Err(Error::invalid($reason, format!(concat!("`{}` is not a valid ", $what), show_bytes(text.as_bytes())))
+                        .remedy(concat!("use ", $rule)))
+                }
+            }
+
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self> {
+                Self::new(text)
+            }
+        }
+    };
+}
+
+fn is_id(text: &str) -> bool {
+    (1..=limits::ID_BYTES).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+        && !text.starts_with(['.', '-'])
+}
+
+fn is_label(text: &str) -> bool {
+    (1..=limits::LABEL_BYTES).contains(&text.len()) && !text.chars().any(char::is_control) && text.trim() == text
+}
+
+text_name!(
+    /// Identifies one checkpoint for ever; never used again. Safe as a file name.
+    CheckpointId, "checkpoint id", "BAD_CHECKPOINT_ID", is_id,
+    "1 to 128 letters, digits, `-`, `_` or `.`, not starting with `.` or `-`"
+);
+text_name!(
+    /// Identifies a job to the scheduler. Safe as a file name.
+    JobId, "job id", "BAD_JOB_ID", is_id,
+    "1 to 128 letters, digits, `-`, `_` or `.`, not starting with `.` or `-`"
+);
+text_name!(
+    /// What people call a checkpoint; need not be unique.
+    CheckpointName, "checkpoint name", "BAD_CHECKPOINT_NAME", is_label,
+    "1 to 255 bytes without control characters or surrounding spaces"
+);
+text_name!(
+    /// Who a checkpoint belongs to.
+    OwnerId, "owner", "BAD_OWNER", is_label,
+    "1 to 255 bytes without control characters or surrounding spaces"
+);
+
+impl CheckpointName {
+    /// The name as a directory below a job's target: `/` and NUL become `_`, and so do `.` and `..` as a whole.
+    pub fn as_directory(&self) -> String {
+        let name = self.0.replace(['/', '\0'], "_");
+        if name == "." || name == ".." { name.replace('.', "_") } else { name }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_that_climb_or_lie_are_refused() {
+        for bad in ["/a", "a//b", "a/", "./a", "a/../b", "..", "a/.", "a\0b"] {
+            assert!(EntryPath::new(bad.as_bytes()).is_err(), "{bad:?}");
+        }
+        assert!(EntryPath::new("a/".repeat(300).into_bytes()).is_err());
+        assert!(EntryPath::new(vec![b'x'; 256]).is_err());
+        for good in ["", "a", "a/b", "a b/ü/%41+#", "...", "a/..b"] {
+            assert!(EntryPath::new(good.as_bytes()).is_ok(), "{good:?}");
+        }
+        assert!(EntryPath::new(vec![0xff, b'/', 0xfe]).is_ok());
+    }
+
+    #[test]
+    fn a_directory_comes_right_before_what_is_below_it() {
+        let mut paths: Vec<_> =
+            ["a.b", "a/c", "a", "a-b", "", "a/c/d"].iter().map(|p| EntryPath::new(p.as_bytes()).unwrap()).collect();
+        paths.sort();
+        let shown: Vec<_> = paths.iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["", "a", "a/c", "a/c/d", "a-b", "a.b"]);
+    }
+
+    #[test]
+    fn parents_and_joins_are_inverse() {
+        let path = EntryPath::new(*b"a/b/c").unwrap();
+        let parent = path.parent().unwrap();
+        assert_eq!(parent.join(&EntryName::new(*b"c").unwrap()).unwrap(), path);
+        assert_eq!(EntryPath::new(*b"a").unwrap().parent(), Some(EntryPath::root()));
+        assert_eq!(EntryPath::root().parent(), None);
+    }
+
+    #[test]
+    fn ids_are_safe_as_file_names() {
+        for bad in ["", ".x", "a/b", "-rf", "a b", &"x".repeat(129)] {
+            assert!(JobId::new(bad).is_err(), "{bad}");
+        }
+        assert!(JobId::new("job-1_x.2").is_ok());
+    }
+
+    #[test]
+    fn a_name_becomes_one_directory() {
+        assert_eq!(CheckpointName::new("a/b").unwrap().as_directory(), "a_b");
+        assert_eq!(CheckpointName::new("..").unwrap().as_directory(), "__");
+    }
+}

@@ -1,0 +1,148 @@
+//! Where checkpoints come from: the [`Source`] trait, one file per kind, and the egress policy.
+//!
+//! A source is opened once per ingest. Opening resolves what the caller asked for to a *revision that cannot move* (a
+//! commit, a version id, an `ETag`) and gives its entries in one of two shapes:
+//!
+//! * [`Opened::Listed`]: everything is known beforehand and files are fetched in ranges, in any order, several at a
+//!   time (Hugging Face, object stores, directories, single files of the web);
+//! * [`Opened::Streamed`]: entries come one after the other and their bytes with them (uploads, tar streams, local
+//!   transfer).
+//!
+//! Sources only talk to the outside. They never write to the store, never retry a whole file (the ingest does, with
+//! the ladder of its own) and hold no lock over an await. Errors say whether trying again can help by their kind:
+//! [`Kind::Unavailable`](crate::error::Kind::Unavailable) is retried, everything else is final.
+
+mod spec;
+
+use std::ops::Range;
+use std::pin::Pin;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::Stream;
+
+use crate::error::Result;
+use crate::names::EntryPath;
+
+pub use spec::{Credentials, SourceKind, SourceSpec};
+
+/// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
+pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
+
+/// A place checkpoints come from: see the module's page.
+#[async_trait]
+pub trait Source: Send + Sync {
+    /// Resolves the revision and lists or begins to stream the entries.
+    ///
+    /// # Errors
+    /// Not found, denied (credentials missing or refused), invalid (no such shape), unavailable (try again).
+    async fn open(&self) -> Result<Opened>;
+
+    /// The bytes `range` of a listed file, of the revision that [`Source::open`] resolved.
+    ///
+    /// The stream yields exactly `range.end - range.start` bytes, or an error: unavailable when the connection broke
+    /// (also for a body that is too short), `SOURCE_CHANGED` when the file is no longer of that revision. Where
+    /// [`File::ranges`] is false, only ranges beginning at 0 are asked for; where the size is unknown the end
+    /// is `u64::MAX` and the stream ends with the file.
+    async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream>;
+
+    /// The file itself, where the source is on this host: lets the ingest copy in the kernel or share extents.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    fn open_local(&self, _file: &File) -> Result<Option<std::fs::File>> {
+        Ok(None)
+    }
+
+    /// Whether `file`, opened by [`Source::open_local`] and read since, is still what was listed.
+    ///
+    /// # Errors
+    /// `SOURCE_CHANGED`, naming the file.
+    fn check_unchanged(&self, _file: &File, _opened: &std::fs::File) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// What opening a source gives.
+pub enum Opened {
+    /// Everything is known; fetch in any order.
+    Listed(Listing),
+    /// Entries follow one another.
+    Streamed(Box<dyn EntryStream>),
+}
+
+/// All entries of one revision.
+#[derive(Debug)]
+pub struct Listing {
+    /// Names exactly these bytes for ever, in the source's own terms; an interrupted ingest resumes if it is equal.
+    pub revision: String,
+    /// Entries in any order; parents may be missing.
+    pub entries: Vec<Listed>,
+    /// What was left out on purpose (sockets, devices), for the event log: path and reason.
+    pub skipped: Vec<(String, String)>,
+}
+
+/// One listed entry.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Where it goes below the checkpoint's root.
+    pub path: EntryPath,
+    /// What it is.
+    pub what: What,
+}
+
+/// What a listed or streamed entry is.
+#[derive(Clone, Debug)]
+pub enum What {
+    /// A directory, listed so that it exists even if empty.
+    Directory,
+    /// A symbolic link with its target, verbatim.
+    Symlink(Box<[u8]>),
+    /// A regular file.
+    File(File),
+}
+
+/// A regular file at a source.
+#[derive(Clone, Debug)]
+pub struct File {
+    /// How the source finds it again: a URL, a key, a path. Never shown; may hold a signature.
+    pub locator: String,
+    /// Exact size in bytes; `None` where the source does not say.
+    pub size: Option<u64>,
+    /// Whether the executable bit is to be set.
+    pub executable: bool,
+    /// Whether ranges that do not begin at 0 can be read.
+    pub ranges: bool,
+    /// Digests that the source states, verified before the file is sealed.
+    pub expected: Expected,
+}
+
+/// Digests stated by a source, all verified where present.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// SHA-256 of the bytes (LFS, Hugging Face).
+    pub sha256: Option<[u8; 32]>,
+    /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
+    pub git_sha1: Option<[u8; 20]>,
+}
+
+impl Expected {
+    /// Whether there is nothing to verify.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Entries that arrive one after the other, each file's bytes right behind its entry.
+#[async_trait]
+pub trait EntryStream: Send {
+    /// The next entry, skipping what is left of the present file; `None` at the end. Only after `None` is the
+    /// stream known to be whole.
+    async fn next_entry(&mut self) -> Result<Option<Listed>>;
+
+    /// The next bytes of the present file; `None` at its end.
+    async fn next_bytes(&mut self) -> Result<Option<Bytes>>;
+
+    /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
+    fn revision(&self) -> String;
+}
