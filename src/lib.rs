@@ -7,5 +7,12 @@ pub mod units;
 
 pub mod manifest;
 
+pub mod disk;
+
+pub mod catalog;
+pub mod store;
+
 pub mod control;
 pub mod source;
+
+pub mod ingest;

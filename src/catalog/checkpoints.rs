@@ -1,0 +1,423 @@
+//! Records of checkpoints and their manifests.
+//!
+//! Lifecycle of a record:
+//! ```text
+//! new -> filling -> ready
+//!           |-> failed -> filling (retry)       any -> removing -> row gone
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use serde::{Deserialize, Serialize};
+
+use super::{catalog_error, from_sql, to_sql};
+use crate::digest::Digest;
+use crate::error::{Error, Kind, Result};
+use crate::manifest::{EntryKind, Manifest};
+
+/// State of a record: see the module's page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Recorded.
+    New,
+    /// Bytes are arriving.
+    Filling,
+    /// Whole and verified.
+    Ready,
+    /// Known; bytes given up.
+    Evicted,
+    /// Given up.
+    Failed,
+    /// Being removed.
+    Removing,
+}
+
+impl State {
+    const ALL: [Self; 6] = [Self::New, Self::Filling, Self::Ready, Self::Evicted, Self::Failed, Self::Removing];
+
+    /// The word in rows, requests and tables.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Filling => "filling",
+            Self::Ready => "ready",
+            Self::Evicted => "evicted",
+            Self::Failed => "failed",
+            Self::Removing => "removing",
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for State {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|state| state.as_str() == text)
+            .ok_or_else(|| Error::corrupt("CATALOG_DAMAGED", format!("the catalog has a checkpoint of state `{text}`")))
+    }
+}
+
+/// Where a checkpoint comes from, as recorded: never a secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Source type in words.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// URI in the form of the type.
+    pub uri: String,
+    /// Options.
+    pub options: std::collections::BTreeMap<String, String>,
+}
+
+/// Why a checkpoint failed, as recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// `google.rpc.Code`.
+    pub code: i32,
+    /// SCREAMING_SNAKE.
+    pub reason: String,
+    /// One sentence.
+    pub message: String,
+    /// What to do; may be empty.
+    pub remedy: String,
+}
+
+impl Failure {
+    /// The record of an error.
+    pub fn of(error: &Error) -> Self {
+        Self {
+            code: error.kind().grpc_code(),
+            reason: error.reason().to_owned(),
+            message: error.chain(),
+            remedy: error.remedy_text().unwrap_or_default().to_owned(),
+        }
+    }
+
+    /// The error that was recorded.
+    pub fn to_error(&self) -> Error {
+        let error = Error::new(Kind::from_grpc_code(self.code), self.reason.clone(), self.message.clone());
+        if self.remedy.is_empty() { error } else { error.remedy(self.remedy.clone()) }
+    }
+}
+
+/// A checkpoint's record.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Id.
+    pub id: String,
+    /// Name; not unique.
+    pub name: String,
+    /// Owner; empty for public ones.
+    pub owner: String,
+    /// Visible to all.
+    pub public: bool,
+    /// State.
+    pub state: State,
+    /// Where from.
+    pub origin: Origin,
+    /// What the source resolved to; empty until known.
+    pub revision: String,
+    /// Checkpoint digest; set when ready.
+    pub manifest: Option<Digest>,
+    /// Regular files; 0 until the listing is known.
+    pub files: u64,
+    /// Sum of sizes in bytes; 0 until the listing is known.
+    pub logical_bytes: u64,
+    /// Why it failed.
+    pub failure: Option<Failure>,
+    /// Milliseconds since the epoch.
+    pub created_ms: i64,
+}
+
+const COLUMNS: &str =
+    "id, name, owner, public, state, source, revision, manifest, files, logical_bytes, failure, created_ms";
+
+struct Raw {
+    record: Record,
+    state: String,
+    source: String,
+    failure: Option<String>,
+}
+
+fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
+    let manifest: Option<[u8; crate::digest::DIGEST_BYTES]> = row.get(7)?;
+    Ok(Raw {
+        state: row.get(4)?,
+        source: row.get(5)?,
+        failure: row.get(10)?,
+        record: Record {
+            id: row.get(0)?,
+            name: row.get(1)?,
+            owner: row.get(2)?,
+            public: row.get(3)?,
+            state: State::New,
+            origin: Origin { kind: String::new(), uri: String::new(), options: Default::default() },
+            revision: row.get(6)?,
+            manifest: manifest.map(Digest::from_bytes),
+            files: from_sql(row.get(8)?),
+            logical_bytes: from_sql(row.get(9)?),
+            failure: None,
+            created_ms: row.get(11)?,
+        },
+    })
+}
+
+fn parse(raw: Raw) -> Result<Record> {
+    let damaged = |error: serde_json::Error| {
+        Error::corrupt("CATALOG_DAMAGED", format!("the record of checkpoint {} is damaged", raw.record.id)).because(error)
+    };
+    let failure = raw.failure.as_deref().map(serde_json::from_str).transpose().map_err(damaged)?;
+    Ok(Record {
+        state: raw.state.parse()?,
+        origin: serde_json::from_str(&raw.source).map_err(damaged)?,
+        failure,
+        ..raw.record
+    })
+}
+
+fn select(tx: &Connection, condition: &str, arguments: impl rusqlite::Params) -> Result<Vec<Record>> {
+    let query = format!("SELECT {COLUMNS} FROM checkpoints WHERE {condition} ORDER BY seq");
+    let mut statement = tx.prepare_cached(&query).map_err(catalog_error)?;
+    let rows = statement.query_map(arguments, raw).map_err(catalog_error)?;
+    rows.map(|row| row.map_err(catalog_error).and_then(parse)).collect()
+}
+
+/// Adds a record.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn insert(tx: &Connection, record: &Record) -> Result<()> {
+    let source = serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
+    tx.prepare_cached(
+        "INSERT INTO checkpoints (id, name, owner, public, state, source, revision, files, logical_bytes, created_ms)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )
+    .and_then(|mut insert| {
+        insert.execute(params![
+            record.id,
+            record.name,
+            record.owner,
+            record.public,
+            record.state.as_str(),
+            source,
+            record.revision,
+            to_sql(record.files),
+            to_sql(record.logical_bytes),
+            record.created_ms
+        ])
+    })
+    .map_err(catalog_error)?;
+    Ok(())
+}
+
+/// The record of an id.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn get(tx: &Connection, id: &str) -> Result<Option<Record>> {
+    Ok(select(tx, "id = ?", [id])?.pop())
+}
+
+/// Records that `reference` may mean: the one of that id, else all of that name; `public` restricts to public ones, `owner`
+/// (if not empty) to that owner's and public ones.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn matching(tx: &Connection, reference: &str, owner: &str, public: bool) -> Result<Vec<Record>> {
+    let visible = "(?2 = '' OR owner = ?2 OR public) AND (NOT ?3 OR public) AND state <> 'removing'";
+    let by_id = select(tx, &format!("id = ?1 AND {visible}"), params![reference, owner, public])?;
+    if !by_id.is_empty() {
+        return Ok(by_id);
+    }
+    select(tx, &format!("name = ?1 AND {visible}"), params![reference, owner, public])
+}
+
+/// All records, of one owner if `owner` is not empty, public ones only if `public`; in order of creation.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn list(tx: &Connection, owner: &str, public: bool) -> Result<Vec<Record>> {
+    select(tx, "(?1 = '' OR owner = ?1) AND (NOT ?2 OR public)", params![owner, public])
+}
+
+/// Records in a state.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn in_state(tx: &Connection, state: State) -> Result<Vec<Record>> {
+    select(tx, "state = ?1", [state.as_str()])
+}
+
+/// Changes state and failure.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn set_state(tx: &Connection, id: &str, state: State, failure: Option<&Failure>) -> Result<()> {
+    let failure = failure
+        .map(serde_json::to_string)
+        .transpose()
+        .map_err(|error| Error::internal("encoding a failure").because(error))?;
+    update(tx, "UPDATE checkpoints SET state = ?2, failure = ?3 WHERE id = ?1", params![id, state.as_str(), failure])
+}
+
+/// Notes what the listing says, and the flight that fills the checkpoint. Returns the flight it had before.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn set_listing(
+    tx: &Connection,
+    id: &str,
+    revision: &str,
+    flight: &str,
+    files: u64,
+    logical_bytes: u64,
+) -> Result<String> {
+    let before = flight_of(tx, id)?;
+    update(
+        tx,
+        "UPDATE checkpoints SET revision = ?2, flight = ?3, files = ?4, logical_bytes = ?5 WHERE id = ?1",
+        params![id, revision, flight, to_sql(files), to_sql(logical_bytes)],
+    )?;
+    Ok(before)
+}
+
+/// The flight that fills or filled a checkpoint; empty if none.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn flight_of(tx: &Connection, id: &str) -> Result<String> {
+    tx.prepare_cached("SELECT flight FROM checkpoints WHERE id = ?")
+        .and_then(|mut query| query.query_row([id], |row| row.get(0)).optional())
+        .map(Option::unwrap_or_default)
+        .map_err(catalog_error)
+}
+
+/// Whether any record still needs a flight.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn flight_is_needed(tx: &Connection, flight: &str) -> Result<bool> {
+    tx.prepare_cached("SELECT 1 FROM checkpoints WHERE flight = ?")
+        .and_then(|mut query| query.exists([flight]))
+        .map_err(catalog_error)
+}
+
+/// Renames.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn set_name(tx: &Connection, id: &str, name: &str) -> Result<()> {
+    update(tx, "UPDATE checkpoints SET name = ?2 WHERE id = ?1", params![id, name])
+}
+
+/// Makes a checkpoint ready: the manifest, its blobs and the state in the caller's one transaction.
+///
+/// # Errors
+/// `MISSING_BLOB` (our bug) when a file of the manifest has no sealed blob; those of the catalog.
+pub fn set_ready(tx: &Connection, id: &str, revision: &str, manifest: &Manifest, digest: &Digest) -> Result<()> {
+    if tx
+        .prepare_cached("INSERT OR IGNORE INTO manifests (digest, encoded) VALUES (?, ?)")
+        .and_then(|mut insert| insert.execute(params![digest.as_bytes(), manifest.encode()]))
+        .map_err(catalog_error)?
+        > 0
+    {
+        link_blobs(tx, manifest, digest)?;
+    }
+    update(
+        tx,
+        "UPDATE checkpoints SET state = 'ready', failure = NULL, flight = '', revision = ?2, manifest = ?3, files = ?4, logical_bytes = ?5
+         WHERE id = ?1 AND state <> 'removing'",
+        params![id, revision, digest.as_bytes(), to_sql(manifest.files()), to_sql(manifest.logical_bytes())],
+    )
+}
+
+fn link_blobs(tx: &Connection, manifest: &Manifest, digest: &Digest) -> Result<()> {
+    let mut link = tx
+        .prepare_cached(
+            "INSERT OR IGNORE INTO manifest_blobs (manifest, blob)
+             SELECT ?1, id FROM blobs WHERE digest = ?2 AND state = 'sealed'",
+        )
+        .map_err(catalog_error)?;
+    let mut present =
+        tx.prepare_cached("SELECT 1 FROM blobs WHERE digest = ? AND state = 'sealed'").map_err(catalog_error)?;
+    for entry in manifest.entries() {
+        let EntryKind::File { digest: file, .. } = &entry.kind else { continue };
+        let linked = link.execute(params![digest.as_bytes(), file.as_bytes()]).map_err(catalog_error)?;
+        if linked == 0 && !present.exists([file.as_bytes()]).map_err(catalog_error)? {
+            return Err(Error::new(
+                Kind::Internal,
+                "MISSING_BLOB",
+                format!("`{}` is to be made ready without a sealed blob", entry.path),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The canonical manifest of a checkpoint digest.
+///
+/// # Errors
+/// Corrupt if it is missing or does not decode.
+pub fn manifest(tx: &Connection, digest: &Digest) -> Result<Manifest> {
+    let encoded: Option<Vec<u8>> = tx
+        .prepare_cached("SELECT encoded FROM manifests WHERE digest = ?")
+        .and_then(|mut query| query.query_row([digest.as_bytes()], |row| row.get(0)).optional())
+        .map_err(catalog_error)?;
+    let encoded = encoded
+        .ok_or_else(|| Error::corrupt("MISSING_MANIFEST", format!("the catalog lacks the manifest {digest}")))?;
+    Manifest::decode(&encoded)
+}
+
+/// Drops a record, and its manifest if no other record has it. Returns the blobs that lost a reference.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn delete(tx: &Connection, id: &str) -> Result<Vec<i64>> {
+    let Some(record) = get(tx, id)? else { return Ok(Vec::new()) };
+    update(tx, "DELETE FROM checkpoints WHERE id = ?1", [id])?;
+    let Some(manifest) = record.manifest else { return Ok(Vec::new()) };
+    let delete = || -> rusqlite::Result<Vec<i64>> {
+        if tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ?")?.exists([manifest.as_bytes()])? {
+            return Ok(Vec::new());
+        }
+        let blobs = tx
+            .prepare_cached("SELECT blob FROM manifest_blobs WHERE manifest = ?")?
+            .query_map([manifest.as_bytes()], |row| row.get(0))?
+            .collect::<rusqlite::Result<_>>()?;
+        tx.prepare_cached("DELETE FROM manifest_blobs WHERE manifest = ?")?.execute([manifest.as_bytes()])?;
+        tx.prepare_cached("DELETE FROM manifests WHERE digest = ?")?.execute([manifest.as_bytes()])?;
+        Ok(blobs)
+    };
+    delete().map_err(catalog_error)
+}
+
+/// Unique and physical bytes of a ready checkpoint: after dedup, and on disk (shared blobs counted here too).
+///
+/// # Errors
+/// Those of the catalog.
+pub fn footprint(tx: &Connection, manifest: &Digest) -> Result<(u64, u64)> {
+    tx.prepare_cached(
+        "SELECT COALESCE(SUM(b.size - (SELECT COALESCE(SUM(r.len), 0) FROM borrows r WHERE r.blob = b.id)), 0),
+                COALESCE(SUM(b.stored_bytes), 0)
+         FROM manifest_blobs m JOIN blobs b ON b.id = m.blob WHERE m.manifest = ?",
+    )
+    .and_then(|mut query| {
+        query.query_row([manifest.as_bytes()], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))
+    })
+    .map_err(catalog_error)
+}
+
+fn update(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<()> {
+    tx.prepare_cached(statement).and_then(|mut update| update.execute(arguments)).map_err(catalog_error)?;
+    Ok(())
+}

@@ -1,0 +1,659 @@
+//! The state directory: the only part of ckptd that changes the file system below it.
+//!
+//! ```text
+//! version                      "ckptd-state 1"
+//! lock                         flock(2) held by the one daemon that owns the directory; holds its pid
+//! catalog.db                   owned by the catalog
+//! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
+//! blobs/ab/<file digest>       sealed blobs
+//! quarantine/                  blobs whose bytes were not what they were stated to be
+//! ```
+//!
+//! Durability: [`Disk::sync_file`] returns after `fdatasync`, [`Disk::sync_directories`] after `fsync` of the named
+//! blob directories, [`Disk::sync_filesystem`] after `syncfs`. Renames and unlinks are durable only after the
+//! directory is synced; the store orders them (the law is in `store`). A sync that fails *poisons* the disk:
+//! what the kernel had promised to write may be lost, so from then on every change is refused with the first
+//! failure, while reads go on. A restart reads back what is really there.
+//!
+//! Nothing here takes a lock or waits for anything but the disk; all of it blocks and belongs on blocking threads.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg};
+
+use crate::digest::Digest;
+use crate::error::{Error, Kind, Result};
+use crate::limits::DISK_BLOCK_BYTES;
+
+/// Version of the layout of the state directory; a daemon refuses a newer one untouched.
+pub const STATE_VERSION: u32 = 1;
+
+const VERSION_PREFIX: &str = "ckptd-state ";
+
+/// Bytes copied at a time where extents cannot be shared.
+const COPY_BYTES: usize = 1 << 20;
+
+nix::ioctl_write_ptr!(
+    /// `FICLONERANGE` of `linux/fs.h`.
+    ficlonerange, 0x94, 13, FileCloneRange
+);
+nix::ioctl_readwrite!(
+    /// `FIDEDUPERANGE` of `linux/fs.h`.
+    fideduperange, 0x94, 54, FileDedupeRange
+);
+
+#[repr(C)]
+#[derive(Debug)]
+struct FileCloneRange {
+    src_fd: i64,
+    src_offset: u64,
+    src_length: u64,
+    dest_offset: u64,
+}
+
+/// `file_dedupe_range` with exactly one destination.
+#[repr(C)]
+#[derive(Debug)]
+struct FileDedupeRange {
+    src_offset: u64,
+    src_length: u64,
+    dest_count: u16,
+    reserved1: u16,
+    reserved2: u32,
+    dest_fd: i64,
+    dest_offset: u64,
+    bytes_deduped: u64,
+    status: i32,
+    reserved: u32,
+}
+
+/// Bytes moved per `FIDEDUPERANGE`: filesystems cap a call at 16 MiB.
+const DEDUPE_BYTES: u64 = 16 << 20;
+
+/// The owned, locked state directory.
+#[derive(Debug)]
+pub struct Disk {
+    root: PathBuf,
+    root_handle: File,
+    _lock: Flock<File>,
+    reflink: bool,
+    poison: OnceLock<String>,
+}
+
+impl Disk {
+    /// Creates or opens the state directory, takes its lock and checks its version.
+    ///
+    /// # Errors
+    /// `STATE_DIR_IN_USE` (another daemon holds it), `STATE_DIR_TOO_NEW`, `STATE_DIR_FOREIGN` (not empty and not ours), or
+    /// the I/O error with its path.
+    pub fn open(root: &Path) -> Result<Self> {
+        make_directory(root)?;
+        let lock = take_lock(root)?;
+        check_version(root)?;
+        for part in ["filling", "blobs", "quarantine"] {
+            make_directory(&root.join(part))?;
+        }
+        for byte in 0..=u8::MAX {
+            make_directory(&root.join(format!("blobs/{byte:02x}")))?;
+        }
+        let root_handle = File::open(root).map_err(|error| Error::io("opening", root, error))?;
+        let reflink = probe_reflink(root)?;
+        let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison: OnceLock::new() };
+        disk.sync_filesystem()?;
+        Ok(disk)
+    }
+
+    /// The state directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whether the filesystem shares extents between files.
+    pub fn reflink(&self) -> bool {
+        self.reflink
+    }
+
+    /// Why nothing is written any more, if so.
+    pub fn poisoned(&self) -> Option<&str> {
+        self.poison.get().map(String::as_str)
+    }
+
+    /// Refuses work on a poisoned disk.
+    ///
+    /// # Errors
+    /// `STORE_POISONED`.
+    pub fn check_healthy(&self) -> Result<()> {
+        match self.poisoned() {
+            None => Ok(()),
+            Some(why) => Err(Error::unavailable(
+                "STORE_POISONED",
+                format!("the store {} no longer writes since an earlier flush failed: {why}", self.root.display()),
+            )
+            .remedy("check the disk and restart ckptd")),
+        }
+    }
+
+    /// Where the catalog lives.
+    pub fn catalog_path(&self) -> PathBuf {
+        self.root.join("catalog.db")
+    }
+
+    /// Path of a sealed blob.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        let hex = digest.to_hex();
+        self.root.join("blobs").join(&hex[..2]).join(hex)
+    }
+
+    /// Path of a blob being filled.
+    pub fn filling_path(&self, flight: &str, number: u64) -> PathBuf {
+        self.root.join("filling").join(flight).join(number.to_string())
+    }
+
+    /// Bytes free for us on the filesystem.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn free_bytes(&self) -> Result<u64> {
+        let stat = nix::sys::statvfs::fstatvfs(&self.root_handle)
+            .map_err(|errno| Error::io("asking for free space of", &self.root, errno.into()))?;
+        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+    }
+
+    /// Size of the filesystem in bytes.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn filesystem_bytes(&self) -> Result<u64> {
+        let stat = nix::sys::statvfs::fstatvfs(&self.root_handle)
+            .map_err(|errno| Error::io("asking for the size of", &self.root, errno.into()))?;
+        Ok(stat.blocks().saturating_mul(stat.fragment_size()))
+    }
+
+    /// Makes the directory that a flight fills into.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn begin_flight(&self, flight: &str) -> Result<()> {
+        self.check_healthy()?;
+        make_directory(&self.root.join("filling").join(flight))
+    }
+
+    /// Creates (empty) or opens a blob being filled, sparse at its full `size`, for reading and writing. Also tells whether it was
+    /// there already with that size: only then may durable units of it be believed.
+    ///
+    /// # Errors
+    /// The I/O error; no space is taken yet.
+    pub fn open_filling(&self, flight: &str, number: u64, size: u64) -> Result<(File, bool)> {
+        self.check_healthy()?;
+        let path = self.filling_path(flight, number);
+        let was_there = path.exists();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o444)
+            .open(&path)
+            .map_err(|error| Error::io("creating", &path, error))?;
+        let now = file.metadata().map_err(|error| Error::io("examining", &path, error))?.len();
+        if now != size {
+            file.set_len(size).map_err(|error| Error::io("sizing", &path, error))?;
+        }
+        Ok((file, was_there && now == size))
+    }
+
+    /// Writes the whole of a small file that is being filled.
+    ///
+    /// # Errors
+    /// The I/O error; the half-written file is removed.
+    pub fn write_filling(&self, flight: &str, number: u64, bytes: &[u8]) -> Result<()> {
+        self.check_healthy()?;
+        let path = self.filling_path(flight, number);
+        let written = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o444)
+            .open(&path)
+            .and_then(|mut file| file.write_all(bytes));
+        written.map_err(|error| {
+            let _ = fs::remove_file(&path);
+            Error::io("writing", &path, error)
+        })
+    }
+
+    /// Removes one blob being filled; gone already is fine.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn remove_filling(&self, flight: &str, number: u64) -> Result<()> {
+        remove_file(&self.filling_path(flight, number))
+    }
+
+    /// Removes everything a flight has filled; gone already is fine.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn end_flight(&self, flight: &str) -> Result<()> {
+        let path = self.root.join("filling").join(flight);
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", &path, error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Names of the flights that have left something in `filling/`.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn flights(&self) -> Result<Vec<String>> {
+        let path = self.root.join("filling");
+        let entries = fs::read_dir(&path).map_err(|error| Error::io("listing", &path, error))?;
+        entries
+            .map(|entry| match entry {
+                Ok(entry) => Ok(entry.file_name().to_string_lossy().into_owned()),
+                Err(error) => Err(Error::io("listing", &path, error)),
+            })
+            .collect()
+    }
+
+    /// Flushes a file's bytes to the disk.
+    ///
+    /// # Errors
+    /// The I/O error, after which the disk is poisoned.
+    pub fn sync_file(&self, file: &File, path: &Path) -> Result<()> {
+        file.sync_data().map_err(|error| self.poisoned_by(Error::io("flushing", path, error)))
+    }
+
+    /// Asks the kernel to begin writing back `range`; a hint, so failures are of no consequence here (the flush reports them).
+    pub fn begin_write_back(&self, file: &File, range: Range<u64>) {
+        let (Ok(offset), Ok(length)) = (i64::try_from(range.start), i64::try_from(range.end - range.start)) else {
+            return;
+        };
+        // SAFETY: plain system call on a descriptor that `file` keeps open; no memory is passed.
+        unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    /// Makes the names in the directories of `digests` durable.
+    ///
+    /// # Errors
+    /// The I/O error, after which the disk is poisoned.
+    pub fn sync_directories<'a>(&self, digests: impl Iterator<Item = &'a Digest>) -> Result<()> {
+        let mut prefixes: Vec<u8> = digests.map(|digest| digest.as_bytes()[0]).collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        for prefix in prefixes {
+            let path = self.root.join(format!("blobs/{prefix:02x}"));
+            File::open(&path)
+                .and_then(|directory| directory.sync_all())
+                .map_err(|error| self.poisoned_by(Error::io("flushing", &path, error)))?;
+        }
+        Ok(())
+    }
+
+    /// Flushes everything of the state directory's filesystem.
+    ///
+    /// # Errors
+    /// The I/O error, after which the disk is poisoned.
+    pub fn sync_filesystem(&self) -> Result<()> {
+        nix::unistd::syncfs(&self.root_handle)
+            .map_err(|errno| self.poisoned_by(Error::io("flushing the filesystem of", &self.root, errno.into())))
+    }
+
+    /// Gives a filled blob its final name; not durable before the directory is synced. Replaces what bears the name: equal
+    /// digest, equal bytes.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn publish(&self, flight: &str, number: u64, digest: &Digest) -> Result<()> {
+        self.check_healthy()?;
+        let from = self.filling_path(flight, number);
+        fs::rename(&from, self.blob_path(digest)).map_err(|error| Error::io("publishing", &from, error))
+    }
+
+    /// Undoes [`Disk::publish`] after a crash between the rename and its row; whether there was anything to undo.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn unpublish(&self, digest: &Digest, flight: &str, number: u64) -> Result<bool> {
+        self.begin_flight(flight)?;
+        let from = self.blob_path(digest);
+        match fs::rename(&from, self.filling_path(flight, number)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Error::io("taking back", &from, error)),
+        }
+    }
+
+    /// Opens a sealed blob for reading.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn open_blob(&self, digest: &Digest) -> Result<File> {
+        let path = self.blob_path(digest);
+        File::open(&path).map_err(|error| Error::io("opening", &path, error))
+    }
+
+    /// Bytes a sealed blob occupies.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn stored_bytes(&self, digest: &Digest) -> Result<u64> {
+        let path = self.blob_path(digest);
+        let metadata = fs::metadata(&path).map_err(|error| Error::io("examining", &path, error))?;
+        Ok(metadata.blocks() * 512)
+    }
+
+    /// Removes a sealed blob; gone already is fine.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn remove_blob(&self, digest: &Digest) -> Result<()> {
+        self.check_healthy()?;
+        remove_file(&self.blob_path(digest))
+    }
+
+    /// Turns the whole disk blocks inside each range into holes.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn punch(&self, digest: &Digest, ranges: &[Range<u64>]) -> Result<()> {
+        self.check_healthy()?;
+        let (file, path) = self.open_to_change(digest)?;
+        for range in ranges {
+            let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
+            let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
+            if start >= end {
+                continue;
+            }
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            nix::fcntl::fallocate(&file, flags, offset(start)?, offset(end - start)?)
+                .map_err(|errno| Error::io("punching", &path, errno.into()))?;
+        }
+        Ok(())
+    }
+
+    /// Lets `range` of a blob share the extents of the equal bytes at `home_start` of its home, verified equal by the kernel.
+    /// Offsets must be congruent to the disk block. Returns the bytes shared; fewer than asked is no error.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn share(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<u64> {
+        self.check_healthy()?;
+        let (file, path) = self.open_to_change(digest)?;
+        let home_file = self.open_blob(home)?;
+        let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
+        let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
+        let shift = start - range.start;
+        let mut done = 0;
+        while start + done < end {
+            let mut call = FileDedupeRange {
+                src_offset: home_start + shift + done,
+                src_length: DEDUPE_BYTES.min(end - start - done),
+                dest_count: 1,
+                reserved1: 0,
+                reserved2: 0,
+                dest_fd: i64::from(file.as_raw_fd()),
+                dest_offset: start + done,
+                bytes_deduped: 0,
+                status: 0,
+                reserved: 0,
+            };
+            // SAFETY: `call` is a valid `file_dedupe_range` with one destination, alive during the call; both descriptors are open.
+            let outcome = unsafe { fideduperange(home_file.as_raw_fd(), &raw mut call) };
+            match outcome {
+                Ok(_) if call.status == 0 && call.bytes_deduped > 0 => done += call.bytes_deduped,
+                Ok(_) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => break,
+                Err(errno) => return Err(Error::io("sharing extents of", &path, errno.into())),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Brings the bytes of `range` back into a blob from `home_start` of its home: shared extents where possible, else copied. Not durable
+    /// before [`Disk::sync_blob`].
+    ///
+    /// # Errors
+    /// The I/O error; the blob still reads right through its row, since the range is still borrowed.
+    pub fn bring_home(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<()> {
+        self.check_healthy()?;
+        let (file, path) = self.open_to_change(digest)?;
+        let home_file = self.open_blob(home)?;
+        if self.reflink && range.start % DISK_BLOCK_BYTES == home_start % DISK_BLOCK_BYTES {
+            let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
+            let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
+            let call = FileCloneRange {
+                src_fd: i64::from(home_file.as_raw_fd()),
+                src_offset: home_start + (start - range.start),
+                src_length: end.saturating_sub(start),
+                dest_offset: start,
+            };
+            // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
+            if start < end && unsafe { ficlonerange(file.as_raw_fd(), &raw const call) }.is_ok() {
+                return Ok(());
+            }
+        }
+        copy_range(&home_file, home_start, &file, range).map_err(|error| Error::io("hydrating", &path, error))
+    }
+
+    /// Flushes a sealed blob that was changed.
+    ///
+    /// # Errors
+    /// The I/O error, after which the disk is poisoned.
+    pub fn sync_blob(&self, digest: &Digest) -> Result<()> {
+        let (file, path) = self.open_to_change(digest)?;
+        self.sync_file(&file, &path)
+    }
+
+    /// Moves a sealed blob out of sight for examination.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn quarantine(&self, digest: &Digest) -> Result<()> {
+        let from = self.blob_path(digest);
+        let to = self.root.join("quarantine").join(digest.to_hex());
+        fs::rename(&from, to).map_err(|error| Error::io("quarantining", &from, error))
+    }
+
+    fn open_to_change(&self, digest: &Digest) -> Result<(File, PathBuf)> {
+        let path = self.blob_path(digest);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|error| Error::io("opening to change", &path, error))?;
+        Ok((file, path))
+    }
+
+    fn poisoned_by(&self, error: Error) -> Error {
+        let _ = self.poison.set(error.chain());
+        tracing::error!(error = %error.report(), "a flush failed; the store stops writing");
+        error
+    }
+}
+
+/// Copies `range.len()` bytes from `from` at `from_start` to the same-length `range` of `to`.
+fn copy_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = range.start;
+    while at < range.end {
+        let want = usize::try_from(range.end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+        let piece = &mut buffer[..want];
+        from.read_exact_at(piece, from_start + (at - range.start))?;
+        to.write_all_at(piece, at)?;
+        at += want as u64;
+    }
+    Ok(())
+}
+
+fn offset(bytes: u64) -> Result<i64> {
+    i64::try_from(bytes).map_err(|_| Error::invalid("OFFSET_TOO_LARGE", format!("the offset {bytes} is beyond what files can have")))
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+        Ok(()) => Ok(()),
+        Err(error) => Err(Error::io("creating the directory", path, error).remedy("check that its parent is a writable directory")),
+    }
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", path, error)),
+        _ => Ok(()),
+    }
+}
+
+fn take_lock(root: &Path) -> Result<Flock<File>> {
+    let path = root.join("lock");
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|error| Error::io("opening", &path, error))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => {
+            let pid = format!("{}\n", std::process::id());
+            lock.set_len(0)
+                .and_then(|()| lock.write_all_at(pid.as_bytes(), 0))
+                .map_err(|error| Error::io("writing", &path, error))?;
+            Ok(lock)
+        }
+        Err((_, Errno::EWOULDBLOCK)) => {
+            let holder = fs::read_to_string(&path).unwrap_or_default();
+            Err(Error::wrong_state(
+                "STATE_DIR_IN_USE",
+                format!("the state directory {} is held by another ckptd (pid {})", root.display(), holder.trim()),
+            )
+            .remedy("stop that daemon or give another --state-dir"))
+        }
+        Err((_, errno)) => Err(Error::io("locking", &path, errno.into())),
+    }
+}
+
+fn check_version(root: &Path) -> Result<()> {
+    let path = root.join("version");
+    match fs::read_to_string(&path) {
+        Ok(text) => {
+            let version = text.trim().strip_prefix(VERSION_PREFIX).and_then(|number| number.parse::<u32>().ok());
+            match version {
+                Some(version) if version <= STATE_VERSION => Ok(()),
+                Some(version) => Err(Error::wrong_state(
+                    "STATE_DIR_TOO_NEW",
+                    format!("the state directory {} is of version {version}, this ckptd knows {STATE_VERSION}", root.display()),
+                )
+                .remedy("run the newer ckptd or give another --state-dir")),
+                None => Err(foreign(root, "its file `version` is not ours")),
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let others = fs::read_dir(root)
+                .map_err(|error| Error::io("listing", root, error))?
+                .flatten()
+                .any(|entry| entry.file_name() != "lock" && entry.file_name() != "lost+found");
+            if others {
+                return Err(foreign(root, "it is not empty and has no file `version`"));
+            }
+            write_durably(root, &path, format!("{VERSION_PREFIX}{STATE_VERSION}\n").as_bytes())
+        }
+        Err(error) => Err(Error::io("reading", &path, error)),
+    }
+}
+
+fn foreign(root: &Path, why: &str) -> Error {
+    Error::new(
+        Kind::Invalid,
+        "STATE_DIR_FOREIGN",
+        format!("{} is not a state directory of ckptd: {why}", root.display()),
+    )
+    .remedy("give an empty directory as --state-dir")
+}
+
+/// Temp, write, sync, rename, sync parent.
+fn write_durably(parent: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(parent)?.sync_all()
+    };
+    write().map_err(|error| Error::io("writing", path, error))
+}
+
+/// Tries to share one block between two small files.
+fn probe_reflink(root: &Path) -> Result<bool> {
+    let (from, to) = (root.join("filling/.probe-a"), root.join("filling/.probe-b"));
+    let probe = || -> io::Result<bool> {
+        fs::write(&from, [1_u8; DISK_BLOCK_BYTES as usize])?;
+        let source = File::open(&from)?;
+        let target = File::create(&to)?;
+        let call = FileCloneRange { src_fd: i64::from(source.as_raw_fd()), src_offset: 0, src_length: 0, dest_offset: 0 };
+        // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
+        Ok(unsafe { ficlonerange(target.as_raw_fd(), &raw const call) }.is_ok())
+    };
+    let outcome = probe().map_err(|error| Error::io("probing", root, error));
+    remove_file(&from)?;
+    remove_file(&to)?;
+    outcome
+}
+
+/// Clones the whole of `source` into the empty file `target` on the same filesystem; `false` where that is not possible.
+pub fn clone_file(source: BorrowedFd<'_>, target: &File, size: u64) -> bool {
+    if size == 0 {
+        return false;
+    }
+    let call = FileCloneRange { src_fd: i64::from(source.as_raw_fd()), src_offset: 0, src_length: 0, dest_offset: 0 };
+    // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
+    unsafe { ficlonerange(target.as_raw_fd(), &raw const call) }.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_owner_a_newer_version_and_a_foreign_directory_are_refused() {
+        let temporary = tempfile::tempdir().unwrap();
+        let root = temporary.path().join("state");
+        let disk = Disk::open(&root).unwrap();
+        assert_eq!(Disk::open(&root).unwrap_err().reason(), "STATE_DIR_IN_USE");
+        drop(disk);
+        fs::write(root.join("version"), "ckptd-state 9\n").unwrap();
+        assert_eq!(Disk::open(&root).unwrap_err().reason(), "STATE_DIR_TOO_NEW");
+        fs::write(root.join("version"), "something\n").unwrap();
+        assert_eq!(Disk::open(&root).unwrap_err().reason(), "STATE_DIR_FOREIGN");
+        let other = temporary.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("thesis.tex"), "x").unwrap();
+        assert_eq!(Disk::open(&other).unwrap_err().reason(), "STATE_DIR_FOREIGN");
+    }
+
+    #[test]
+    fn punching_keeps_what_is_outside_whole_disk_blocks() {
+        let temporary = tempfile::tempdir().unwrap();
+        let disk = Disk::open(&temporary.path().join("state")).unwrap();
+        let bytes = vec![7_u8; 64 << 10];
+        let digest = Digest::of(&bytes);
+        disk.begin_flight("f").unwrap();
+        disk.write_filling("f", 0, &bytes).unwrap();
+        disk.publish("f", 0, &digest).unwrap();
+        let before = disk.stored_bytes(&digest).unwrap();
+        disk.punch(&digest, &[100..40_000]).unwrap();
+        assert!(disk.stored_bytes(&digest).unwrap() < before);
+        let now = fs::read(disk.blob_path(&digest)).unwrap();
+        assert!(now[..4096].iter().chain(&now[36_864..]).all(|byte| *byte == 7));
+        assert!(now[4096..36_864].iter().all(|byte| *byte == 0));
+    }
+}

@@ -1,0 +1,576 @@
+//! Getting one file's bytes here and sealed.
+//!
+//! Small files (one fill unit or less) are held in memory, digested there and written once. Large files are filled in units, from
+//! ranges of several units in parallel where the source has ranges, else from the beginning in one stream; a sealer
+//! follows on a blocking thread. Files of this host are copied by the kernel, or share extents with the store where the filesystem can.
+//!
+//! Durable units are recorded while a large file fills (flush, then row), at most every second and every 64 MiB: that is what `kill -9`
+//! costs. Copies on this host are not recorded; copying again is as quick as checking.
+
+use std::ops::Range;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::Shared;
+use super::plan::{self, ToFill};
+use super::progress::Progress;
+use super::retry::Ladder;
+use super::seal::{self, Digested};
+use crate::catalog::fills;
+use crate::error::{Error, Kind, Result};
+use crate::limits::{self, UNIT_BYTES};
+use crate::manifest::{Entry, EntryKind};
+use crate::source::{File, Source};
+use crate::store::Sealing;
+use crate::store::filling::{Filling, UnitMap};
+
+/// Units asked for in one range: few requests, yet several in flight for one file.
+const UNITS_PER_RANGE: u64 = 8;
+
+/// Ranges of one file under way at a time.
+const RANGES_PER_FILE: usize = 4;
+
+/// Bytes gathered before they are handed to a blocking thread to be written.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// Longest time between two recordings of durable units while bytes arrive.
+const RECORD_EVERY: Duration = Duration::from_secs(1);
+
+/// Piece of a copy in the kernel.
+const COPY_BYTES: usize = 8 << 20;
+
+/// What a flight's fetchers share.
+pub(super) struct Flying {
+    pub(super) shared: Arc<Shared>,
+    pub(super) source: Arc<dyn Source>,
+    pub(super) key: String,
+    pub(super) progress: Arc<Progress>,
+}
+
+/// What bounds all fetchers of the daemon.
+pub(super) struct Bounds {
+    /// Memory in KiB.
+    memory: Arc<Semaphore>,
+    /// Streams from sources.
+    streams: Arc<Semaphore>,
+    /// Blocking work that uses a core.
+    cores: Arc<Semaphore>,
+    budget_kib: u32,
+}
+
+impl Bounds {
+    pub(super) fn new(memory_budget_bytes: u64) -> Self {
+        let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self {
+            memory: Arc::new(Semaphore::new(budget_kib as usize)),
+            streams: Arc::new(Semaphore::new(limits::FETCHES_PER_SOURCE * 4)),
+            cores: Arc::new(Semaphore::new(cores * 2)),
+            budget_kib,
+        }
+    }
+
+    /// Claims memory before it is used; more than the whole budget counts as the whole.
+    async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib);
+        self.memory.clone().acquire_many_owned(kib).await.map_err(|_| closed())
+    }
+
+    async fn stream(&self) -> Result<OwnedSemaphorePermit> {
+        self.streams.clone().acquire_owned().await.map_err(|_| closed())
+    }
+
+    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
+        self.cores.clone().acquire_owned().await.map_err(|_| closed())
+    }
+}
+
+fn closed() -> Error {
+    Error::new(Kind::Cancelled, "STOPPING", "ckptd is stopping")
+}
+
+impl Shared {
+    /// Bytes that may be filled now: what the filesystem and the configured capacity leave.
+    pub(super) async fn available_bytes(&self) -> Result<u64> {
+        let available = self.store.available_bytes()?;
+        if self.settings.capacity_bytes == 0 {
+            return Ok(available);
+        }
+        let (_, physical, _) = self.store.catalog().read(crate::catalog::blobs::totals).await?;
+        Ok(available.min(self.settings.capacity_bytes.saturating_sub(physical)))
+    }
+}
+
+/// Runs blocking work on a thread of its own.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+}
+
+/// Fetches and seals a file of at most one fill unit.
+pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
+    let size = file.file.size.unwrap_or(0);
+    let shared = &flying.shared;
+    let memory = shared.bounds.claim(size * 2).await?;
+    let bytes = match flying.source.open_local(&file.file)? {
+        Some(_) => None,
+        None => Some(small_from_stream(&flying, &file, size).await?),
+    };
+    let core = shared.bounds.core().await?;
+    let (work, flight) = (file.clone(), flying.clone());
+    let digested = blocking(move || {
+        let bytes = match bytes {
+            Some(bytes) => bytes,
+            None => small_from_here(flight.source.as_ref(), &work.file, size)?,
+        };
+        let digested = seal::digest_small(&bytes, &work.path, &work.file.expected)?;
+        flight.shared.store.disk().write_filling(&flight.key, work.number, &bytes)?;
+        Ok(digested)
+    })
+    .await?;
+    drop((memory, core));
+    if file.file.size.is_some() {
+        flying.progress.arrived(size);
+    }
+    publish(&flying, file, size, digested, false).await
+}
+
+fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8>> {
+    use std::io::Read as _;
+    let opened = source
+        .open_local(file)?
+        .ok_or_else(|| Error::internal("a file of this host cannot be opened as one any more"))?;
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
+    (&opened)
+        .take(size + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Error::io("reading", &file.locator, error))?;
+    source.check_unchanged(file, &opened)?;
+    if bytes.len() as u64 != size {
+        return Err(changed(&file.locator));
+    }
+    Ok(bytes)
+}
+
+pub(super) fn changed(what: &str) -> Error {
+    Error::wrong_state("SOURCE_CHANGED", format!("`{what}` changed while it was read"))
+        .remedy("let it come to rest, then retry")
+}
+
+async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Vec<u8>> {
+    let _stream = flying.shared.bounds.stream().await?;
+    let mut ladder = Ladder::new(flying.shared.settings.attempts);
+    loop {
+        match small_once(flying, file, size).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) => ladder.wait(error.during(format!("fetching `{}`", file.path))).await?,
+        }
+    }
+}
+
+async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Vec<u8>> {
+    let mut stream = flying.source.read(&file.file, 0..size).await?;
+    let mut bytes = Vec::with_capacity(usize::try_from(size.min(UNIT_BYTES)).unwrap_or(0));
+    while let Some(piece) = stream.try_next().await? {
+        if (bytes.len() + piece.len()) as u64 > size {
+            return Err(too_long(size));
+        }
+        bytes.extend_from_slice(&piece);
+    }
+    if (bytes.len() as u64) < size {
+        return Err(too_short(bytes.len() as u64, size));
+    }
+    Ok(bytes)
+}
+
+fn too_short(got: u64, size: u64) -> Error {
+    Error::unavailable("BODY_TOO_SHORT", format!("the source sent {got} of {size} bytes announced"))
+        .remedy("retry, or ask whoever serves it to check the file")
+}
+
+fn too_long(size: u64) -> Error {
+    Error::corrupt("BODY_TOO_LONG", format!("the source sends more than the {size} bytes announced"))
+}
+
+/// Fetches and seals a large file, or one of unknown size.
+pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
+    if let Some(opened) = flying.source.open_local(&file.file)? {
+        return large_from_here(flying, file, opened).await;
+    }
+    match file.file.size {
+        Some(size) => large_from_ranges(flying, file, size).await,
+        None => large_unsized(flying, file).await,
+    }
+}
+
+/// Ends the blocking side of a fill when the async side goes away.
+struct GiveUp(Arc<Filling>, Arc<AtomicBool>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::Relaxed);
+        self.0.give_up();
+    }
+}
+
+async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: std::fs::File) -> Result<Entry> {
+    let size = file.file.size.unwrap_or(0);
+    let disk = flying.shared.store.disk().clone();
+    let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
+    let stopped = Arc::new(AtomicBool::new(false));
+    let _give_up = GiveUp(filling.clone(), stopped.clone());
+    let layout = seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
+    let _core = flying.shared.bounds.core().await?;
+    let sealer = {
+        let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
+        blocking(move || seal::follow(&filling, &path, &expected, layout))
+    };
+    let copier = {
+        let (flying, filling, file) = (flying.clone(), filling.clone(), file.file.clone());
+        blocking(move || {
+            let copied = copy_here(&opened, &filling, size, &flying.progress, &stopped)
+                .map_err(|error| Error::io("copying", &file.locator, error))
+                .and_then(|()| flying.source.check_unchanged(&file, &opened))
+                .and_then(|()| filling.flush().map(|_| ()));
+            copied.inspect_err(|_| filling.give_up())
+        })
+    };
+    let digested = join_fill(copier, sealer).await?;
+    publish(&flying, file, size, digested, true).await
+}
+
+/// Waits for both; the copier's error explains the sealer's.
+async fn join_fill<A>(
+    filler: impl Future<Output = Result<A>>,
+    sealer: impl Future<Output = Result<Digested>>,
+) -> Result<Digested> {
+    let (filled, sealed) = tokio::join!(filler, sealer);
+    filled?;
+    sealed
+}
+
+/// Shares extents where the filesystem can, else copies in the kernel, unit by unit.
+fn copy_here(
+    from: &std::fs::File,
+    filling: &Filling,
+    size: u64,
+    progress: &Progress,
+    stopped: &AtomicBool,
+) -> std::io::Result<()> {
+    if crate::disk::clone_file(from.as_fd(), filling.file(), size) {
+        let units = filling.units();
+        (0..units.units()).for_each(|unit| filling.complete(unit));
+        progress.arrived(size);
+        return Ok(());
+    }
+    let mut at = 0;
+    while at < size {
+        if stopped.load(Ordering::Relaxed) {
+            return Err(std::io::Error::from(std::io::ErrorKind::Interrupted));
+        }
+        let want = usize::try_from(size - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+        copy_piece(from, filling.file(), at, want)?;
+        let end = at + want as u64;
+        (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| filling.complete(unit));
+        progress.arrived(want as u64);
+        at = end;
+    }
+    Ok(())
+}
+
+fn copy_piece(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) -> std::io::Result<()> {
+    let mut from_at = i64::try_from(at).map_err(|_| std::io::Error::from(std::io::ErrorKind::FileTooLarge))?;
+    let mut to_at = from_at;
+    let mut left = length;
+    while left > 0 {
+        // SAFETY: both descriptors are open and both offsets are live locals for the time of the call.
+        let copied = unsafe {
+            libc::copy_file_range(from.as_raw_fd(), &raw mut from_at, to.as_raw_fd(), &raw mut to_at, left, 0)
+        };
+        match usize::try_from(copied) {
+            Ok(0) => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof)),
+            Ok(copied) => left -= copied,
+            Err(_) => {
+                let error = std::io::Error::last_os_error();
+                match error.raw_os_error() {
+                    Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => {
+                        let done = (length - left) as u64;
+                        return copy_by_hand(from, to, at + done, left);
+                    }
+                    Some(libc::EINTR) => {}
+                    _ => return Err(error),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy_by_hand(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let mut buffer = vec![0; length.min(WRITE_BYTES)];
+    let mut done = 0;
+    while done < length {
+        let want = (length - done).min(buffer.len());
+        from.read_exact_at(&mut buffer[..want], at + done as u64)?;
+        to.write_all_at(&buffer[..want], at + done as u64)?;
+        done += want;
+    }
+    Ok(())
+}
+
+async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Result<Entry> {
+    let disk = flying.shared.store.disk().clone();
+    let units = file.units.clone().unwrap_or_else(|| UnitMap::new(size));
+    let believed = units.here_bytes();
+    let filling = Arc::new(Filling::open(disk, &flying.key, file.number, units)?);
+    flying.progress.take_back(believed - filling.units().here_bytes());
+    let stopped = Arc::new(AtomicBool::new(false));
+    let _give_up = GiveUp(filling.clone(), stopped);
+    let sealer = {
+        let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
+        blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
+    };
+    let filler = async {
+        let filled = {
+            let fetching = fetch_ranges(&flying, &file, &filling);
+            let recording = record_units(&flying, &file, &filling);
+            tokio::select! {
+                fetched = fetching => fetched,
+                recorded = recording => recorded,
+            }
+        };
+        if filled.is_err() {
+            filling.give_up();
+        }
+        filled?;
+        let filling = filling.clone();
+        blocking(move || filling.flush().map(|_| ())).await
+    };
+    match join_fill(filler, sealer).await {
+        Ok(digested) => publish(&flying, file, size, digested, true).await,
+        Err(error) => {
+            if error.kind() == Kind::Corrupt {
+                distrust(&flying, &file, size).await?;
+            } else {
+                record_once(&flying, &file, &filling).await?;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Wrong bytes are not resumed from.
+async fn distrust(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<()> {
+    let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
+    flying
+        .shared
+        .store
+        .catalog()
+        .write(move |tx| fills::set_units(tx, &key, path.as_bytes(), number, size, &UnitMap::new(size).to_bytes()))
+        .await?;
+    flying.shared.store.disk().remove_filling(&flying.key, file.number)
+}
+
+async fn fetch_ranges(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
+    let missing = filling.units().missing();
+    let ranges = if file.file.ranges {
+        group(&missing, UNITS_PER_RANGE)
+    } else if missing.is_empty() {
+        Vec::new()
+    } else {
+        vec![0..filling.units().units()]
+    };
+    futures_util::stream::iter(ranges)
+        .map(|units| fetch_range(flying, file, filling, units))
+        .buffer_unordered(RANGES_PER_FILE)
+        .try_collect::<()>()
+        .await
+}
+
+/// Runs of adjacent units, at most `most` long.
+fn group(units: &[u64], most: u64) -> Vec<Range<u64>> {
+    let mut groups: Vec<Range<u64>> = Vec::new();
+    for unit in units {
+        match groups.last_mut() {
+            Some(group) if group.end == *unit && group.end - group.start < most => group.end += 1,
+            _ => groups.push(*unit..*unit + 1),
+        }
+    }
+    groups
+}
+
+async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>, units: Range<u64>) -> Result<()> {
+    let _stream = flying.shared.bounds.stream().await?;
+    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
+    let mut ladder = Ladder::new(flying.shared.settings.attempts);
+    let mut next = units.start;
+    loop {
+        let before = next;
+        let fetched = fetch_units(flying, file, filling, &mut next, units.end).await;
+        let Err(error) = fetched else { return Ok(()) };
+        if !file.file.ranges {
+            next = units.start;
+        } else if next > before {
+            ladder.progressed();
+        }
+        ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
+    }
+}
+
+/// One request: writes what arrives and completes units, moving `next`.
+async fn fetch_units(
+    flying: &Arc<Flying>,
+    file: &ToFill,
+    filling: &Arc<Filling>,
+    next: &mut u64,
+    end: u64,
+) -> Result<()> {
+    let map = filling.units();
+    let range = map.range(*next).start..map.range(end - 1).end;
+    let mut stream = flying.source.read(&file.file, range.clone()).await?;
+    let mut at = range.start;
+    let mut gathered: Vec<Bytes> = Vec::new();
+    let mut gathered_bytes = 0;
+    loop {
+        let piece = stream.next().await;
+        if let Some(Ok(piece)) = &piece {
+            gathered_bytes += piece.len();
+            if at + gathered_bytes as u64 > range.end {
+                return Err(too_long(range.end - range.start));
+            }
+            gathered.push(piece.clone());
+        }
+        let ended = !matches!(piece, Some(Ok(_)));
+        if gathered_bytes >= WRITE_BYTES || (ended && gathered_bytes > 0) {
+            write(filling, std::mem::take(&mut gathered), at).await?;
+            at += gathered_bytes as u64;
+            gathered_bytes = 0;
+            while *next < end && map.range(*next).end <= at {
+                if !filling.units().contains(*next) {
+                    let unit = map.range(*next);
+                    filling.complete(*next);
+                    flying.progress.arrived(unit.end - unit.start);
+                }
+                *next += 1;
+            }
+        }
+        match piece {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => return Err(error),
+            None if at < range.end => return Err(too_short(at - range.start, range.end - range.start)),
+            None => return Ok(()),
+        }
+    }
+}
+
+async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()> {
+    let filling = filling.clone();
+    blocking(move || {
+        let mut at = at;
+        for piece in pieces {
+            filling.write_at(&piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Records durable units for as long as it runs; ends only with an error.
+async fn record_units(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
+    let mut recorded = filling.units();
+    loop {
+        tokio::time::sleep(RECORD_EVERY).await;
+        if filling.units() != recorded {
+            recorded = record_once(flying, file, filling).await?;
+        }
+    }
+}
+
+async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<UnitMap> {
+    let flushing = filling.clone();
+    let units = blocking(move || flushing.flush()).await?;
+    let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
+    let (size, bits) = (file.file.size.unwrap_or(0), units.to_bytes());
+    flying
+        .shared
+        .store
+        .catalog()
+        .write(move |tx| fills::set_units(tx, &key, path.as_bytes(), number, size, &bits))
+        .await?;
+    Ok(units)
+}
+
+/// A file whose size the source does not say: one stream, sealed afterwards.
+async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
+    let disk = flying.shared.store.disk().clone();
+    let filling = Arc::new(Filling::open_unsized(disk, &flying.key, file.number)?);
+    let _stream = flying.shared.bounds.stream().await?;
+    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
+    let mut ladder = Ladder::new(flying.shared.settings.attempts);
+    let size = loop {
+        match fetch_unsized(&flying, &file, &filling).await {
+            Ok(size) => break size,
+            Err((arrived, error)) => {
+                flying.progress.take_back(arrived);
+                ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
+            }
+        }
+    };
+    let work = (filling.clone(), file.path.clone(), file.file.expected.clone());
+    let digested = blocking(move || {
+        let (filling, path, expected) = work;
+        filling.set_complete(size)?;
+        filling.flush()?;
+        seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling)
+    })
+    .await?;
+    publish(&flying, file, size, digested, true).await
+}
+
+async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<u64, (u64, Error)> {
+    let mut at = 0;
+    let mut stream = flying.source.read(&file.file, 0..u64::MAX).await.map_err(|error| (at, error))?;
+    while let Some(piece) = stream.try_next().await.map_err(|error| (at, error))? {
+        let length = piece.len() as u64;
+        plan::check_limit(at + length, flying.shared.settings.checkpoint_bytes).map_err(|error| (at, error))?;
+        write(filling, vec![piece], at).await.map_err(|error| (at, error))?;
+        at += length;
+        flying.progress.arrived(length);
+    }
+    Ok(at)
+}
+
+async fn publish(flying: &Arc<Flying>, file: ToFill, size: u64, digested: Digested, synced: bool) -> Result<Entry> {
+    let digest = digested.digest;
+    let sealing = Sealing {
+        flight: flying.key.clone(),
+        number: file.number,
+        path: file.path.clone(),
+        size,
+        digest,
+        chunks: digested.chunks,
+        synced,
+    };
+    flying.shared.store.publish(sealing).await?;
+    flying.progress.sealed();
+    let kind = EntryKind::File { size, executable: file.file.executable, digest };
+    Ok(Entry { path: file.path, kind })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adjacent_units_are_asked_for_together() {
+        assert_eq!(group(&[0, 1, 2, 5, 6, 9], 2), [0..2, 2..3, 5..7, 9..10]);
+        assert!(group(&[], 4).is_empty());
+    }
+}

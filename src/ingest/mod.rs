@@ -1,0 +1,354 @@
+//! Bringing checkpoints in: one task per checkpoint, one *flight* per revision.
+//!
+//! A checkpoint's task opens its source, which resolves the revision, and then joins the flight that fills exactly these bytes for
+//! its owner, or starts it. The flight ([`flight`]) belongs to nobody: it goes on while at least one checkpoint waits for it, whoever
+//! came first, and fills each file once. When it is done every checkpoint that waited becomes `ready` in a transaction of its own. The
+//! flight's rows root what it sealed until the last of them has been decided.
+//!
+//! A task ends in exactly one of: `ready`; `failed` with the error recorded (durable units stay, `retry` resumes); or cancelled
+//! by removal. `kill -9` leaves `filling`, and the next start begins the task again.
+//!
+//! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
+//! for the frontier on blocking threads. Nothing waits while it holds a lock.
+
+mod fetch;
+mod flight;
+pub mod plan;
+pub mod progress;
+pub mod retry;
+mod seal;
+mod stream;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use tokio::sync::{Semaphore, broadcast};
+use tokio::task::JoinHandle;
+
+use crate::catalog::checkpoints::{self, Failure, Record, State};
+use crate::catalog::events::{self, NewEvent};
+use crate::catalog::fills;
+use crate::error::{Error, Kind, Result};
+use crate::limits;
+use crate::manifest::Manifest;
+use crate::source::{Credentials, EntryStream, Opened, Source, SourceSpec};
+use crate::store::Store;
+use crate::units::now_unix_ms;
+
+use flight::Flight;
+use progress::{Progress, Reading};
+
+/// Makes a source of what a request asks for; tests and other processes give their own.
+pub type Connector = Arc<dyn Fn(&SourceSpec, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
+
+/// What operators may set.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Bytes that fetchers may hold in memory.
+    pub memory_budget_bytes: u64,
+    /// Logical bytes one checkpoint may have.
+    pub checkpoint_bytes: u64,
+    /// Attempts without progress before a fetch is given up.
+    pub attempts: u32,
+    /// Physical bytes the store may occupy; 0: the whole filesystem.
+    pub capacity_bytes: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
+            checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
+            attempts: retry::ATTEMPTS_DEFAULT,
+            capacity_bytes: 0,
+        }
+    }
+}
+
+/// All ingests of the daemon; cheap to clone.
+#[derive(Clone)]
+pub struct Ingests(Arc<Shared>);
+
+struct Shared {
+    store: Store,
+    connect: Connector,
+    settings: Settings,
+    slots: Semaphore,
+    bounds: fetch::Bounds,
+    tasks: Mutex<HashMap<String, Task>>,
+    flights: Mutex<HashMap<String, Weak<Flight>>>,
+    changes: broadcast::Sender<String>,
+}
+
+struct Task {
+    progress: Arc<Progress>,
+    join: JoinHandle<()>,
+}
+
+impl Ingests {
+    /// Ingests into `store`.
+    pub fn new(store: Store, connect: Connector, settings: Settings) -> Self {
+        let (changes, _) = broadcast::channel(limits::QUEUE_COMMANDS);
+        Self(Arc::new(Shared {
+            store,
+            connect,
+            settings,
+            slots: Semaphore::new(limits::INGESTS_AT_A_TIME),
+            bounds: fetch::Bounds::new(settings.memory_budget_bytes),
+            tasks: Mutex::default(),
+            flights: Mutex::default(),
+            changes,
+        }))
+    }
+
+    /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
+    pub fn start(&self, record: &Record, credentials: Credentials) {
+        let shared = self.0.clone();
+        let record = record.clone();
+        self.spawn(record.id.clone(), |progress| async move {
+            let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
+            shared.conclude(&record, outcome).await;
+        });
+    }
+
+    /// Fills a recorded checkpoint from entries that the caller sends; returns when it is decided.
+    ///
+    /// # Errors
+    /// What the stream or the store failed with; the record is then `failed`.
+    pub async fn fill_from_stream(&self, record: &Record, entries: Box<dyn EntryStream>, bytes_total: u64) -> Result<()> {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let shared = self.0.clone();
+        let record = record.clone();
+        self.spawn(record.id.clone(), move |progress| async move {
+            progress.expect(bytes_total, 0);
+            let outcome = shared.fill_from_entries(&record, entries, &progress).await;
+            let answer = outcome.as_ref().map(|_| ()).map_err(Error::share);
+            shared.conclude(&record, outcome).await;
+            let _ = sender.send(answer);
+        });
+        receiver.await.map_err(|_| Error::new(Kind::Cancelled, "INGEST_CANCELLED", "the ingest was cancelled"))?
+    }
+
+    /// How far a checkpoint is; `None` when it is not filling.
+    pub fn progress(&self, id: &str) -> Option<Reading> {
+        lock(&self.0.tasks).get(id).map(|task| task.progress.reading())
+    }
+
+    /// Ids of checkpoints whose record changed, as it happens. A receiver that lags is told so and looks at everything.
+    pub fn changes(&self) -> broadcast::Receiver<String> {
+        self.0.changes.subscribe()
+    }
+
+    /// Tells watchers that a record changed.
+    pub fn note_change(&self, id: &str) {
+        let _ = self.0.changes.send(id.to_owned());
+    }
+
+    /// Stops filling a checkpoint; returns when nothing of it runs any more. Bytes stay until the flight is removed.
+    pub async fn cancel(&self, id: &str) {
+        let task = lock(&self.0.tasks).remove(id);
+        if let Some(task) = task {
+            task.join.abort();
+            let _ = task.join.await;
+        }
+    }
+
+    fn spawn<F, W>(&self, id: String, work: W)
+    where
+        W: FnOnce(Arc<Progress>) -> F,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let mut tasks = lock(&self.0.tasks);
+        if tasks.get(&id).is_some_and(|task| !task.join.is_finished()) {
+            return;
+        }
+        let progress = Arc::new(Progress::default());
+        let work = work(progress.clone());
+        let shared = self.0.clone();
+        let own = id.clone();
+        let join = tokio::spawn(async move {
+            work.await;
+            lock(&shared.tasks).remove(&own);
+            let _ = shared.changes.send(own);
+        });
+        tasks.insert(id, Task { progress, join });
+    }
+}
+
+impl Shared {
+    async fn fill_from_source(
+        self: &Arc<Self>,
+        record: &Record,
+        credentials: &Credentials,
+        progress: &Arc<Progress>,
+    ) -> Result<(String, Manifest, Option<Arc<Flight>>)> {
+        self.set_filling(record).await?;
+        let _slot = self.slots.acquire().await.map_err(|_| Error::internal("the ingest slots are closed"))?;
+        let spec = SourceSpec {
+            kind: record.origin.kind.parse()?,
+            uri: record.origin.uri.clone(),
+            options: record.origin.options.clone(),
+        };
+        let source = (self.connect)(&spec, credentials)?;
+        match retry::until_it_works(self.settings.attempts, || source.open()).await? {
+            Opened::Listed(listing) => {
+                let flight = self.join_flight(record, source, listing, progress).await?;
+                let manifest = flight.landed().await?;
+                Ok((flight.revision().to_owned(), manifest.as_ref().clone(), Some(flight)))
+            }
+            Opened::Streamed(entries) => self.fill_from_entries(record, entries, progress).await,
+        }
+    }
+
+    async fn fill_from_entries(
+        self: &Arc<Self>,
+        record: &Record,
+        entries: Box<dyn EntryStream>,
+        progress: &Arc<Progress>,
+    ) -> Result<(String, Manifest, Option<Arc<Flight>>)> {
+        self.set_filling(record).await?;
+        let (id, flight) = (record.id.clone(), record.id.clone());
+        self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
+        let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
+        Ok((revision, manifest, None))
+    }
+
+    async fn set_filling(&self, record: &Record) -> Result<()> {
+        let id = record.id.clone();
+        self.store.catalog().write(move |tx| checkpoints::set_state(tx, &id, State::Filling, None)).await?;
+        let _ = self.changes.send(record.id.clone());
+        Ok(())
+    }
+
+    /// Joins the flight of these bytes for this owner, or starts it.
+    async fn join_flight(
+        self: &Arc<Self>,
+        record: &Record,
+        source: Arc<dyn Source>,
+        listing: crate::source::Listing,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<Flight>> {
+        let key = flight::key(record, &listing.revision);
+        let plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        progress.expect(plan.known_bytes, plan.files);
+        let (id, revision, key_row) = (record.id.clone(), listing.revision.clone(), key.clone());
+        let before = self
+            .store
+            .catalog()
+            .write(move |tx| checkpoints::set_listing(tx, &id, &revision, &key_row, plan.files, plan.known_bytes))
+            .await?;
+        let _ = self.changes.send(record.id.clone());
+        if !before.is_empty() && before != key {
+            self.drop_flight_if_unneeded(before).await?;
+        }
+        let skipped = listing.skipped.clone();
+        let flight = {
+            let mut flights = lock(&self.flights);
+            flights.retain(|_, flight| flight.strong_count() > 0);
+            match flights.get(&key).and_then(Weak::upgrade) {
+                Some(flight) => flight,
+                None => {
+                    let flight = Flight::start(self.clone(), key.clone(), source, listing);
+                    flights.insert(key, Arc::downgrade(&flight));
+                    flight
+                }
+            }
+        };
+        progress.follow(flight.progress());
+        self.note_skipped(record, &skipped).await?;
+        Ok(flight)
+    }
+
+    async fn note_skipped(&self, record: &Record, skipped: &[(String, String)]) -> Result<()> {
+        if skipped.is_empty() {
+            return Ok(());
+        }
+        let shown: Vec<_> = skipped.iter().take(20).map(|(path, why)| format!("{path} ({why})")).collect();
+        let message = format!("{} entries were left out: {}", skipped.len(), shown.join(", "));
+        self.record_event("ENTRIES_SKIPPED", record, message).await
+    }
+
+    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<(String, Manifest, Option<Arc<Flight>>)>) {
+        let result = match outcome {
+            Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
+            if let Err(second) = self.make_failed(record, &error).await {
+                tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
+            }
+        }
+        let _ = self.changes.send(record.id.clone());
+    }
+
+    async fn make_ready(
+        self: &Arc<Self>,
+        record: &Record,
+        revision: String,
+        manifest: Manifest,
+        flight: Option<Arc<Flight>>,
+    ) -> Result<()> {
+        let id = record.id.clone();
+        let own_flight = flight.as_ref().map_or_else(|| record.id.clone(), |flight| flight.key().to_owned());
+        let message = format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
+        self.store
+            .catalog()
+            .write(move |tx| {
+                let digest = manifest.digest();
+                checkpoints::set_ready(tx, &id, &revision, &manifest, &digest)?;
+                let event = NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
+                events::record(tx, now_unix_ms(), &event)
+            })
+            .await?;
+        self.drop_flight_if_unneeded(own_flight).await
+    }
+
+    async fn make_failed(&self, record: &Record, error: &Error) -> Result<()> {
+        let (id, failure) = (record.id.clone(), Failure::of(error));
+        let event = NewEvent {
+            kind: "CHECKPOINT_FAILED",
+            checkpoint: record.id.clone(),
+            message: format!("`{}` failed: {}", record.name, error.report()),
+            ..Default::default()
+        };
+        self.store
+            .catalog()
+            .write(move |tx| {
+                checkpoints::set_state(tx, &id, State::Failed, Some(&failure))?;
+                events::record(tx, now_unix_ms(), &event)
+            })
+            .await
+    }
+
+    async fn record_event(&self, kind: &'static str, record: &Record, message: String) -> Result<()> {
+        let event = NewEvent { kind, checkpoint: record.id.clone(), message, ..Default::default() };
+        self.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await
+    }
+
+    /// Forgets a flight that no record needs: rows and files, and what only it had sealed.
+    async fn drop_flight_if_unneeded(&self, flight: String) -> Result<()> {
+        let key = flight.clone();
+        let needed = self.store.catalog().read(move |tx| checkpoints::flight_is_needed(tx, &key)).await?;
+        if needed {
+            return Ok(());
+        }
+        // What the flight sealed is named by the manifest now, so usually only rows and an empty directory go.
+        let rows = flight.clone();
+        let has_unnamed = self.store.catalog().read(move |tx| fills::has_unnamed(tx, &rows)).await?;
+        if has_unnamed {
+            self.store.remove_flight(&flight).await?;
+            return Ok(());
+        }
+        let rows = flight.clone();
+        self.store.catalog().write(move |tx| fills::delete(tx, &rows).map(|_| ())).await?;
+        let disk = self.store.disk().clone();
+        tokio::task::spawn_blocking(move || disk.end_flight(&flight))
+            .await
+            .map_err(|error| Error::internal("removing a flight's directory").because(error))?
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

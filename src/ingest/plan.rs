@@ -1,0 +1,222 @@
+//! What a listing asks for, against what is here: pure functions, before a byte moves.
+
+use std::collections::HashMap;
+
+use crate::catalog::fills::FillRow;
+use crate::digest::Digest;
+use crate::error::{Error, Kind, Result};
+use crate::limits;
+use crate::manifest::{Entry, EntryKind};
+use crate::names::EntryPath;
+use crate::source::{File, Listing, What};
+use crate::store::filling::UnitMap;
+use crate::units::show_bytes;
+
+/// Figures of a listing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Regular files.
+    pub files: u64,
+    /// Sum of the sizes that the source states.
+    pub known_bytes: u64,
+}
+
+impl Sizes {
+    /// Counts and checks against the limits.
+    ///
+    /// # Errors
+    /// `CHECKPOINT_TOO_LARGE`, `TOO_MANY_ENTRIES`.
+    pub fn of(listing: &Listing, limit_bytes: u64) -> Result<Self> {
+        if listing.entries.len() > limits::CHECKPOINT_ENTRIES {
+            return Err(Error::no_space(
+                "TOO_MANY_ENTRIES",
+                format!("the source has {} entries, at most {} are allowed", listing.entries.len(), limits::CHECKPOINT_ENTRIES),
+            ));
+        }
+        let files = listing.entries.iter().filter_map(|entry| match &entry.what {
+            What::File(file) => Some(file.size.unwrap_or(0)),
+            What::Directory | What::Symlink(_) => None,
+        });
+        let mut sizes = Self { files: 0, known_bytes: 0 };
+        for size in files {
+            sizes.files += 1;
+            sizes.known_bytes = sizes.known_bytes.saturating_add(size);
+        }
+        check_limit(sizes.known_bytes, limit_bytes)?;
+        Ok(sizes)
+    }
+}
+
+/// Refuses a checkpoint beyond the limit.
+///
+/// # Errors
+/// `CHECKPOINT_TOO_LARGE` with the figures.
+pub fn check_limit(bytes: u64, limit_bytes: u64) -> Result<()> {
+    if bytes <= limit_bytes {
+        return Ok(());
+    }
+    Err(Error::no_space(
+        "CHECKPOINT_TOO_LARGE",
+        format!("the checkpoint has {} ({bytes} bytes), at most {limit_bytes} bytes are allowed", show_bytes(bytes)),
+    )
+    .fact("bytes", bytes)
+    .fact("limit_bytes", limit_bytes)
+    .remedy("make it smaller or ask the operator to raise the limit"))
+}
+
+/// A file that has to be filled.
+#[derive(Clone, Debug)]
+pub struct ToFill {
+    /// Where it is in the checkpoint.
+    pub path: EntryPath,
+    /// At the source.
+    pub file: File,
+    /// Its number in the flight's directory.
+    pub number: u64,
+    /// Units that are durable.
+    pub units: Option<UnitMap>,
+}
+
+/// A plan: entries that need no bytes, and files to fill.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Directories, symlinks, and files that are sealed already.
+    pub settled: Vec<Entry>,
+    /// Files of up to one fill unit.
+    pub small: Vec<ToFill>,
+    /// Larger files and those of unknown size.
+    pub large: Vec<ToFill>,
+    /// Bytes that are here already.
+    pub here_bytes: u64,
+    /// Bytes that still have to come, as far as known.
+    pub missing_bytes: u64,
+}
+
+/// Compares a listing with the rows of its flight. Rows belong to the same revision, so equal path and size mean equal bytes.
+pub fn plan(listing: &Listing, rows: Vec<FillRow>) -> Plan {
+    let mut next_number = rows.iter().map(|row| row.number + 1).max().unwrap_or(0);
+    let mut rows: HashMap<Vec<u8>, FillRow> = rows.into_iter().map(|row| (row.path.clone(), row)).collect();
+    let mut plan = Plan::default();
+    for listed in &listing.entries {
+        let file = match &listed.what {
+            What::Directory => {
+                plan.settle(listed.path.clone(), EntryKind::Directory);
+                continue;
+            }
+            What::Symlink(target) => {
+                plan.settle(listed.path.clone(), EntryKind::Symlink { target: target.clone() });
+                continue;
+            }
+            What::File(file) => file,
+        };
+        let row = rows.remove(listed.path.as_bytes()).filter(|row| file.size.is_none_or(|size| size == row.size));
+        if let Some((digest, size)) = row.as_ref().and_then(|row| Some((row.sealed?, row.size))) {
+            plan.settle_file(listed.path.clone(), size, file.executable, digest);
+            continue;
+        }
+        let number = row.as_ref().map_or(next_number, |row| row.number);
+        next_number = next_number.max(number + 1);
+        let units = row.and_then(|row| file.size.map(|size| UnitMap::from_bytes(size, &row.units)));
+        plan.add(ToFill { path: listed.path.clone(), file: file.clone(), number, units });
+    }
+    plan
+}
+
+impl Plan {
+    fn settle(&mut self, path: EntryPath, kind: EntryKind) {
+        self.settled.push(Entry { path, kind });
+    }
+
+    fn settle_file(&mut self, path: EntryPath, size: u64, executable: bool, digest: Digest) {
+        self.here_bytes += size;
+        self.settle(path, EntryKind::File { size, executable, digest });
+    }
+
+    fn add(&mut self, file: ToFill) {
+        let here = file.units.as_ref().map_or(0, UnitMap::here_bytes);
+        self.here_bytes += here;
+        self.missing_bytes += file.file.size.unwrap_or(0).saturating_sub(here);
+        match file.file.size {
+            Some(size) if size <= limits::UNIT_BYTES => self.small.push(file),
+            _ => self.large.push(file),
+        }
+    }
+}
+
+/// Refuses what cannot fit, before anything is fetched.
+///
+/// # Errors
+/// `NO_SPACE` with the figures.
+pub fn admit(missing_bytes: u64, available_bytes: u64) -> Result<()> {
+    if missing_bytes <= available_bytes {
+        return Ok(());
+    }
+    let lacking = missing_bytes - available_bytes;
+    Err(Error::new(
+        Kind::NoSpace,
+        "NO_SPACE",
+        format!(
+            "the checkpoint still needs {} and the store has {} left",
+            show_bytes(missing_bytes),
+            show_bytes(available_bytes)
+        ),
+    )
+    .fact("needed_bytes", missing_bytes)
+    .fact("available_bytes", available_bytes)
+    .fact("lacking_bytes", lacking)
+    .remedy(format!("free {} or remove checkpoints, then retry", show_bytes(lacking))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::{Expected, Listed};
+
+    fn listed(path: &str, size: Option<u64>) -> Listed {
+        let file = File {
+            locator: path.to_owned(),
+            size,
+            executable: false,
+            ranges: true,
+            expected: Expected::default(),
+        };
+        Listed { path: EntryPath::new(path.as_bytes()).unwrap(), what: What::File(file) }
+    }
+
+    fn listing(entries: Vec<Listed>) -> Listing {
+        Listing { revision: "r".into(), entries, skipped: Vec::new() }
+    }
+
+    fn row(path: &str, number: u64, size: u64, sealed: bool) -> FillRow {
+        let mut units = UnitMap::new(size);
+        units.set(0);
+        FillRow {
+            path: path.as_bytes().to_vec(),
+            number,
+            size,
+            units: units.to_bytes(),
+            sealed: sealed.then(|| Digest::of(path.as_bytes())),
+        }
+    }
+
+    #[test]
+    fn sealed_files_are_settled_and_durable_units_are_kept() {
+        let big = 3 * limits::UNIT_BYTES;
+        let listing = listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
+        let plan = plan(&listing, vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)]);
+        assert_eq!(plan.settled.len(), 1);
+        assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);
+        assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);
+        assert_eq!(plan.large.iter().map(|file| file.number).collect::<Vec<_>>(), [2, 6]);
+        assert_eq!(plan.small.iter().map(|file| (file.number, file.units.is_some())).collect::<Vec<_>>(), [(5, false)]);
+    }
+
+    #[test]
+    fn what_is_too_large_is_refused_with_the_figures() {
+        let huge = listing(vec![listed("a", Some(u64::MAX)), listed("b", Some(9))]);
+        assert_eq!(Sizes::of(&huge, 1 << 40).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
+        let error = admit(100, 40).unwrap_err();
+        assert_eq!(error.reason(), "NO_SPACE");
+        assert!(error.facts().contains(&("lacking_bytes".to_owned(), "60".to_owned())));
+    }
+}

@@ -1,0 +1,216 @@
+//! Filling from a stream of entries: uploads now, archives later.
+//!
+//! Bytes come in the sender's order, so files are taken one after the other: a small one in memory, a large one into a
+//! filling file whose sealer follows. Sealing of small files overlaps with what comes next. A stream that breaks leaves the record
+//! `failed`; nothing of it becomes visible.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+
+use super::fetch::blocking;
+use super::plan;
+use super::progress::Progress;
+use super::seal::{self, Digested};
+use super::Shared;
+use crate::error::{Error, Result};
+use crate::limits::{self, UNIT_BYTES};
+use crate::manifest::{Entry, EntryKind, Manifest};
+use crate::names::EntryPath;
+use crate::source::{EntryStream, Expected, File, What};
+use crate::store::Sealing;
+use crate::store::filling::{Filling, UnitMap};
+
+/// Takes everything; returns the revision and the manifest.
+pub(super) async fn fill(
+    shared: &Arc<Shared>,
+    flight: &str,
+    mut stream: Box<dyn EntryStream>,
+    progress: &Arc<Progress>,
+) -> Result<(String, Manifest)> {
+    shared.store.remove_flight(flight).await?;
+    shared.store.disk().begin_flight(flight)?;
+    let taker = Taker { shared, flight, progress };
+    let mut entries = Vec::new();
+    let mut sealing = FuturesUnordered::new();
+    let mut number = 0;
+    let mut bytes = 0_u64;
+    while let Some(listed) = stream.next_entry().await? {
+        if entries.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
+            return Err(Error::no_space("TOO_MANY_ENTRIES", format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES)));
+        }
+        let file = match listed.what {
+            What::Directory => {
+                entries.push(Entry { path: listed.path, kind: EntryKind::Directory });
+                continue;
+            }
+            What::Symlink(target) => {
+                entries.push(Entry { path: listed.path, kind: EntryKind::Symlink { target } });
+                continue;
+            }
+            What::File(file) => file,
+        };
+        bytes = bytes.saturating_add(file.size.unwrap_or(0));
+        plan::check_limit(bytes, shared.settings.checkpoint_bytes)?;
+        let taken = taker.take(&mut *stream, listed.path, &file, number).await?;
+        number += 1;
+        sealing.push(taker.publish(taken));
+        while sealing.len() >= limits::PUBLISH_BATCH_FILES {
+            entries.extend(sealing.next().await.transpose()?);
+        }
+    }
+    while let Some(entry) = sealing.next().await {
+        entries.push(entry?);
+    }
+    Ok((stream.revision(), Manifest::new(entries)?))
+}
+
+struct Taker<'a> {
+    shared: &'a Arc<Shared>,
+    flight: &'a str,
+    progress: &'a Arc<Progress>,
+}
+
+struct Taken {
+    path: EntryPath,
+    number: u64,
+    size: u64,
+    executable: bool,
+    digested: Digested,
+    synced: bool,
+}
+
+impl Taker<'_> {
+    async fn take(&self, stream: &mut dyn EntryStream, path: EntryPath, file: &File, number: u64) -> Result<Taken> {
+        let size = file.size.ok_or_else(|| Error::invalid("SIZE_MISSING", format!("`{path}` was sent without its size")))?;
+        plan::admit(size, self.shared.available_bytes().await?)?;
+        let executable = file.executable;
+        let (digested, synced) = if size <= UNIT_BYTES {
+            (self.take_small(stream, &path, size, number, &file.expected).await?, false)
+        } else {
+            (self.take_large(stream, &path, size, number, &file.expected).await?, true)
+        };
+        Ok(Taken { path, number, size, executable, digested, synced })
+    }
+
+    async fn take_small(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: &EntryPath,
+        size: u64,
+        number: u64,
+        expected: &Expected,
+    ) -> Result<Digested> {
+        let mut bytes = Vec::new();
+        while let Some(piece) = stream.next_bytes().await? {
+            check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
+            bytes.extend_from_slice(&piece);
+        }
+        check_length(path, bytes.len() as u64, size, true)?;
+        self.progress.arrived(size);
+        let (disk, flight) = (self.shared.store.disk().clone(), self.flight.to_owned());
+        let (path, expected) = (path.clone(), expected.clone());
+        blocking(move || {
+            let digested = seal::digest_small(&bytes, &path, &expected)?;
+            disk.write_filling(&flight, number, &bytes)?;
+            Ok(digested)
+        })
+        .await
+    }
+
+    async fn take_large(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: &EntryPath,
+        size: u64,
+        number: u64,
+        expected: &Expected,
+    ) -> Result<Digested> {
+        let disk = self.shared.store.disk().clone();
+        let filling = Arc::new(Filling::open(disk, self.flight, number, UnitMap::new(size))?);
+        let _give_up = GiveUp(filling.clone());
+        let sealer = {
+            let (filling, path, expected) = (filling.clone(), path.clone(), expected.clone());
+            blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
+        };
+        let filler = async {
+            let filled = self.write_all(stream, path, size, &filling).await;
+            if filled.is_err() {
+                filling.give_up();
+            }
+            filled
+        };
+        let (filled, sealed) = tokio::join!(filler, sealer);
+        filled?;
+        sealed
+    }
+
+    async fn write_all(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: &EntryPath,
+        size: u64,
+        filling: &Arc<Filling>,
+    ) -> Result<()> {
+        let mut at = 0;
+        while let Some(piece) = stream.next_bytes().await? {
+            check_length(path, at + piece.len() as u64, size, false)?;
+            at = self.write(filling, piece, at).await?;
+        }
+        check_length(path, at, size, true)?;
+        let filling = filling.clone();
+        blocking(move || filling.flush().map(|_| ())).await
+    }
+
+    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
+        let end = at + piece.len() as u64;
+        let target = filling.clone();
+        blocking(move || {
+            target.write_at(&piece, at)?;
+            let map = target.units();
+            (at / UNIT_BYTES..map.units())
+                .take_while(|unit| map.range(*unit).end <= end)
+                .for_each(|unit| target.complete(unit));
+            Ok(())
+        })
+        .await?;
+        self.progress.arrived(end - at);
+        Ok(end)
+    }
+
+    async fn publish(&self, taken: Taken) -> Result<Entry> {
+        let Taken { path, number, size, executable, digested, synced } = taken;
+        let digest = digested.digest;
+        let sealing = Sealing {
+            flight: self.flight.to_owned(),
+            number,
+            path: path.clone(),
+            size,
+            digest,
+            chunks: digested.chunks,
+            synced,
+        };
+        self.shared.store.publish(sealing).await?;
+        self.progress.sealed();
+        Ok(Entry { path, kind: EntryKind::File { size, executable, digest } })
+    }
+}
+
+struct GiveUp(Arc<Filling>);
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        self.0.give_up();
+    }
+}
+
+fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
+    if got > size {
+        return Err(Error::invalid("BODY_TOO_LONG", format!("more than the {size} bytes announced were sent for `{path}`")));
+    }
+    if ended && got < size {
+        return Err(Error::invalid("BODY_TOO_SHORT", format!("{got} of {size} bytes announced were sent for `{path}`")));
+    }
+    Ok(())
+}
