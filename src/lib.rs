@@ -5,6 +5,7 @@ pub mod limits;
 pub mod names;
 pub mod units;
 
+pub mod layout;
 pub mod manifest;
 
 pub mod disk;

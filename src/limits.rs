@@ -16,6 +16,13 @@ pub const CHUNK_MIN_RECORDED_BYTES: u64 = 64 << 10;
 /// Shortest run worth borrowing: shorter holes fragment a file's reads for little space.
 pub const BORROW_MIN_BYTES: u64 = 256 << 10;
 
+/// Structure of one checkpoint file that is read to place cuts (JSON header, GGUF header, zip directory). It is
+/// streamed, so this bounds time, and memory only for one string of that length. Real ones stay below 20 MiB.
+pub const LAYOUT_HEADER_BYTES: u64 = 32 << 20;
+
+/// Tensors or members of one file: what fits in a header of that size with names of usual length.
+pub const LAYOUT_PIECES: usize = 1 << 18;
+
 /// Granularity of holes and shared extents on the filesystems we run on.
 pub const DISK_BLOCK_BYTES: u64 = 4096;
 
