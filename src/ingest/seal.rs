@@ -50,7 +50,7 @@ pub(super) fn digest_small(bytes: &[u8], path: &EntryPath, expected: &Expected) 
         return Ok(Digested { digest, chunks: Vec::new() });
     }
     let mut chunks = Vec::new();
-    let mut chunker = Chunker::new(&Layout::read(bytes, size));
+    let mut chunker = Chunker::new(Layout::read(&bytes, size));
     chunker.push(bytes, &mut |chunk| chunks.push(row(chunk)));
     chunker.finish(&mut |chunk| chunks.push(row(chunk)));
     Ok(Digested { digest, chunks })
@@ -66,7 +66,7 @@ pub(super) fn follow(filling: &Filling, path: &EntryPath, expected: &Expected, l
     let mut chunks = Vec::new();
     let mut digester = Digester::new();
     let mut verifier = Verifier::new(expected, size);
-    let mut chunker = layout.as_ref().map(Chunker::new);
+    let mut chunker = layout.map(Chunker::new);
     pass(filling, size, |window| {
         digester.update(window);
         verifier.update(window);
@@ -75,10 +75,10 @@ pub(super) fn follow(filling: &Filling, path: &EntryPath, expected: &Expected, l
         }
     })?;
     verifier.finish(path)?;
-    let mut chunker = match chunker {
+    let chunker = match chunker {
         Some(chunker) => chunker,
         None => {
-            let mut chunker = Chunker::new(&Layout::read(&Here { filling, until: size }, size));
+            let mut chunker = Chunker::new(Layout::read(&Here { filling, until: size }, size));
             pass(filling, size, |window| chunker.push(window, &mut |chunk| chunks.push(row(chunk))))?;
             chunker
         }

@@ -1,0 +1,403 @@
+//! The service `Checkpoints`.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio::sync::{broadcast, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::refusal::status;
+use super::{Floors, resolve, upload, wire};
+use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
+use crate::catalog::events::NewEvent;
+use crate::catalog::jobs;
+use crate::error::{Error, Kind, Result};
+use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
+use crate::source::{self, Credentials, SourceKind};
+use crate::units::now_unix_ms;
+
+/// A watched record is sent at most this often.
+const WATCH_EVERY: Duration = Duration::from_millis(200);
+
+pub(super) struct Service {
+    floors: Floors,
+}
+
+impl Service {
+    pub(super) fn new(floors: Floors) -> Self {
+        Self { floors }
+    }
+
+    async fn create(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        let wanted = request.source.unwrap_or_default();
+        let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
+        if matches!(kind, SourceKind::Directory | SourceKind::Upload) {
+            return Err(Error::invalid("UNKNOWN_SOURCE_TYPE", format!("checkpoints of type `{kind}` are not made with create"))
+                .remedy("use `ckptctl capture` or `ckptctl upload`"));
+        }
+        let (uri, user) = source::split_user_information(&wanted.uri);
+        source::check_uri(kind, &uri)?;
+        let origin = Origin { kind: kind.to_string(), uri, options: wanted.options.into_iter().collect() };
+        let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
+        if let Some((username, password)) = user {
+            secrets.entry("username".into()).or_insert(username);
+            secrets.entry("password".into()).or_insert(password);
+        }
+        let record = new_record(request.id, request.name, request.owner, request.public, origin)?;
+        let (record, is_new) = insert(&self.floors, record).await?;
+        if is_new {
+            self.floors.ingests.start(&record, Credentials::new(secrets));
+        }
+        self.floors.show(record).await
+    }
+
+    async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
+        let job = JobId::new(request.job)?;
+        if !request.directory.starts_with('/') {
+            return Err(Error::invalid("PATH_NOT_ABSOLUTE", format!("the directory `{}` is not an absolute path", request.directory))
+                .remedy("give a path that begins with `/`"));
+        }
+        let metadata = std::fs::metadata(&request.directory)
+            .map_err(|error| Error::io("capturing", &request.directory, error).remedy("check the path"))?;
+        if !metadata.is_dir() && !metadata.is_file() {
+            return Err(Error::invalid("NOT_A_DIRECTORY", format!("{} is not a directory", request.directory))
+                .remedy("give the directory whose content is to be captured"));
+        }
+        let name = if request.name.is_empty() {
+            let job_name = if request.job_name.is_empty() { job.to_string() } else { request.job_name };
+            match (request.workers, request.worker) {
+                (0 | 1, _) => format!("Job - {job_name}"),
+                (_, worker) => format!("Job - {job_name} Worker {worker}"),
+            }
+        } else {
+            request.name
+        };
+        let origin = Origin {
+            kind: SourceKind::Directory.to_string(),
+            uri: request.directory,
+            options: Default::default(),
+        };
+        let record = new_record(request.id, name, request.owner, false, origin)?;
+        let (record, is_new) = insert(&self.floors, record).await?;
+        if is_new {
+            self.floors.ingests.start(&record, Credentials::default());
+        }
+        self.floors.show(record).await
+    }
+
+    async fn retry(&self, request: wire::RetryCheckpointRequest) -> Result<wire::Checkpoint> {
+        let record = self.floors.find(request.checkpoint).await?;
+        match record.state {
+            State::Failed | State::Evicted if record.origin.kind != SourceKind::Upload.as_str() => {
+                let id = record.id.clone();
+                self.floors.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Filling, None)).await?;
+                let record = Record { state: State::Filling, failure: None, ..record };
+                self.floors.ingests.start(&record, Credentials::new(request.credentials.into_iter().collect()));
+                self.floors.show(record).await
+            }
+            State::Failed | State::Evicted => Err(Error::wrong_state(
+                "NOT_RETRIABLE",
+                format!("the checkpoint `{}` was uploaded: only the sender has its bytes", record.name),
+            )
+            .remedy("upload it again")),
+            State::New | State::Filling | State::Ready | State::Removing => self.floors.show(record).await,
+        }
+    }
+
+    async fn rename(&self, request: wire::RenameCheckpointRequest) -> Result<wire::Checkpoint> {
+        let name = CheckpointName::new(request.name)?;
+        let record = self.floors.find(request.checkpoint).await?;
+        let (id, text) = (record.id.clone(), name.to_string());
+        self.floors.store.catalog().write(move |tx| rows::set_name(tx, &id, &text)).await?;
+        self.floors.ingests.note_change(&record.id);
+        self.floors.show(Record { name: name.to_string(), ..record }).await
+    }
+
+    async fn remove(&self, request: wire::RemoveCheckpointRequest) -> Result<wire::RemoveCheckpointResponse> {
+        let reference = request.checkpoint;
+        // Looking for holders and marking are one transaction, so no job can come in between.
+        let (record, flight) = self
+            .floors
+            .store
+            .catalog()
+            .write(move |tx| {
+                let record = resolve::record(tx, &reference, "", false)?;
+                let holders = jobs::holders(tx, &record.id)?;
+                if !holders.is_empty() {
+                    return Err(in_use(&record, &holders));
+                }
+                rows::set_state(tx, &record.id, State::Removing, None)?;
+                let flight = rows::flight_of(tx, &record.id)?;
+                Ok((record, flight))
+            })
+            .await?;
+        let freed_bytes = remove_marked(&self.floors, &record, flight).await?;
+        let message = format!("`{}` was removed", record.name);
+        self.floors
+            .note(NewEvent { kind: "CHECKPOINT_REMOVED", checkpoint: record.id.clone(), message, ..Default::default() })
+            .await;
+        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
+    }
+
+    async fn watch(&self, request: wire::WatchCheckpointsRequest) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
+        let changes = self.floors.ingests.changes();
+        let only = match request.checkpoint.as_str() {
+            "" => None,
+            _ => Some(self.floors.find(request.checkpoint).await?.id),
+        };
+        let (sender, receiver) = mpsc::channel(16);
+        let floors = self.floors.clone();
+        tokio::spawn(async move {
+            let outcome = match only {
+                Some(id) => watch_one(&floors, &id, changes, &sender).await,
+                None => watch_all(&floors, changes, &sender).await,
+            };
+            if let Err(error) = outcome {
+                let _ = sender.send(Err(status(error))).await;
+            }
+        });
+        Ok(ReceiverStream::new(receiver))
+    }
+}
+
+/// Finishes the removal of a record that is marked `removing`; also after a restart.
+pub(super) async fn remove_marked(floors: &Floors, record: &Record, flight: String) -> Result<u64> {
+    floors.ingests.cancel(&record.id).await;
+    let mut swept = floors.store.remove_checkpoint(&record.id).await?.freed_bytes;
+    if !flight.is_empty() {
+        let key = flight.clone();
+        let needed = floors.store.catalog().read(move |tx| rows::flight_is_needed(tx, &key)).await?;
+        if !needed {
+            swept += floors.store.remove_flight(&flight).await?.freed_bytes;
+        }
+    }
+    floors.ingests.note_change(&record.id);
+    Ok(swept)
+}
+
+fn in_use(record: &Record, holders: &[String]) -> Error {
+    Error::wrong_state(
+        "CHECKPOINT_IN_USE",
+        format!("the checkpoint `{}` is in use by {}", record.name, jobs_in_words(holders)),
+    )
+    .fact("checkpoint", &record.id)
+    .fact("jobs", holders.join(","))
+    .remedy("release them with `ckptctl release JOB`, then remove it")
+}
+
+fn jobs_in_words(jobs: &[String]) -> String {
+    let plural = if jobs.len() == 1 { "job" } else { "jobs" };
+    format!("{plural} {}", jobs.join(", "))
+}
+
+/// A record as a request asks for it, checked.
+pub(super) fn new_record(id: String, name: String, owner: String, public: bool, origin: Origin) -> Result<Record> {
+    let id = if id.is_empty() { fresh_id()? } else { CheckpointId::new(id)? };
+    if !owner.is_empty() {
+        OwnerId::new(owner.clone())?;
+    }
+    if public && !owner.is_empty() {
+        return Err(Error::invalid("PUBLIC_HAS_NO_OWNER", "a checkpoint is either public or somebody's").remedy("give one of the two"));
+    }
+    Ok(Record {
+        id: id.to_string(),
+        name: CheckpointName::new(name)?.to_string(),
+        owner,
+        public,
+        state: State::New,
+        origin,
+        revision: String::new(),
+        manifest: None,
+        files: 0,
+        logical_bytes: 0,
+        failure: None,
+        created_ms: now_unix_ms(),
+    })
+}
+
+/// 128 random bits in the usual shape of a UUID (version 4).
+fn fresh_id() -> Result<CheckpointId> {
+    let mut bytes = [0_u8; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut random| std::io::Read::read_exact(&mut random, &mut bytes))
+        .map_err(|error| Error::io("reading", "/dev/urandom", error))?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    CheckpointId::new(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]))
+}
+
+/// Adds the record, or finds that the same was asked for before; whether it is new.
+pub(super) async fn insert(floors: &Floors, record: Record) -> Result<(Record, bool)> {
+    floors.store.disk().check_healthy()?;
+    let inserted = floors
+        .store
+        .catalog()
+        .write(move |tx| match rows::get(tx, &record.id)? {
+            None => rows::insert(tx, &record).map(|()| (record, true)),
+            Some(before)
+                if before.name == record.name
+                    && before.owner == record.owner
+                    && before.public == record.public
+                    && before.origin == record.origin =>
+            {
+                Ok((before, false))
+            }
+            Some(before) => Err(Error::new(
+                Kind::AlreadyExists,
+                "ID_TAKEN",
+                format!("the id `{}` belongs to another checkpoint, `{}`", before.id, before.name),
+            )
+            .remedy("choose another id or none")),
+        })
+        .await?;
+    floors.ingests.note_change(&inserted.0.id);
+    Ok(inserted)
+}
+
+type Watcher = mpsc::Sender<Result<wire::Checkpoint, Status>>;
+
+/// Sends one record until it is decided.
+async fn watch_one(floors: &Floors, id: &str, mut changes: broadcast::Receiver<String>, watcher: &Watcher) -> Result<()> {
+    let mut last = None;
+    loop {
+        let key = id.to_owned();
+        let Some(record) = floors.store.catalog().read(move |tx| rows::get(tx, &key)).await? else { return Ok(()) };
+        let state = record.state;
+        let message = floors.show(record).await?;
+        if last.as_ref() != Some(&message) {
+            last = Some(message.clone());
+            if watcher.send(Ok(message)).await.is_err() {
+                return Ok(());
+            }
+        }
+        match state {
+            State::Ready | State::Failed | State::Evicted => return Ok(()),
+            State::New | State::Filling | State::Removing => {}
+        }
+        tokio::select! {
+            () = watcher.closed() => return Ok(()),
+            () = tokio::time::sleep(WATCH_EVERY) => {}
+            _ = changed(&mut changes, id) => {}
+        }
+    }
+}
+
+async fn changed(changes: &mut broadcast::Receiver<String>, id: &str) {
+    loop {
+        match changes.recv().await {
+            Ok(other) if other != id => {}
+            _ => return,
+        }
+    }
+}
+
+/// Sends all records, then each that changes; records that fill are looked at on a timer while there are any.
+async fn watch_all(floors: &Floors, mut changes: broadcast::Receiver<String>, watcher: &Watcher) -> Result<()> {
+    let mut sent: std::collections::HashMap<String, wire::Checkpoint> = Default::default();
+    loop {
+        let all = floors.show_all(|tx| rows::list(tx, "", false)).await?;
+        let filling = all.iter().any(|message| message.fill.is_some());
+        sent.retain(|id, _| all.iter().any(|message| &message.id == id));
+        for message in all {
+            if sent.get(&message.id) != Some(&message) {
+                sent.insert(message.id.clone(), message.clone());
+                if watcher.send(Ok(message)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        tokio::select! {
+            () = watcher.closed() => return Ok(()),
+            () = tokio::time::sleep(WATCH_EVERY), if filling => {}
+            _ = changes.recv() => tokio::time::sleep(WATCH_EVERY).await,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl wire::checkpoints_server::Checkpoints for Service {
+    type WatchCheckpointsStream = Pin<Box<dyn Stream<Item = Result<wire::Checkpoint, Status>> + Send>>;
+
+    async fn create_checkpoint(
+        &self,
+        request: Request<wire::CreateCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.create(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn get_checkpoint(
+        &self,
+        request: Request<wire::GetCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        let record = self.floors.find(request.into_inner().checkpoint).await.map_err(status)?;
+        self.floors.show(record).await.map(Response::new).map_err(status)
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<wire::ListCheckpointsRequest>,
+    ) -> Result<Response<wire::ListCheckpointsResponse>, Status> {
+        let wire::ListCheckpointsRequest { owner, public } = request.into_inner();
+        let checkpoints = self.floors.show_all(move |tx| rows::list(tx, &owner, public)).await.map_err(status)?;
+        Ok(Response::new(wire::ListCheckpointsResponse { checkpoints }))
+    }
+
+    async fn watch_checkpoints(
+        &self,
+        request: Request<wire::WatchCheckpointsRequest>,
+    ) -> Result<Response<Self::WatchCheckpointsStream>, Status> {
+        let stream = self.watch(request.into_inner()).await.map_err(status)?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn retry_checkpoint(
+        &self,
+        request: Request<wire::RetryCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.retry(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn rename_checkpoint(
+        &self,
+        request: Request<wire::RenameCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.rename(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn remove_checkpoint(
+        &self,
+        request: Request<wire::RemoveCheckpointRequest>,
+    ) -> Result<Response<wire::RemoveCheckpointResponse>, Status> {
+        self.remove(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn upload_checkpoint(
+        &self,
+        request: Request<Streaming<wire::UploadCheckpointRequest>>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        upload::receive(&self.floors, request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn capture_output(
+        &self,
+        request: Request<wire::CaptureOutputRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.capture(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fresh_ids_are_uuids_and_differ() {
+        let (a, b) = (fresh_id().unwrap(), fresh_id().unwrap());
+        assert_ne!(a, b);
+        assert_eq!(a.as_str().len(), 36);
+        assert_eq!(&a.as_str()[14..15], "4");
+    }
+}

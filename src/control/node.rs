@@ -1,0 +1,138 @@
+//! The service `Node`.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::Stream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::refusal::status;
+use super::{Floors, records, wire};
+use crate::catalog::jobs::JobState;
+use crate::catalog::{blobs, checkpoints, events, jobs};
+use crate::error::Result;
+
+/// Events read at a time.
+const EVENTS_AT_A_TIME: usize = 256;
+
+/// A follower looks this often for events that no change of a checkpoint announces; only while somebody follows.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) struct Service {
+    floors: Floors,
+}
+
+impl Service {
+    pub(super) fn new(floors: Floors) -> Self {
+        Self { floors }
+    }
+
+    async fn status(&self) -> Result<wire::Status> {
+        let floors = &self.floors;
+        let rows = floors.store.catalog().read(jobs::list).await?;
+        let attached = rows.iter().filter(|row| row.state == JobState::Attached).count();
+        let features = floors.attachments.features();
+        Ok(wire::Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: floors.facts.started.elapsed().as_secs(),
+            features: Some(wire::Features {
+                passthrough: features.passthrough,
+                resend: features.resend,
+                reflink: floors.store.disk().reflink(),
+            }),
+            sessions: u32::try_from(floors.attachments.sessions()).unwrap_or(u32::MAX),
+            attachments: u32::try_from(attached).unwrap_or(u32::MAX),
+            state_dir: floors.store.disk().root().display().to_string(),
+            runtime_dir: floors.facts.runtime_dir.display().to_string(),
+            degraded: floors.store.disk().poisoned().unwrap_or_default().to_owned(),
+        })
+    }
+
+    async fn usage(&self) -> Result<wire::Usage> {
+        let floors = &self.floors;
+        let (records, (unique_bytes, physical_bytes, duplicate_bytes)) =
+            floors.store.catalog().read(|tx| Ok((checkpoints::list(tx, "", false)?, blobs::totals(tx)?))).await?;
+        let mut owners: BTreeMap<String, wire::OwnerUsage> = BTreeMap::new();
+        for record in &records {
+            let usage = owners.entry(record.owner.clone()).or_insert_with(|| wire::OwnerUsage {
+                owner: record.owner.clone(),
+                ..Default::default()
+            });
+            usage.checkpoints += 1;
+            usage.logical_bytes += record.logical_bytes;
+        }
+        let capacity_bytes = match floors.facts.capacity_bytes {
+            0 => floors.store.disk().filesystem_bytes()?,
+            configured => configured,
+        };
+        Ok(wire::Usage {
+            logical_bytes: records.iter().map(|record| record.logical_bytes).sum(),
+            unique_bytes,
+            physical_bytes,
+            duplicate_bytes,
+            capacity_bytes,
+            free_bytes: floors.store.disk().free_bytes()?,
+            owners: owners.into_values().collect(),
+        })
+    }
+}
+
+type Sink = mpsc::Sender<Result<wire::Event, Status>>;
+
+async fn send_events(floors: &Floors, request: wire::WatchEventsRequest, sink: &Sink) -> Result<()> {
+    let mut changes = floors.ingests.changes();
+    let mut last = request.after_id;
+    loop {
+        let found = floors.store.catalog().read(move |tx| events::after(tx, last, EVENTS_AT_A_TIME)).await?;
+        let was_full = found.len() == EVENTS_AT_A_TIME;
+        for event in found {
+            last = event.id;
+            if sink.send(Ok(records::event(event))).await.is_err() {
+                return Ok(());
+            }
+        }
+        if was_full {
+            continue;
+        }
+        if !request.follow {
+            return Ok(());
+        }
+        tokio::select! {
+            () = sink.closed() => return Ok(()),
+            () = tokio::time::sleep(FOLLOW_EVERY) => {}
+            _ = changes.recv() => {}
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl wire::node_server::Node for Service {
+    type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<wire::Event, Status>> + Send>>;
+
+    async fn get_status(&self, _request: Request<wire::GetStatusRequest>) -> Result<Response<wire::Status>, Status> {
+        self.status().await.map(Response::new).map_err(status)
+    }
+
+    async fn get_usage(&self, _request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {
+        self.usage().await.map(Response::new).map_err(status)
+    }
+
+    async fn watch_events(
+        &self,
+        request: Request<wire::WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let (sink, receiver) = mpsc::channel(64);
+        let floors = self.floors.clone();
+        let request = request.into_inner();
+        tokio::spawn(async move {
+            if let Err(error) = send_events(&floors, request, &sink).await {
+                let _ = sink.send(Err(status(error))).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,148 @@
+//! Records of the catalog as messages.
+
+use rusqlite::Connection;
+
+use super::{Floors, wire};
+use crate::catalog::checkpoints::{self, Record, State};
+use crate::catalog::events::Event;
+use crate::catalog::jobs::{JobRow, JobState};
+use crate::error::Result;
+use crate::source;
+
+const fn state(state: State) -> wire::CheckpointState {
+    match state {
+        State::New => wire::CheckpointState::New,
+        State::Filling => wire::CheckpointState::Filling,
+        State::Ready => wire::CheckpointState::Ready,
+        State::Evicted => wire::CheckpointState::Evicted,
+        State::Failed => wire::CheckpointState::Failed,
+        State::Removing => wire::CheckpointState::Removing,
+    }
+}
+
+const fn job_state(state: JobState) -> wire::AttachmentState {
+    match state {
+        JobState::Reserved => wire::AttachmentState::Reserved,
+        JobState::Attaching | JobState::Attached => wire::AttachmentState::Attached,
+        JobState::Lost => wire::AttachmentState::Lost,
+    }
+}
+
+impl Floors {
+    /// A record as it is now, with its footprint and progress.
+    pub(super) async fn show(&self, record: Record) -> Result<wire::Checkpoint> {
+        let manifest = record.manifest;
+        let footprint = match manifest {
+            Some(manifest) => self.store.catalog().read(move |tx| checkpoints::footprint(tx, &manifest)).await?,
+            None => (0, 0),
+        };
+        Ok(self.message(record, footprint))
+    }
+
+    /// [`Floors::show`] of a list, in one view of the catalog.
+    pub(super) async fn show_all(
+        &self,
+        select: impl FnOnce(&Connection) -> Result<Vec<Record>> + Send + 'static,
+    ) -> Result<Vec<wire::Checkpoint>> {
+        let found = self
+            .store
+            .catalog()
+            .read(move |tx| {
+                let footprint = |record: Record| {
+                    let bytes = record.manifest.map_or(Ok((0, 0)), |manifest| checkpoints::footprint(tx, &manifest))?;
+                    Ok((record, bytes))
+                };
+                select(tx)?.into_iter().map(footprint).collect::<Result<Vec<_>>>()
+            })
+            .await?;
+        Ok(found.into_iter().map(|(record, footprint)| self.message(record, footprint)).collect())
+    }
+
+    fn message(&self, record: Record, (unique_bytes, physical_bytes): (u64, u64)) -> wire::Checkpoint {
+        let fill = self.ingests.progress(&record.id).filter(|_| record.state == State::Filling);
+        let kind = record.origin.kind.parse().ok();
+        let uri = kind.map_or_else(String::new, |kind| source::shown_uri(kind, &record.origin.uri));
+        wire::Checkpoint {
+            state: state(record.state).into(),
+            digest: record.manifest.map(|digest| digest.to_hex()).unwrap_or_default(),
+            source: Some(wire::Source {
+                r#type: record.origin.kind,
+                uri,
+                options: record.origin.options.into_iter().collect(),
+            }),
+            fill: fill.map(|fill| wire::Fill {
+                bytes_done: fill.bytes_done,
+                bytes_total: fill.bytes_total,
+                rate_bytes_per_s: fill.rate_bytes_per_s,
+                files_done: fill.files_done,
+                files_total: fill.files_total,
+            }),
+            error: record.failure.map(|failure| wire::Failure {
+                code: failure.code,
+                reason: failure.reason,
+                message: failure.message,
+                remedy: failure.remedy,
+            }),
+            id: record.id,
+            name: record.name,
+            owner: record.owner,
+            public: record.public,
+            revision: record.revision,
+            files: record.files,
+            logical_bytes: record.logical_bytes,
+            unique_bytes,
+            physical_bytes,
+            created_unix_ms: record.created_ms,
+        }
+    }
+
+    /// A job's row with the names of its checkpoints.
+    pub(super) async fn show_job(&self, row: JobRow) -> Result<wire::Attachment> {
+        self.store.catalog().read(move |tx| attachment(tx, row)).await
+    }
+}
+
+/// A job's row as a message.
+pub(super) fn attachment(tx: &Connection, row: JobRow) -> Result<wire::Attachment> {
+    let mut checkpoints = Vec::with_capacity(row.leases.len());
+    for lease in &row.leases {
+        let record = checkpoints::get(tx, &lease.checkpoint)?;
+        let path = match (row.target.as_str(), lease.subdir.as_str()) {
+            ("", _) => String::new(),
+            (target, "") => target.to_owned(),
+            (target, subdir) => format!("{target}/{subdir}"),
+        };
+        checkpoints.push(wire::AttachedCheckpoint {
+            id: lease.checkpoint.clone(),
+            name: record.as_ref().map(|record| record.name.clone()).unwrap_or_default(),
+            digest: record.and_then(|record| record.manifest).map(|digest| digest.to_hex()).unwrap_or_default(),
+            path,
+        });
+    }
+    let env = if row.target.is_empty() {
+        Default::default()
+    } else {
+        [("ML_CHECKPOINT_PATH".to_owned(), row.target.clone())].into()
+    };
+    Ok(wire::Attachment {
+        job: row.job,
+        target: row.target,
+        checkpoints,
+        env,
+        state: job_state(row.state).into(),
+        terms: Vec::new(),
+        pid: row.pid,
+    })
+}
+
+/// An event as a message.
+pub(super) fn event(event: Event) -> wire::Event {
+    wire::Event {
+        id: event.id,
+        at_unix_ms: event.at_ms,
+        kind: event.kind,
+        checkpoint: event.checkpoint,
+        job: event.job,
+        message: event.message,
+    }
+}

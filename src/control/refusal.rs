@@ -1,0 +1,24 @@
+//! Our errors as gRPC statuses.
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use crate::error::{Error, Kind};
+
+/// Domain of `google.rpc.ErrorInfo`.
+const DOMAIN: &str = "ckptd";
+
+/// The status of an error: code from its kind, message without the remedy, `ErrorInfo` with reason, facts and remedy.
+pub(super) fn status(error: Error) -> Status {
+    if error.kind() == Kind::Internal {
+        tracing::error!(error = %error.report(), "a call failed by our own fault");
+    }
+    let mut metadata: HashMap<String, String> = error.facts().iter().cloned().collect();
+    if let Some(remedy) = error.remedy_text() {
+        metadata.insert("remedy".to_owned(), remedy.to_owned());
+    }
+    let details = ErrorDetails::with_error_info(error.reason(), DOMAIN, metadata);
+    Status::with_error_details(Code::from_i32(error.kind().grpc_code()), error.chain(), details)
+}

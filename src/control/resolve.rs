@@ -1,0 +1,81 @@
+//! From what a request calls a checkpoint to its record.
+
+use rusqlite::Connection;
+
+use super::Floors;
+use crate::catalog::checkpoints::{self, Record, State};
+use crate::error::{Error, Kind, Result};
+
+/// The one visible checkpoint that `reference` (id, or a name borne by one) means.
+///
+/// # Errors
+/// `NO_SUCH_CHECKPOINT`, `AMBIGUOUS_NAME` with the ids.
+pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool) -> Result<Record> {
+    if reference.is_empty() {
+        return Err(Error::invalid("NO_CHECKPOINT", "the request names no checkpoint").remedy("give its id or name"));
+    }
+    let mut found = checkpoints::matching(tx, reference, owner, public)?;
+    if found.len() > 1 {
+        let ids: Vec<_> = found.iter().map(|record| record.id.as_str()).collect();
+        return Err(Error::invalid("AMBIGUOUS_NAME", format!("{} checkpoints are called `{reference}`: {}", ids.len(), ids.join(", ")))
+            .fact("name", reference)
+            .fact("ids", ids.join(","))
+            .remedy("use one of the ids"));
+    }
+    found.pop().ok_or_else(|| {
+        let what = if public { "public checkpoint" } else { "checkpoint" };
+        Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no {what} `{reference}`"))
+            .fact("checkpoint", reference)
+            .remedy("`ckptctl list` shows what there is")
+    })
+}
+
+impl Floors {
+    /// [`record`] in a transaction of its own.
+    pub(super) async fn find(&self, reference: String) -> Result<Record> {
+        self.store.catalog().read(move |tx| record(tx, &reference, "", false)).await
+    }
+
+    /// Waits until a checkpoint can be attached.
+    ///
+    /// # Errors
+    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
+    pub(super) async fn until_ready(&self, id: &str) -> Result<Record> {
+        let mut changes = self.ingests.changes();
+        loop {
+            let key = id.to_owned();
+            let found = self.store.catalog().read(move |tx| checkpoints::get(tx, &key)).await?;
+            let record = found.filter(|record| record.state != State::Removing).ok_or_else(|| {
+                Error::not_found("NO_SUCH_CHECKPOINT", format!("the checkpoint `{id}` is no longer there"))
+            })?;
+            match record.state {
+                State::Ready => return Ok(record),
+                State::Failed => return Err(failed(&record)),
+                State::Evicted => {
+                    return Err(Error::wrong_state("CHECKPOINT_EVICTED", format!("the bytes of `{}` were given up", record.name))
+                        .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
+                }
+                State::New | State::Filling | State::Removing => {}
+            }
+            wait_for(&mut changes, id).await;
+        }
+    }
+}
+
+/// Waits until `id` may have changed. Missing a message is one too.
+async fn wait_for(changes: &mut tokio::sync::broadcast::Receiver<String>, id: &str) {
+    loop {
+        match changes.recv().await {
+            Ok(changed) if changed != id => {}
+            _ => return,
+        }
+    }
+}
+
+/// Why a failed checkpoint cannot be used.
+pub(super) fn failed(record: &Record) -> Error {
+    let why = record.failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.message));
+    Error::new(Kind::WrongState, "CHECKPOINT_FAILED", format!("the checkpoint `{}` failed{why}", record.name))
+        .fact("checkpoint", &record.id)
+        .remedy(format!("mend the cause, then `ckptctl retry {}`", record.id))
+}

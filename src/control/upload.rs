@@ -1,0 +1,124 @@
+//! `UploadCheckpoint`: the client's messages as a stream of entries.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tonic::Streaming;
+
+use super::checkpoints::{insert, new_record, remove_marked};
+use super::wire::upload_checkpoint_request::Message;
+use super::{Floors, wire};
+use crate::catalog::checkpoints::{self as rows, Origin, State};
+use crate::digest::Digester;
+use crate::error::{Error, Kind, Result};
+use crate::ingest::plan;
+use crate::names::EntryPath;
+use crate::source::{EntryStream, Expected, File, Listed, SourceKind, What};
+
+/// Receives a whole checkpoint; the record, ready.
+pub(super) async fn receive(
+    floors: &Floors,
+    mut messages: Streaming<wire::UploadCheckpointRequest>,
+) -> Result<wire::Checkpoint> {
+    let Some(Message::Start(start)) = next(&mut messages).await? else {
+        return Err(protocol("the first message must be `start`"));
+    };
+    plan::admit(start.bytes_total, floors.store.available_bytes()?)?;
+    let origin = Origin { kind: SourceKind::Upload.to_string(), uri: start.origin, options: Default::default() };
+    let record = new_record(start.id, start.name, start.owner, start.public, origin)?;
+    let (record, is_new) = insert(floors, record).await?;
+    if !is_new {
+        return floors.show(record).await;
+    }
+    let sent = Sent { messages, present: None, sent: Digester::new() };
+    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), start.bytes_total).await;
+    match outcome {
+        Ok(()) => floors.show(floors.find(record.id).await?).await,
+        Err(error) => {
+            let id = record.id.clone();
+            floors.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Removing, None)).await?;
+            remove_marked(floors, &record, record.id.clone()).await?;
+            Err(error)
+        }
+    }
+}
+
+async fn next(messages: &mut Streaming<wire::UploadCheckpointRequest>) -> Result<Option<Message>> {
+    match messages.message().await {
+        Ok(Some(request)) => request.message.map(Some).ok_or_else(|| protocol("a message is empty")),
+        Ok(None) => Ok(None),
+        Err(status) => Err(Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {}", status.message()))
+            .remedy("upload it again")),
+    }
+}
+
+fn protocol(what: &str) -> Error {
+    Error::invalid("BAD_UPLOAD", format!("the upload does not follow the protocol: {what}"))
+}
+
+/// What the client sends.
+struct Sent {
+    messages: Streaming<wire::UploadCheckpointRequest>,
+    /// Bytes of the present file that are still to come.
+    present: Option<u64>,
+    /// Everything sent, for the revision.
+    sent: Digester,
+}
+
+#[async_trait]
+impl EntryStream for Sent {
+    async fn next_entry(&mut self) -> Result<Option<Listed>> {
+        while self.next_bytes().await?.is_some() {}
+        match next(&mut self.messages).await? {
+            Some(Message::Entry(entry)) => self.entry(entry).map(Some),
+            Some(Message::Finish(_)) => Ok(None),
+            Some(Message::Data(_)) => Err(protocol("more data was sent than the file has")),
+            Some(Message::Start(_)) => Err(protocol("`start` was sent twice")),
+            None => Err(protocol("it ended without `finish`")),
+        }
+    }
+
+    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+        let Some(left) = self.present.filter(|left| *left > 0) else {
+            self.present = None;
+            return Ok(None);
+        };
+        match next(&mut self.messages).await? {
+            Some(Message::Data(data)) if data.len() as u64 <= left => {
+                self.present = Some(left - data.len() as u64);
+                self.sent.update(&data);
+                Ok(Some(data))
+            }
+            Some(Message::Data(_)) => Err(protocol("more data was sent than the file has")),
+            Some(_) => Err(protocol("a file was cut short")),
+            None => Err(protocol("it ended in the middle of a file")),
+        }
+    }
+
+    fn revision(&self) -> String {
+        format!("sent:{}", self.sent.finish())
+    }
+}
+
+impl Sent {
+    fn entry(&mut self, entry: wire::UploadEntry) -> Result<Listed> {
+        use wire::upload_entry::Kind as Sort;
+        self.sent.update(&entry.path);
+        let path = EntryPath::new(entry.path)?;
+        let what = match entry.kind {
+            Some(Sort::Directory(_)) => What::Directory,
+            Some(Sort::Symlink(target)) => What::Symlink(target.into()),
+            Some(Sort::File(file)) => {
+                self.present = Some(file.size_bytes);
+                What::File(File {
+                    locator: String::new(),
+                    size: Some(file.size_bytes),
+                    executable: file.executable,
+                    ranges: false,
+                    expected: Expected::default(),
+                })
+            }
+            None => return Err(protocol("an entry has no kind")),
+        };
+        Ok(Listed { path, what })
+    }
+}

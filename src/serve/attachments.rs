@@ -1,0 +1,513 @@
+//! Jobs and their views: rights in the catalog, sessions in memory, binds in the kernel.
+//!
+//! **Attach**: row `attaching` (durable, with the leases, so that nothing named can be removed), sessions of all checkpoints started or
+//! found, views mounted, row `attached` with what was mounted. A failure in between undoes what was done and restores the row that was
+//! there. **Detach** unmounts, then writes `reserved`. Requests of one job pass one gate, so they never overlap; the
+//! start of a session passes the gate of its checkpoint. No gate is held while waiting for another job.
+//!
+//! **Sessions** start with the first job and stop with the last; what a job still has open is served until it is closed. A checkpoint
+//! whose blobs are compact is hydrated in the background once it is served.
+//!
+//! **After a restart** dead sessions below the runtime directory and dead views of known jobs are unmounted, and each view is made again
+//! at its target. A view that cannot be (its process is gone, something is in the way) becomes `lost`, with an event.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use super::gates::Gates;
+use super::stored::StoredContent;
+use super::{Features, NamedView, Place, ReadBuffers, Session, SessionConfig, Views, features};
+use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::events::{self, NewEvent};
+use crate::catalog::jobs::{self, JobRow, JobState, Lease};
+use crate::error::{Error, Kind, Result};
+use crate::limits;
+use crate::manifest::Tree;
+use crate::names::{CheckpointName, EntryName, JobId};
+use crate::store::Store;
+use crate::units::now_unix_ms;
+
+/// Where a job inside a container expects its checkpoint.
+pub const CONTAINER_TARGET: &str = "/opt/ml/checkpoint";
+
+/// How long a stop waits for the threads of a session; they go on by themselves after that.
+const STOP_PATIENCE: Duration = Duration::from_millis(200);
+
+/// What a job asks for.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The job.
+    pub job: JobId,
+    /// Who asks; may be empty.
+    pub owner: String,
+    /// Ready checkpoints, each with the directory it is to have (empty: decided here).
+    pub checkpoints: Vec<(Record, String)>,
+    /// Where; `None` for the default.
+    pub target: Option<PathBuf>,
+    /// Process whose mount namespace the target is in; 0: the host.
+    pub pid: u32,
+}
+
+/// All attachments of the daemon; cheap to clone.
+#[derive(Clone)]
+pub struct Attachments(Arc<Shared>);
+
+struct Shared {
+    store: Store,
+    sessions_dir: PathBuf,
+    jobs_dir: PathBuf,
+    passthrough: bool,
+    features: Features,
+    stack_depth: u32,
+    buffers: Arc<ReadBuffers>,
+    live: Mutex<HashMap<String, Arc<Served>>>,
+    job_gates: Gates,
+    session_gates: Gates,
+}
+
+/// A live session and the jobs that see it.
+struct Served {
+    session: Mutex<Option<Session>>,
+    jobs: Mutex<BTreeSet<String>>,
+}
+
+impl Attachments {
+    /// Prepares the runtime directory, removes dead sessions, finds out what the kernel offers. Blocks.
+    ///
+    /// # Errors
+    /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
+    pub fn open(store: Store, runtime_dir: &Path, passthrough: bool) -> Result<Self> {
+        let sessions_dir = runtime_dir.join("sessions");
+        let jobs_dir = runtime_dir.join("jobs");
+        for directory in [runtime_dir, &jobs_dir] {
+            std::fs::create_dir_all(directory).map_err(|error| Error::io("creating", directory, error))?;
+        }
+        super::unmount_stale(runtime_dir)?;
+        super::prepare_sessions_dir(&sessions_dir)?;
+        let features = super::probe()?;
+        let stack_depth = features::stack_depth(store.disk().root());
+        Ok(Self(Arc::new(Shared {
+            store,
+            sessions_dir,
+            jobs_dir,
+            passthrough,
+            features,
+            stack_depth,
+            buffers: Arc::new(ReadBuffers::new()),
+            live: Mutex::default(),
+            job_gates: Gates::default(),
+            session_gates: Gates::default(),
+        })))
+    }
+
+    /// What the kernel and the configuration give.
+    pub fn features(&self) -> Features {
+        Features { passthrough: self.0.features.passthrough && self.0.passthrough, ..self.0.features }
+    }
+
+    /// Checkpoints served now.
+    pub fn sessions(&self) -> usize {
+        lock(&self.0.live).len()
+    }
+
+    /// Takes a durable right without a view. A job that has the same right, or a view of the same, is left as it is.
+    ///
+    /// # Errors
+    /// `JOB_HAS_OTHERS`; those of the catalog.
+    pub async fn reserve(&self, job: &JobId, owner: &str, wanted: Vec<(Record, String)>) -> Result<JobRow> {
+        let _gate = self.0.job_gates.pass(job.as_str()).await?;
+        let leases = arrange(&wanted)?;
+        if let Some(row) = self.row(job).await? {
+            return if same_checkpoints(&row.leases, &leases) { Ok(row) } else { Err(has_others(&row)) };
+        }
+        let row = JobRow {
+            job: job.to_string(),
+            owner: owner.to_owned(),
+            state: JobState::Reserved,
+            target: String::new(),
+            pid: 0,
+            mounted: None,
+            created_ms: now_unix_ms(),
+            leases,
+        };
+        self.put(&row).await?;
+        Ok(row)
+    }
+
+    /// Makes a job see checkpoints; stands on return.
+    ///
+    /// # Errors
+    /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`; nothing is mounted then.
+    pub async fn attach(&self, wanted: Wanted) -> Result<JobRow> {
+        let _gate = self.0.job_gates.pass(wanted.job.as_str()).await?;
+        let leases = arrange(&wanted.checkpoints)?;
+        let before = self.row(&wanted.job).await?;
+        let (target, made) = self.target_of(&wanted)?;
+        if let Some(row) = &before {
+            if !same_checkpoints(&row.leases, &leases) {
+                return Err(has_others(row));
+            }
+            if row.state == JobState::Attached {
+                return if row.target == target.to_string_lossy() && row.pid == wanted.pid {
+                    Ok(row.clone())
+                } else {
+                    Err(attached_elsewhere(row))
+                };
+            }
+        }
+        let row = JobRow {
+            job: wanted.job.to_string(),
+            owner: wanted.owner.clone(),
+            state: JobState::Attaching,
+            target: target.to_string_lossy().into_owned(),
+            pid: wanted.pid,
+            mounted: None,
+            created_ms: before.as_ref().map_or_else(now_unix_ms, |row| row.created_ms),
+            leases,
+        };
+        if made {
+            std::fs::create_dir_all(&target).map_err(|error| Error::io("creating the target", &target, error))?;
+        }
+        self.put(&row).await?;
+        match self.mount(&row, &wanted.checkpoints).await {
+            Ok(row) => Ok(row),
+            Err(error) => {
+                self.take_back(&row, before).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a job's view away and keeps its right; `None` for a job that is not known.
+    ///
+    /// # Errors
+    /// `TARGET_COVERED`, or what the kernel says; the row stays as it was then.
+    pub async fn detach(&self, job: &JobId) -> Result<Option<JobRow>> {
+        let _gate = self.0.job_gates.pass(job.as_str()).await?;
+        let Some(row) = self.row(job).await? else { return Ok(None) };
+        self.unmount(&row).await.map(Some)
+    }
+
+    /// Detaches a job and forgets it; one that is not known is forgotten already.
+    ///
+    /// # Errors
+    /// As [`Attachments::detach`].
+    pub async fn release(&self, job: &JobId) -> Result<()> {
+        let _gate = self.0.job_gates.pass(job.as_str()).await?;
+        let Some(row) = self.row(job).await? else { return Ok(()) };
+        self.unmount(&row).await?;
+        let job = job.to_string();
+        self.0.store.catalog().write(move |tx| jobs::delete(tx, &job)).await
+    }
+
+    /// Makes every view again that a dead daemon has left; returns how many were made and how many are lost.
+    ///
+    /// # Errors
+    /// Those of the catalog.
+    pub async fn recover(&self) -> Result<(usize, usize)> {
+        let rows = self.0.store.catalog().read(jobs::list).await?;
+        let (mut made, mut lost) = (0, 0);
+        for row in rows.into_iter().filter(|row| matches!(row.state, JobState::Attaching | JobState::Attached)) {
+            match self.recover_one(&row).await {
+                Ok(()) => made += 1,
+                Err(error) => {
+                    lost += 1;
+                    tracing::warn!(job = row.job, target = row.target, error = %error.report(), "an attachment is lost");
+                    self.note_lost(row, &error).await?;
+                }
+            }
+        }
+        Ok((made, lost))
+    }
+
+    /// Takes every view and session down: for a private instance that ends.
+    ///
+    /// # Errors
+    /// The first failure; the rest is taken down all the same.
+    pub async fn take_down(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        for row in self.0.store.catalog().read(jobs::list).await? {
+            let released = self.release(&JobId::new(row.job)?).await;
+            outcome = outcome.and(released);
+        }
+        let dir = self.0.sessions_dir.clone();
+        let released = blocking(move || super::sessions::release_sessions_dir(&dir)).await;
+        outcome.and(released)
+    }
+
+    /// Gives up the sessions directory if nothing is served: a daemon that nobody needs leaves no mount.
+    pub async fn leave(&self) {
+        if self.sessions() == 0 {
+            let dir = self.0.sessions_dir.clone();
+            if let Err(error) = blocking(move || super::sessions::release_sessions_dir(&dir)).await {
+                tracing::debug!(error = %error.report(), "the sessions directory stays mounted");
+            }
+        }
+    }
+
+    async fn row(&self, job: &JobId) -> Result<Option<JobRow>> {
+        let job = job.to_string();
+        self.0.store.catalog().read(move |tx| jobs::get(tx, &job)).await
+    }
+
+    async fn put(&self, row: &JobRow) -> Result<()> {
+        let row = row.clone();
+        self.0.store.catalog().write(move |tx| jobs::put(tx, &row)).await
+    }
+
+    /// The target, and whether it is ours to make.
+    fn target_of(&self, wanted: &Wanted) -> Result<(PathBuf, bool)> {
+        match &wanted.target {
+            Some(target) if target.is_absolute() => Ok((target.clone(), false)),
+            Some(target) => Err(Error::invalid("TARGET_NOT_ABSOLUTE", format!("the target {} is not an absolute path", target.display()))
+                .remedy("give a path that begins with `/`")),
+            None if wanted.pid != 0 => Ok((PathBuf::from(CONTAINER_TARGET), false)),
+            None => Ok((self.0.jobs_dir.join(wanted.job.as_str()).join("checkpoint"), true)),
+        }
+    }
+
+    async fn mount(&self, row: &JobRow, records: &[(Record, String)]) -> Result<JobRow> {
+        let mut served = Vec::new();
+        for (record, _) in records {
+            served.push(self.served(record, &row.job).await?);
+        }
+        let place = Place { target: PathBuf::from(&row.target), pid: (row.pid != 0).then_some(row.pid) };
+        let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
+        let reserved = self.0.sessions_dir.clone();
+        let mounted = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
+        let mounted = serde_json::to_string(&mounted)
+            .map_err(|error| Error::internal("encoding what was mounted").because(error))?;
+        let row = JobRow { state: JobState::Attached, mounted: Some(mounted), ..row.clone() };
+        self.put(&row).await?;
+        Ok(row)
+    }
+
+    /// Undoes an attach that failed.
+    async fn take_back(&self, row: &JobRow, before: Option<JobRow>) -> Result<()> {
+        self.leave_sessions(row).await;
+        self.drop_default_target(row);
+        match before {
+            Some(before) => self.put(&before).await,
+            None => {
+                let job = row.job.clone();
+                self.0.store.catalog().write(move |tx| jobs::delete(tx, &job)).await
+            }
+        }
+    }
+
+    async fn unmount(&self, row: &JobRow) -> Result<JobRow> {
+        if let Some(mounted) = &row.mounted {
+            let mounted: super::Mounted = serde_json::from_str(mounted).map_err(|error| {
+                Error::corrupt("CATALOG_DAMAGED", format!("the row of job {} is damaged", row.job)).because(error)
+            })?;
+            blocking(move || super::detach(&mounted)).await?;
+        }
+        self.drop_default_target(row);
+        let after = JobRow { state: JobState::Reserved, target: String::new(), pid: 0, mounted: None, ..row.clone() };
+        self.put(&after).await?;
+        self.leave_sessions(row).await;
+        Ok(after)
+    }
+
+    /// The default target's directories are ours; anything else at a target is the caller's.
+    fn drop_default_target(&self, row: &JobRow) {
+        let own = self.0.jobs_dir.join(&row.job);
+        if Path::new(&row.target).starts_with(&own) {
+            let _ = std::fs::remove_dir(&row.target);
+            let _ = std::fs::remove_dir(own);
+        }
+    }
+
+    /// The live session of a checkpoint, started if need be, with `job` noted as seeing it.
+    async fn served(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
+        let _gate = self.0.session_gates.pass(&record.id).await?;
+        if let Some(served) = lock(&self.0.live).get(&record.id) {
+            lock(&served.jobs).insert(job.to_owned());
+            return Ok(served.clone());
+        }
+        let served = self.start_session(record, job).await?;
+        lock(&self.0.live).insert(record.id.clone(), served.clone());
+        Ok(served)
+    }
+
+    async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
+        let digest = record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
+        let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
+        let reader = self.0.store.reader(digest).await?;
+        let config = SessionConfig {
+            created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
+            passthrough: self.0.passthrough,
+            stack_depth: self.0.stack_depth,
+            ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
+        };
+        let content = Arc::new(StoredContent(reader.clone()));
+        let session =
+            blocking(move || Session::start(config, Arc::new(Tree::new(Arc::new(manifest))), content)).await?;
+        let store = self.0.store.clone();
+        let id = record.id.clone();
+        tokio::spawn(async move {
+            match store.hydrate(digest, &reader).await {
+                Ok(hydrated) if hydrated.left > 0 => {
+                    tracing::info!(checkpoint = id, left = hydrated.left, "blobs stay compact for want of space");
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!(checkpoint = id, error = %error.report(), "hydrating failed"),
+            }
+        });
+        let jobs = BTreeSet::from([job.to_owned()]);
+        Ok(Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) }))
+    }
+
+    /// Takes a job off its sessions and stops those without jobs.
+    async fn leave_sessions(&self, row: &JobRow) {
+        for lease in &row.leases {
+            let Ok(_gate) = self.0.session_gates.pass(&lease.checkpoint).await else { return };
+            let stopped = {
+                let mut live = lock(&self.0.live);
+                let unused = live.get(&lease.checkpoint).is_some_and(|served| {
+                    let mut jobs = lock(&served.jobs);
+                    jobs.remove(&row.job);
+                    jobs.is_empty()
+                });
+                if unused { live.remove(&lease.checkpoint) } else { None }
+            };
+            let Some(session) = stopped.and_then(|served| lock(&served.session).take()) else { continue };
+            if let Err(error) = blocking(move || session.stop(STOP_PATIENCE)).await {
+                tracing::warn!(checkpoint = lease.checkpoint, error = %error.report(), "stopping a session failed");
+            }
+        }
+    }
+
+    async fn recover_one(&self, row: &JobRow) -> Result<()> {
+        if row.pid == 0 {
+            let target = PathBuf::from(&row.target);
+            blocking(move || super::unmount_stale(&target).map(|_| ())).await?;
+        }
+        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok()) {
+            blocking(move || super::detach(&mounted)).await?;
+        }
+        let leases = row.leases.clone();
+        let records = self
+            .0
+            .store
+            .catalog()
+            .read(move |tx| {
+                leases
+                    .into_iter()
+                    .map(|lease| {
+                        let record = checkpoints::get(tx, &lease.checkpoint)?.ok_or_else(|| {
+                            Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{}`", lease.checkpoint))
+                        })?;
+                        Ok((record, lease.subdir))
+                    })
+                    .collect::<Result<Vec<_>>>()
+            })
+            .await?;
+        self.mount(row, &records).await.map(|_| ())
+    }
+
+    async fn note_lost(&self, row: JobRow, error: &Error) -> Result<()> {
+        self.leave_sessions(&row).await;
+        let event = NewEvent {
+            kind: "ATTACHMENT_LOST",
+            job: row.job.clone(),
+            checkpoint: String::new(),
+            message: format!("the view of job {} at {} was lost: {}", row.job, row.target, error.report()),
+        };
+        let row = JobRow { state: JobState::Lost, mounted: None, ..row };
+        self.0
+            .store
+            .catalog()
+            .write(move |tx| {
+                jobs::put(tx, &row)?;
+                events::record(tx, now_unix_ms(), &event)
+            })
+            .await
+    }
+}
+
+fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
+    let mut trees = Vec::new();
+    for served in served {
+        let session = lock(&served.session);
+        let session = session
+            .as_ref()
+            .ok_or_else(|| Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again"))?;
+        trees.push(session.tree()?);
+    }
+    if let [subdir] = subdirs
+        && subdir.is_empty()
+        && let Some(tree) = trees.pop()
+    {
+        return Ok(Views::One(tree));
+    }
+    let named = trees.into_iter().zip(subdirs).map(|(tree, subdir)| {
+        Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree })
+    });
+    named.collect::<Result<_>>().map(Views::Several)
+}
+
+/// Decides the directory of each checkpoint: none for one alone, its name or the given one for several.
+fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
+    if wanted.is_empty() {
+        return Err(Error::invalid("NO_CHECKPOINT", "the request names no checkpoint").remedy("name at least one"));
+    }
+    if wanted.len() > limits::CHECKPOINTS_PER_JOB {
+        return Err(Error::new(
+            Kind::NoSpace,
+            "TOO_MANY_CHECKPOINTS",
+            format!("the job asks for {} checkpoints, at most {} are allowed", wanted.len(), limits::CHECKPOINTS_PER_JOB),
+        ));
+    }
+    let alone = wanted.len() == 1;
+    let mut leases: Vec<Lease> = Vec::new();
+    for (record, subdir) in wanted {
+        let subdir = match subdir.as_str() {
+            "" if alone => String::new(),
+            "" => CheckpointName::new(record.name.clone())?.as_directory(),
+            given => given.to_owned(),
+        };
+        if !subdir.is_empty() {
+            EntryName::new(subdir.as_bytes())?;
+        }
+        if leases.iter().any(|lease| lease.subdir == subdir) {
+            return Err(Error::invalid("DUPLICATE_DIRECTORY", format!("two checkpoints would both be at `{subdir}` below the target"))
+                .fact("directory", subdir)
+                .remedy("give one of them another `subdir`, or rename one"));
+        }
+        leases.push(Lease { checkpoint: record.id.clone(), subdir });
+    }
+    Ok(leases)
+}
+
+fn same_checkpoints(held: &[Lease], wanted: &[Lease]) -> bool {
+    held == wanted
+}
+
+fn has_others(row: &JobRow) -> Error {
+    let held: Vec<_> = row.leases.iter().map(|lease| lease.checkpoint.as_str()).collect();
+    Error::new(
+        Kind::AlreadyExists,
+        "JOB_HAS_OTHERS",
+        format!("the job {} has a right to other checkpoints already: {}", row.job, held.join(", ")),
+    )
+    .fact("job", &row.job)
+    .remedy(format!("`ckptctl release {}` first, or use another job id", row.job))
+}
+
+fn attached_elsewhere(row: &JobRow) -> Error {
+    Error::new(Kind::AlreadyExists, "JOB_ATTACHED_ELSEWHERE", format!("the job {} is attached at {} already", row.job, row.target))
+        .fact("job", &row.job)
+        .fact("target", &row.target)
+        .remedy(format!("`ckptctl detach {}` first", row.job))
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
