@@ -20,6 +20,10 @@ pub const BORROW_MIN_BYTES: u64 = 256 << 10;
 /// streamed, so this bounds time, and memory only for one string of that length. Real ones stay below 20 MiB.
 pub const LAYOUT_HEADER_BYTES: u64 = 32 << 20;
 
+/// All that is read of one file to place cuts: an archive may hold many files with headers of their own. A second or
+/// two of parsing at most.
+pub const LAYOUT_READ_BYTES: u64 = 256 << 20;
+
 /// Tensors or members of one file: what fits in a header of that size with names of usual length.
 pub const LAYOUT_PIECES: usize = 1 << 18;
 

@@ -93,10 +93,12 @@ const BEYOND: Region = Region { start: 0, len: u64::MAX, cut: Cut::Content };
 /// Length of a step where `left` bytes of the region are left. The last two are made alike where the last would
 /// be too short to be entered in the chunk table.
 fn step_bytes(left: u64) -> u64 {
-    const ALIKE: u64 = limits::CHUNK_MAX_BYTES + limits::CHUNK_MIN_RECORDED_BYTES;
-    match left {
-        ..=limits::CHUNK_MAX_BYTES => left,
-        ..ALIKE => left / 2 / limits::DISK_BLOCK_BYTES * limits::DISK_BLOCK_BYTES,
-        _ => limits::CHUNK_MAX_BYTES,
+    const MAX: u64 = limits::CHUNK_MAX_BYTES;
+    if left <= MAX {
+        left
+    } else if left < MAX + limits::CHUNK_MIN_RECORDED_BYTES {
+        left / 2 / limits::DISK_BLOCK_BYTES * limits::DISK_BLOCK_BYTES
+    } else {
+        MAX
     }
 }

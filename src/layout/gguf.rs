@@ -4,7 +4,7 @@
 //! one begins. So nothing here needs to know types, and the padding behind a tensor (less than the
 //! alignment) belongs to it. Two tensors at one offset make the file opaque.
 
-use super::read::{Input, ReadAt};
+use super::read::{Input, ReadAt, array_at, u32_in};
 use super::{Cut, Region};
 use crate::limits;
 
@@ -27,10 +27,11 @@ const TYPE_ARRAY: u32 = 9;
 
 /// The header and every large tensor; `None` if it is not sound GGUF.
 pub(super) fn pieces(bytes: &dyn ReadAt, size: u64) -> Option<Vec<Region>> {
-    let mut input = Input::new(bytes, 0, size.min(limits::LAYOUT_HEADER_BYTES));
-    if input.array()? != MAGIC || !matches!(input.u32()?, 2 | 3) {
+    let head: [u8; 8] = array_at(bytes, 0)?;
+    if !head.starts_with(&MAGIC) || !matches!(u32_in(&head, 4)?, 2 | 3) {
         return None;
     }
+    let mut input = Input::new(bytes, 8, size.min(limits::LAYOUT_HEADER_BYTES));
     let tensors = usize::try_from(input.u64()?).ok().filter(|count| *count <= limits::LAYOUT_PIECES)?;
     let pairs = input.u64()?;
     let mut alignment = ALIGNMENT_DEFAULT;

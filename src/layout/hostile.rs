@@ -8,11 +8,12 @@ use super::samples::{
     self, STORED, TORCH, gguf_array, gguf_pair, gguf_start, gguf_tensor, with_length, zip_end, zip_entry,
 };
 use super::*;
+use crate::limits;
 
 /// Reads the layout of a file that claims to be `size` long, and checks what must always hold.
-fn read(bytes: &Vec<u8>, size: u64) -> Layout {
+fn read(bytes: &[u8], size: u64) -> Layout {
     let begun = Instant::now();
-    let layout = Layout::read(bytes, size);
+    let layout = Layout::read(&bytes, size);
     assert!(begun.elapsed() < Duration::from_secs(20), "took {:?}", begun.elapsed());
     let end = layout.regions().iter().fold(0, |at, region| {
         assert!(region.start == at && region.len > 0, "{region:?} at {at}");
@@ -22,7 +23,7 @@ fn read(bytes: &Vec<u8>, size: u64) -> Layout {
     layout
 }
 
-fn assert_opaque(what: &str, bytes: &Vec<u8>) {
+fn assert_opaque(what: &str, bytes: &[u8]) {
     let layout = read(bytes, bytes.len() as u64);
     assert_eq!(layout, Layout::opaque(bytes.len() as u64), "{what}");
 }
@@ -189,13 +190,24 @@ fn lying_npy_is_opaque() {
 #[test]
 fn archives_are_looked_into_only_so_deep() {
     let model = samples::safetensors(&samples::small_model(), "");
-    let steps = |bytes: &Vec<u8>| {
+    let steps = |bytes: &[u8]| {
         let layout = read(bytes, bytes.len() as u64);
         layout.regions().iter().filter(|region| region.cut == Cut::Steps).count()
     };
     let pack = |bytes: Vec<u8>| samples::zip(&[("inner".to_owned(), bytes)], STORED);
     let (once, twice) = (pack(model.clone()), pack(pack(model.clone())));
     assert_eq!([steps(&model), steps(&once), steps(&twice), steps(&pack(twice.clone()))], [2, 2, 2, 0]);
+}
+
+#[test]
+fn headers_beyond_the_budget_are_not_looked_into() {
+    let model = samples::safetensors(&samples::small_model(), &"x".repeat(10_000));
+    let bytes = samples::zip(&["a", "b", "c"].map(|name| (name.to_owned(), model.clone())), STORED);
+    let steps = |budget| {
+        let layout = Layout::read_within(&bytes, bytes.len() as u64, budget);
+        layout.regions().iter().filter(|region| region.cut == Cut::Steps).count()
+    };
+    assert_eq!([1 << 20, 80_000, 60_000].map(steps), [6, 2, 0]);
 }
 
 /// Reads nothing but errors.
@@ -246,9 +258,9 @@ fn no_flipped_byte_of_a_header_or_directory_panics() {
 fn no_truncation_panics() {
     for bytes in targets() {
         for size in (0..1000).chain(bytes.len() - 1500..bytes.len()) {
-            read(&bytes[..size].to_vec(), size as u64);
+            read(&bytes[..size], size as u64);
             read(&bytes, size as u64);
-            read(&bytes[..size].to_vec(), bytes.len() as u64);
+            read(&bytes[..size], bytes.len() as u64);
         }
     }
 }

@@ -16,7 +16,7 @@
 //!
 //! Formats are told by content, never by name. Headers are hostile input: every length is checked against the file
 //! before it is followed, structure is streamed through a fixed buffer and bounded by
-//! [`limits::LAYOUT_HEADER_BYTES`] and [`limits::LAYOUT_PIECES`], and whatever is damaged, overlaps or
+//! [`crate::limits::LAYOUT_HEADER_BYTES`], [`crate::limits::LAYOUT_READ_BYTES`] and [`crate::limits::LAYOUT_PIECES`], and whatever is damaged, overlaps or
 //! cannot be read makes the file [`Format::Opaque`]. A wrong layout costs dedup, never bytes.
 //!
 //! Invariant of a layout: regions are ascending and not empty, and cover the file exactly.
@@ -43,13 +43,13 @@ pub use read::ReadAt;
 
 use std::ops::Range;
 
-use crate::limits;
+use read::Metered;
 
 /// Names the rules in this module. Chunks cut under another version are still right, but meet fewer equals.
 pub const CHUNKING_VERSION: u32 = 1;
 
 /// A tensor or member from this size on is its own region. Below it a borrowed range would be too short to be worth
-/// its hole ([`limits::BORROW_MIN_BYTES`]). Part of the chunking version.
+/// its hole ([`crate::limits::BORROW_MIN_BYTES`]). Part of the chunking version.
 pub const REGION_MIN_BYTES: u64 = 256 << 10;
 
 /// How many zip archives inside one another are looked into.
@@ -73,7 +73,8 @@ pub enum Format {
 /// How a region is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// Steps of [`limits::CHUNK_MAX_BYTES`] from the region's first byte.
+    /// Steps of [`crate::limits::CHUNK_MAX_BYTES`] from the region's first byte; the last two are alike where the last
+    /// would be too short to be recorded.
     Steps,
     /// Where the content says, beginning anew at the region's first byte.
     Content,
@@ -115,7 +116,7 @@ impl Layout {
     /// Reads the structure of a file of `size` bytes, all of which must be there: a zip archive has its directory at the
     /// end. Never fails; blocks on `bytes`.
     pub fn read(bytes: &dyn ReadAt, size: u64) -> Self {
-        Self::read_nested(bytes, size, ARCHIVE_DEPTH)
+        Self::read_within(bytes, size, crate::limits::LAYOUT_READ_BYTES)
     }
 
     /// The layout of a file about which nothing is known but its size.
@@ -139,6 +140,11 @@ impl Layout {
         &self.regions
     }
 
+    fn read_within(bytes: &dyn ReadAt, size: u64, budget: u64) -> Self {
+        Self::read_nested(&Metered::new(bytes, budget), size, ARCHIVE_DEPTH)
+    }
+
+    /// `archives`: how many levels of archives inside archives may be looked into.
     fn read_nested(bytes: &dyn ReadAt, size: u64, archives: u32) -> Self {
         let found = |format, pieces: Option<Vec<Region>>| Self::cover(format, size, pieces?);
         found(Format::Safetensors, safetensors::pieces(bytes, size))

@@ -1,4 +1,5 @@
 //! Files of every format, built by hand for the tests.
+#![expect(clippy::cast_possible_truncation, reason = "lengths are of samples, or cut off on purpose")]
 
 use super::{Chunk, Chunker, Layout};
 
@@ -205,6 +206,6 @@ pub(super) fn chunks_in_windows(bytes: &[u8], layout: Layout, windows: &[usize])
     chunks
 }
 
-pub(super) fn chunks(bytes: &Vec<u8>) -> Vec<Chunk> {
-    chunks_in_windows(bytes, Layout::read(bytes, bytes.len() as u64), &[1 << 20])
+pub(super) fn chunks(bytes: &[u8]) -> Vec<Chunk> {
+    chunks_in_windows(bytes, Layout::read(&bytes, bytes.len() as u64), &[1 << 20])
 }

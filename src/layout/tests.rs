@@ -1,4 +1,5 @@
 //! What holds for all formats together; hostile headers are in `hostile`.
+#![expect(clippy::cast_possible_truncation, reason = "sizes of samples are a few MiB")]
 
 use std::collections::HashSet;
 
@@ -7,9 +8,10 @@ use proptest::prelude::*;
 use super::samples::{self, Named, STORED, Style, TORCH, chunks, chunks_in_windows, noise};
 use super::*;
 use crate::digest::Digest;
+use crate::limits;
 
-fn layout(bytes: &Vec<u8>) -> Layout {
-    let layout = Layout::read(bytes, bytes.len() as u64);
+fn layout(bytes: &[u8]) -> Layout {
+    let layout = Layout::read(&bytes, bytes.len() as u64);
     assert_covers(&layout, bytes.len() as u64);
     layout
 }
@@ -45,7 +47,7 @@ fn every_format() -> Vec<(Format, Vec<u8>)> {
     ]
 }
 
-fn digests(bytes: &Vec<u8>) -> HashSet<Digest> {
+fn digests(bytes: &[u8]) -> HashSet<Digest> {
     chunks(bytes).iter().map(|chunk| chunk.digest).collect()
 }
 
@@ -173,7 +175,7 @@ fn cuts_and_digests_are_those_of_version_1() {
 }
 
 /// Format, lengths of the chunks, digest over their digests.
-fn describe(format: Format, bytes: &Vec<u8>) -> String {
+fn describe(format: Format, bytes: &[u8]) -> String {
     let chunks = chunks(bytes);
     let lens: Vec<String> = chunks.iter().map(|chunk| chunk.len.to_string()).collect();
     let all: Vec<u8> = chunks.iter().flat_map(|chunk| *chunk.digest.as_bytes()).collect();
