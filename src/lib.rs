@@ -7,5 +7,6 @@ pub mod units;
 
 pub mod manifest;
 
+pub mod cli;
 pub mod control;
 pub mod source;
