@@ -1,1 +1,5 @@
-fn main() {}
+//! `ckptctl`: the operator's client of ckptd. Everything is in [`ckptd::cli`].
+
+fn main() -> std::process::ExitCode {
+    ckptd::cli::run()
+}

@@ -1,0 +1,93 @@
+//! `capture`: a checkpoint of what a job wrote into a directory of this host.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::console::{Console, talk};
+use super::exit::Ended;
+use super::{document, follow, text};
+use crate::control::wire;
+use crate::error::{Error, Result};
+
+/// Make a checkpoint of a job's output directory, and wait until it is ready
+#[derive(Args)]
+pub(super) struct Capture {
+    /// The job whose output it is
+    job: String,
+    /// The directory, on the daemon's host
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    /// Number of this worker, from 1
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    worker: Option<u32>,
+    /// Workers of the job
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    workers: Option<u32>,
+    /// What people call the job [default: its id]
+    #[arg(long)]
+    job_name: Option<String>,
+    /// What to call the checkpoint [default: "Job - <job name>", with " Worker <n>" where there are several]
+    #[arg(long)]
+    name: Option<String>,
+    /// Whose it is
+    #[arg(long)]
+    owner: Option<String>,
+    /// Id to give it; makes repeating the command harmless
+    #[arg(long)]
+    id: Option<String>,
+}
+
+impl Capture {
+    pub(super) async fn run(self, console: &Console) -> Ended {
+        let request = self.request()?;
+        let daemon = console.daemon().await?;
+        let record = daemon.ask(daemon.checkpoints().capture_output(request)).await?;
+        talk(&format!("created {}", text::titled(&record)));
+        let record = follow::until_ready(&daemon, &record).await?;
+        console.answer(&document::Checkpoint::from(&record), || text::checkpoint_line(&record))
+    }
+
+    fn request(self) -> Result<wire::CaptureOutputRequest> {
+        Ok(wire::CaptureOutputRequest {
+            id: self.id.unwrap_or_default(),
+            job: self.job,
+            directory: absolute(self.from)?,
+            name: self.name.unwrap_or_default(),
+            job_name: self.job_name.unwrap_or_default(),
+            worker: self.worker.unwrap_or_default(),
+            workers: self.workers.unwrap_or_default(),
+            owner: self.owner.unwrap_or_default(),
+        })
+    }
+}
+
+/// The path seen from the root, as text; symbolic links in it are the daemon's to follow.
+///
+/// # Errors
+/// Invalid where it is empty or not UTF-8, which a request cannot carry.
+pub(super) fn absolute(path: PathBuf) -> Result<String> {
+    let absolute = std::path::absolute(&path)
+        .map_err(|error| Error::invalid("BAD_PATH", format!("`{}` is not a path", path.display())).because(error))?;
+    absolute
+        .into_os_string()
+        .into_string()
+        .map_err(|_| Error::invalid("BAD_PATH", format!("the path `{}` is not UTF-8", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt as _;
+
+    use super::*;
+
+    #[test]
+    fn paths_are_made_absolute_here() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(absolute("a/b".into()).unwrap(), here.join("a/b").to_str().unwrap());
+        assert_eq!(absolute("/a//b/./c".into()).unwrap(), "/a/b/c");
+        assert!(absolute("".into()).is_err());
+        assert!(absolute(OsString::from_vec(vec![b'/', 0xff]).into()).is_err());
+    }
+}

@@ -1,0 +1,319 @@
+//! Answers for people: tables without borders, sentences of one line.
+//!
+//! Sizes in IEC units, times local, `filling` shown as `downloading`. What tenants wrote (names, URIs) is escaped where it
+//! could move the cursor.
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::document;
+use super::progress::percent;
+use crate::control::wire;
+use crate::names;
+use crate::units::{local_time, show_bytes};
+
+/// `NAME (ID) ready: 3 files, 1.50 GiB, 1.00 GiB unique, 1.00 GiB on disk`.
+pub(super) fn checkpoint_line(record: &wire::Checkpoint) -> String {
+    let mut line = format!("{} {}", titled(record), shown_state(record));
+    if record.files > 0 || record.state() == wire::CheckpointState::Ready {
+        line.push_str(&format!(
+            ": {}, {}, {} unique, {} on disk",
+            counted(record.files, "file"),
+            show_bytes(record.logical_bytes),
+            show_bytes(record.unique_bytes),
+            show_bytes(record.physical_bytes),
+        ));
+    }
+    line
+}
+
+/// `NAME (ID)`, or the id alone where it is the name.
+pub(super) fn titled(record: &wire::Checkpoint) -> String {
+    if record.name.is_empty() || record.name == record.id {
+        plain(&record.id)
+    } else {
+        format!("{} ({})", plain(&record.name), plain(&record.id))
+    }
+}
+
+/// The state as people are shown it: `downloading 43 %`.
+pub(super) fn shown_state(record: &wire::Checkpoint) -> String {
+    let share = record.fill.as_ref().and_then(|fill| percent(fill.bytes_done, fill.bytes_total));
+    match (record.state(), share) {
+        (wire::CheckpointState::Filling, Some(share)) => format!("downloading {share} %"),
+        (wire::CheckpointState::Filling, None) => "downloading".to_owned(),
+        (state, _) => document::checkpoint_state(state).to_owned(),
+    }
+}
+
+/// The table of `list`.
+pub(super) fn checkpoint_table(records: &[wire::Checkpoint]) -> String {
+    let rows = records.iter().map(|record| {
+        [
+            plain(&record.id),
+            shown_state(record),
+            plain(&record.name),
+            show_bytes(record.logical_bytes),
+            record.files.to_string(),
+            shown_owner(record),
+            local_time(record.created_unix_ms),
+        ]
+    });
+    table(["ID", "STATUS", "NAME", "SIZE", "FILES", "OWNER", "CREATED"], rows, &[3, 4])
+}
+
+/// Everything about one checkpoint.
+pub(super) fn checkpoint_details(record: &wire::Checkpoint) -> String {
+    let mut rows = vec![
+        ("id", plain(&record.id)),
+        ("name", plain(&record.name)),
+        ("owner", shown_owner(record)),
+        ("state", shown_state(record)),
+        ("digest", record.digest.clone()),
+        ("source", record.source.as_ref().map(shown_source).unwrap_or_default()),
+        ("revision", plain(&record.revision)),
+        ("files", record.files.to_string()),
+        ("logical", show_bytes(record.logical_bytes)),
+        ("unique", show_bytes(record.unique_bytes)),
+        ("on disk", show_bytes(record.physical_bytes)),
+        ("created", local_time(record.created_unix_ms)),
+    ];
+    if let Some(failure) = &record.error {
+        rows.push(("error", plain(&failure.message)));
+        rows.push(("remedy", plain(&failure.remedy)));
+    }
+    details(rows)
+}
+
+/// The table of `jobs`.
+pub(super) fn job_table(attachments: &[wire::Attachment]) -> String {
+    let rows = attachments.iter().map(|attachment| {
+        let names: Vec<_> = attachment.checkpoints.iter().map(|attached| plain(&attached.name)).collect();
+        [
+            plain(&attachment.job),
+            document::attachment_state(attachment.state()).to_owned(),
+            shown_target(attachment),
+            names.join(", "),
+        ]
+    });
+    table(["JOB", "STATE", "TARGET", "CHECKPOINTS"], rows, &[])
+}
+
+/// What a job has and where: a line, its environment, a row for each checkpoint.
+pub(super) fn attachment(attachment: &wire::Attachment) -> String {
+    let state = document::attachment_state(attachment.state());
+    let mut text = format!("job {} {state}", plain(&attachment.job));
+    if !attachment.target.is_empty() {
+        text.push_str(&format!(" at {}", shown_target(attachment)));
+    }
+    text.push('\n');
+    let mut environment: Vec<_> = attachment.env.iter().collect();
+    environment.sort();
+    for (key, value) in environment {
+        text.push_str(&format!("{}={}\n", plain(key), plain(value)));
+    }
+    let rows = attachment
+        .checkpoints
+        .iter()
+        .map(|attached| [plain(&attached.id), plain(&attached.name), plain(&attached.path)]);
+    if !attachment.checkpoints.is_empty() {
+        text.push_str(&table(["ID", "NAME", "PATH"], rows, &[]));
+    }
+    text
+}
+
+/// The store's figures, and each owner's.
+pub(super) fn usage(usage: &wire::Usage) -> String {
+    let mut text = details(vec![
+        ("logical", show_bytes(usage.logical_bytes)),
+        ("unique", show_bytes(usage.unique_bytes)),
+        ("on disk", show_bytes(usage.physical_bytes)),
+        ("duplicates", show_bytes(usage.duplicate_bytes)),
+        ("capacity", show_bytes(usage.capacity_bytes)),
+        ("free", show_bytes(usage.free_bytes)),
+    ]);
+    if !usage.owners.is_empty() {
+        let rows = usage.owners.iter().map(|owner| {
+            let name = if owner.owner.is_empty() { "(public)".to_owned() } else { plain(&owner.owner) };
+            [name, owner.checkpoints.to_string(), show_bytes(owner.logical_bytes)]
+        });
+        text.push('\n');
+        text.push_str(&table(["OWNER", "CHECKPOINTS", "SIZE"], rows, &[1, 2]));
+    }
+    text
+}
+
+/// The daemon in a few rows.
+pub(super) fn status(status: &wire::Status) -> String {
+    let features = status.features.unwrap_or_default();
+    let yes_no = |yes| if yes { "yes" } else { "no" }.to_owned();
+    let mut rows = vec![
+        ("ckptd", plain(&status.version)),
+        ("pid", status.pid.to_string()),
+        ("up for", show_span(status.uptime_s)),
+        ("sessions", status.sessions.to_string()),
+        ("attachments", status.attachments.to_string()),
+        ("passthrough", yes_no(features.passthrough)),
+        ("resend", yes_no(features.resend)),
+        ("reflink", yes_no(features.reflink)),
+        ("state", plain(&status.state_dir)),
+        ("runtime", plain(&status.runtime_dir)),
+    ];
+    if !status.degraded.is_empty() {
+        rows.push(("degraded", plain(&status.degraded)));
+    }
+    details(rows)
+}
+
+/// `2025-01-31 12:00:00  CHECKPOINT_READY  <sentence>`.
+pub(super) fn event_line(event: &wire::Event) -> String {
+    let mut line = format!("{}  {}", local_time(event.at_unix_ms), plain(&event.kind));
+    for subject in [&event.checkpoint, &event.job] {
+        if !subject.is_empty() && !event.message.contains(subject.as_str()) {
+            line.push_str(&format!("  {}", plain(subject)));
+        }
+    }
+    line.push_str(&format!("  {}", plain(&event.message)));
+    line
+}
+
+/// A number with its noun: `1 file`, `2 files`.
+pub(super) fn counted(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+/// A span of time in its two largest units: `3 m 05 s`.
+pub(super) fn show_span(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} m {:02} s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{} h {:02} m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {:02} h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+fn plain(text: &str) -> String {
+    names::show_bytes(text.as_bytes())
+}
+
+fn shown_owner(record: &wire::Checkpoint) -> String {
+    if record.public { "(public)".to_owned() } else { plain(&record.owner) }
+}
+
+fn shown_target(attachment: &wire::Attachment) -> String {
+    match attachment.pid {
+        0 => plain(&attachment.target),
+        pid => format!("{} of process {pid}", plain(&attachment.target)),
+    }
+}
+
+fn shown_source(source: &wire::Source) -> String {
+    let mut options: Vec<_> = source.options.iter().map(|(key, value)| format!(" {key}={value}")).collect();
+    options.sort();
+    plain(&format!("{} {}{}", source.r#type, source.uri, options.concat()))
+}
+
+fn details(rows: Vec<(&str, String)>) -> String {
+    let mut table = bare_table();
+    for (label, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
+        table.add_row([label.to_owned(), value]);
+    }
+    rendered(table)
+}
+
+fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>, numbers: &[usize]) -> String {
+    let mut table = bare_table();
+    table.set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    for index in numbers {
+        if let Some(column) = table.column_mut(*index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    rendered(table)
+}
+
+fn bare_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table
+}
+
+fn rendered(mut table: Table) -> String {
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let mut text = table.trim_fmt();
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(state: wire::CheckpointState) -> wire::Checkpoint {
+        wire::Checkpoint {
+            id: "c1".into(),
+            name: "llama".into(),
+            owner: "me".into(),
+            state: state.into(),
+            files: 3,
+            logical_bytes: 3 << 30,
+            unique_bytes: 2 << 30,
+            physical_bytes: 1 << 30,
+            fill: (state == wire::CheckpointState::Filling).then(|| wire::Fill {
+                bytes_done: 43,
+                bytes_total: 100,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_final_line_says_what_came_of_it() {
+        assert_eq!(
+            checkpoint_line(&record(wire::CheckpointState::Ready)),
+            "llama (c1) ready: 3 files, 3.00 GiB, 2.00 GiB unique, 1.00 GiB on disk"
+        );
+    }
+
+    #[test]
+    fn filling_is_shown_as_downloading_with_percent() {
+        assert_eq!(shown_state(&record(wire::CheckpointState::Filling)), "downloading 43 %");
+        assert_eq!(shown_state(&record(wire::CheckpointState::Evicted)), "evicted");
+    }
+
+    #[test]
+    fn the_list_has_one_row_a_checkpoint_under_the_heads() {
+        let text = checkpoint_table(&[record(wire::CheckpointState::Filling), record(wire::CheckpointState::Ready)]);
+        let lines: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines.len(), 3, "{text}");
+        assert_eq!(lines[0], ["ID", "STATUS", "NAME", "SIZE", "FILES", "OWNER", "CREATED"]);
+        assert_eq!(lines[1][..8], ["c1", "downloading", "43", "%", "llama", "3.00", "GiB", "3"]);
+        assert_eq!(lines[2][..6], ["c1", "ready", "llama", "3.00", "GiB", "3"]);
+        assert!(text.lines().all(|line| line == line.trim()), "{text:?}");
+    }
+
+    #[test]
+    fn an_empty_list_is_its_heads() {
+        assert_eq!(job_table(&[]).split_whitespace().collect::<Vec<_>>(), ["JOB", "STATE", "TARGET", "CHECKPOINTS"]);
+    }
+
+    #[test]
+    fn what_tenants_wrote_cannot_move_the_cursor() {
+        let mut record = record(wire::CheckpointState::Ready);
+        record.source = Some(wire::Source { uri: "\u{1b}[2J".into(), ..Default::default() });
+        assert!(!checkpoint_details(&record).contains('\u{1b}'));
+    }
+
+    #[test]
+    fn spans_have_two_units() {
+        assert_eq!(show_span(59), "59 s");
+        assert_eq!(show_span(185), "3 m 05 s");
+        assert_eq!(show_span(3 * 3600 + 61), "3 h 01 m");
+        assert_eq!(show_span(90_000), "1 d 01 h");
+    }
+}
