@@ -175,7 +175,9 @@ fn killed_at_any_moment_of_a_capture_the_store_stays_whole() {
         // A random moment is what is tested here, not something awaited.
         std::thread::sleep(Duration::from_millis(random.below(120)));
         daemon.kill9();
-        wait_for(&mut capture, LIMIT);
+        // It would wait for the daemon to come back.
+        capture.kill().unwrap();
+        capture.wait().unwrap();
         daemon.restart();
         settle(&daemon, &name, &source);
         assert_same_tree(&source, &daemon.attach(&name, &name));

@@ -102,8 +102,9 @@ impl Daemon {
 
     /// The rows of `list` or `jobs`.
     pub(crate) fn rows(&self, verb: &str) -> Vec<Value> {
-        let Value::Array(rows) = self.json(&[verb]) else { panic!("`{verb} --json` is not a list") };
-        rows
+        let key = if verb == "list" { "checkpoints" } else { verb };
+        let document = self.json(&[verb]);
+        document[key].as_array().unwrap_or_else(|| panic!("`{verb} --json` has no list `{key}`: {document}")).clone()
     }
 
     /// Captures `from` as checkpoint `name`; ready on return.

@@ -20,7 +20,8 @@ impl Place {
     /// Makes the directory, world-readable, never on tmpfs: holes and shared extents matter.
     pub(crate) fn new() -> Self {
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = disk_root().join(format!("{PREFIX}{}.{number}", std::process::id()));
+        // Targets may not have symbolic links in their paths.
+        let path = disk_root().canonicalize().unwrap().join(format!("{PREFIX}{}.{number}", std::process::id()));
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("making {}: {error}", path.display()));
         set_mode(&path, 0o755);
         Self(path)
