@@ -1,0 +1,36 @@
+//! What a daemon costs that serves many checkpoints and is asked for nothing.
+
+use std::fs;
+use std::time::Duration;
+
+use super::attach::with_checkpoints;
+use super::ingest::memory_kib;
+use super::table::{Scale, Table};
+
+pub(crate) fn take(scale: &Scale, table: &mut Table) {
+    let daemon = with_checkpoints(scale.checkpoints);
+    for index in 0..scale.checkpoints {
+        daemon.attach(&format!("job-{index}"), &format!("k{index}"));
+    }
+    let detail = format!("{} checkpoints served", scale.checkpoints);
+    let before = switches(daemon.pid());
+    std::thread::sleep(Duration::from_secs(scale.idle_s));
+    let switched = switches(daemon.pid()) - before;
+    table.row("idle memory", format!("{} MiB", memory_kib(daemon.pid(), "VmRSS") / 1024), "", &detail);
+    table.row(
+        "idle wake-ups",
+        format!("{:.1} a second", f64::from(switched) / Duration::from_secs(scale.idle_s).as_secs_f64()),
+        "",
+        format!("voluntary context switches of all threads in {} s; {detail}", scale.idle_s),
+    );
+}
+
+/// Voluntary context switches of all threads so far.
+fn switches(pid: u32) -> u32 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let of = |status: String| {
+        let line = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches")).map(str::to_owned);
+        line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u32>().ok()).unwrap_or(0)
+    };
+    tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok()).map(of).sum()
+}

@@ -1,0 +1,115 @@
+//! Reading through the mount against reading the blob itself, both from page cache.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::support::corpus::{Tensors, seed};
+use super::support::daemon::{Daemon, NO_PASSTHROUGH};
+use super::support::files::regular_files;
+use super::support::ran::shell;
+use super::table::{Scale, Table, best, float, three};
+
+pub(crate) fn take(scale: &Scale, table: &mut Table) {
+    passthrough(scale, table);
+    through_the_daemon(scale, table);
+}
+
+fn passthrough(scale: &Scale, table: &mut Table) {
+    let daemon = with_checkpoint(scale, &[]);
+    let blobs = large(&daemon.state().join("blobs"));
+    warm(&large(&daemon.attach("first", "k")));
+    warm(&blobs);
+
+    let (mut direct, mut first, mut again, mut direct_mapped, mut mapped) = (vec![], vec![], vec![], vec![], vec![]);
+    for round in 0..scale.rounds {
+        let files = large(&daemon.attach(&format!("job-{round}"), "k"));
+        direct.push(read_rate(&blobs));
+        first.push(read_rate(&files));
+        again.push(read_rate(&files));
+        direct_mapped.push(map_rate(&blobs));
+        mapped.push(map_rate(&files));
+    }
+    let native = best(direct);
+    let ratio = |values: Vec<f64>, native: f64| {
+        let value = best(values);
+        (three(value / native), format!("{value:.2} of {native:.2} GB/s"))
+    };
+    let (figure, detail) = ratio(first, native);
+    table.row("second job's first read / blob", figure, ">= 0.75", detail);
+    let (figure, detail) = ratio(again, native);
+    table.row("warm read / blob", figure, ">= 0.85", detail);
+    let (figure, detail) = ratio(mapped, best(direct_mapped));
+    table.row("mmap, a byte a page / blob", figure, ">= 0.85", detail);
+}
+
+fn through_the_daemon(scale: &Scale, table: &mut Table) {
+    let daemon = with_checkpoint(scale, &[NO_PASSTHROUGH]);
+    let blobs = large(&daemon.state().join("blobs"));
+    let files = large(&daemon.attach("job", "k"));
+    let mut rates = Vec::new();
+    for _ in 0..scale.rounds {
+        // The mount's own pages go, the blob's come back: every byte is asked of the daemon.
+        shell("sync; echo 3 > /proc/sys/vm/drop_caches", &[]).ok();
+        warm(&blobs);
+        rates.push(read_rate(&files));
+    }
+    table.row(
+        "first read without passthrough",
+        three(best(rates)),
+        ">= 1.5 GB/s",
+        "passthrough = never, blob in page cache",
+    );
+}
+
+fn with_checkpoint(scale: &Scale, env: &[(&'static str, &str)]) -> Daemon {
+    let daemon = Daemon::start_with(env);
+    let source = daemon.place().dir("source");
+    Tensors::new(seed(), scale.tensors, scale.tensor_bytes).write_safetensors(&source.join("model.safetensors"));
+    daemon.capture("k", &source);
+    fs::remove_dir_all(&source).unwrap();
+    daemon
+}
+
+fn large(root: &Path) -> Vec<PathBuf> {
+    let found: Vec<_> =
+        regular_files(root).into_iter().filter(|path| path.metadata().unwrap().len() > 1 << 20).collect();
+    assert!(!found.is_empty(), "no large file below {}", root.display());
+    found
+}
+
+fn warm(files: &[PathBuf]) {
+    read_rate(files);
+}
+
+/// GB/s of reading the files from front to back.
+fn read_rate(files: &[PathBuf]) -> f64 {
+    let mut buffer = vec![0; 1 << 20];
+    let (mut bytes, began) = (0_u64, Instant::now());
+    for path in files {
+        let mut file = File::open(path).unwrap();
+        loop {
+            let read = file.read(&mut buffer).unwrap();
+            if read == 0 {
+                break;
+            }
+            bytes += read as u64;
+        }
+    }
+    float(bytes) / 1e9 / began.elapsed().as_secs_f64()
+}
+
+/// GB/s of touching a byte of every page of the files, mapped.
+fn map_rate(files: &[PathBuf]) -> f64 {
+    let (mut bytes, mut sum, began) = (0_u64, 0_u64, Instant::now());
+    for path in files {
+        let file = File::open(path).unwrap();
+        // SAFETY: neither a sealed blob nor a file of the mount is written or truncated while it is mapped.
+        let mapped = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+        sum += mapped.iter().step_by(4096).map(|byte| u64::from(*byte)).sum::<u64>();
+        bytes += mapped.len() as u64;
+    }
+    std::hint::black_box(sum);
+    float(bytes) / 1e9 / began.elapsed().as_secs_f64()
+}

@@ -1,0 +1,310 @@
+//! The main job from outside: bytes come in, jobs see exactly them, read-only, and they go when they are removed.
+
+#![cfg(test)]
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::sys::statvfs::{FsFlags, statvfs};
+use serde_json::Value;
+
+use support::corpus::{Random, Tensors, odd_tree, random_file, seed};
+use support::daemon::{CKPTD, Daemon, LOOPBACK, NO_PASSTHROUGH, clean};
+use support::files::{assert_same_file, assert_same_tree, b3sum, disk_bytes, regular_files, walk, xattr};
+use support::place::{PREFIX, Place, mounts, mounts_at};
+use support::ran::{run, run_for};
+use support::site::{Page, Site};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn an_odd_tree_comes_back_byte_for_byte_and_cannot_be_written() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    odd_tree(&source, seed());
+    daemon.capture("odd", &source);
+    let target = daemon.attach("job", "odd");
+    assert_same_tree(&source, &target);
+    assert_modes_are_plain(&source, &target);
+    assert_attributes_tell_the_digest(&source, &target);
+    assert_writes_are_refused(&target);
+    assert_the_mount_tells_what_it_is(&source, &target);
+}
+
+#[test]
+fn an_odd_tree_comes_back_through_the_daemon_alone_too() {
+    let daemon = Daemon::start_with(&[NO_PASSTHROUGH]);
+    let source = daemon.place().dir("source");
+    odd_tree(&source, seed());
+    daemon.capture("odd", &source);
+    let target = daemon.attach("job", "odd");
+    assert_same_tree(&source, &target);
+    let big = target.join("a b/ü/%41+#/w.bin");
+    assert_eq!(xattr(&big, "user.ckptd.state"), "daemon");
+}
+
+#[test]
+fn a_directory_and_a_file_are_uploaded() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    odd_tree(&source, seed());
+    daemon.ctl(&["upload", "tree", source.to_str().unwrap()]).ok();
+    let file = daemon.place().join("weights.bin");
+    random_file(&file, seed(), 5 * MIB + 1);
+    daemon.ctl(&["upload", "single", file.to_str().unwrap()]).ok();
+
+    assert_same_tree(&source, &daemon.attach("job-tree", "tree"));
+    let target = daemon.attach("job-single", "single");
+    assert_eq!(walk(&target), [target.join("weights.bin")]);
+    assert_same_file(&file, &target.join("weights.bin"));
+}
+
+#[test]
+fn the_same_tree_has_the_same_digest_however_it_came() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    Tensors::new(seed(), 3, 1 << 20).write_safetensors(&source.join("sub/model.safetensors"));
+    let captured = daemon.capture("captured", &source);
+    daemon.ctl(&["upload", "uploaded", source.to_str().unwrap()]).ok();
+    let uploaded = daemon.json(&["get", "uploaded"]);
+    assert_eq!(captured["digest"], uploaded["digest"]);
+    assert_eq!(captured["digest"].as_str().map(str::len), Some(64));
+}
+
+#[test]
+fn a_file_of_the_web_comes_whole_with_and_without_ranges_and_after_a_redirect() {
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let site = Site::open();
+    let bytes = Arc::new(Random::new(seed()).bytes(21 * 1024 * 1024 + 7));
+    let expected = blake3::hash(&bytes).to_hex().to_string();
+    let ranged = site.put("/ranged/w.bin", Page::Ranged(Arc::clone(&bytes)));
+    let pages = [
+        ("ranged", ranged.clone()),
+        ("whole", site.put("/whole/w.bin", Page::Whole(Arc::clone(&bytes)))),
+        ("unsized", site.put("/unsized/w.bin", Page::Unsized(Arc::clone(&bytes)))),
+        ("moved", site.put("/moved/w.bin", Page::Moved(ranged))),
+    ];
+    for (name, url) in pages {
+        daemon.ctl(&["create", name, "--type", "web", "--uri", &url, "--wait"]).ok();
+        let record = daemon.json(&["get", name]);
+        assert_eq!(record["logical_bytes"], bytes.len(), "{record}");
+        let target = daemon.attach(name, name);
+        assert_eq!(walk(&target), [target.join("w.bin")]);
+        assert_eq!(b3sum(&target.join("w.bin")), expected, "{name}");
+    }
+}
+
+#[test]
+fn json_has_the_keys_that_scripts_rely_on() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    fs::write(source.join("config.json"), "{}").unwrap();
+    let record = daemon.capture("k", &source);
+    let target = daemon.attach("job", "k");
+
+    let checkpoint_keys = "id name owner public state digest revision source files logical_bytes unique_bytes physical_bytes fill error created_at";
+    has_keys(&record, checkpoint_keys);
+    has_keys(&record["source"], "type uri");
+    assert_eq!((record["files"].as_u64(), record["logical_bytes"].as_u64()), (Some(1), Some(2)));
+    let created = record["created_at"].as_str().unwrap();
+    assert!(chrono::DateTime::parse_from_rfc3339(created).is_ok() && created.ends_with('Z'), "{created}");
+
+    let list = daemon.rows("list");
+    assert_eq!(list.len(), 1);
+    has_keys(&list[0], checkpoint_keys);
+
+    let jobs = daemon.rows("jobs");
+    let job = jobs.iter().find(|row| row["job"] == "job").expect("the job is listed");
+    has_keys(job, "job target checkpoints env state terms");
+    has_keys(&job["checkpoints"][0], "id name path digest");
+    assert_eq!((job["state"].as_str(), job["target"].as_str()), (Some("attached"), target.to_str()));
+    assert_eq!(job["env"]["ML_CHECKPOINT_PATH"].as_str(), target.to_str());
+
+    has_keys(
+        &daemon.json(&["usage"]),
+        "logical_bytes unique_bytes physical_bytes duplicate_bytes capacity_bytes free_bytes owners",
+    );
+    let status = daemon.json(&["status"]);
+    has_keys(&status, "pid version uptime_s features sessions attachments");
+    has_keys(&status["features"], "passthrough resend");
+    assert_eq!(status["pid"], daemon.pid());
+}
+
+#[test]
+fn watching_ends_when_the_checkpoint_is_ready() {
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let site = Site::open();
+    site.limit(16 * MIB);
+    let url = site.put("/w.bin", Page::Ranged(Arc::new(Random::new(seed()).bytes(24 << 20))));
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &url]).ok();
+    let watched = run_for(daemon.ctl_command().args(["watch", "w"]), Duration::from_secs(60)).ok();
+    assert!(!watched.stdout.is_empty() || !watched.stderr.is_empty(), "watching says something");
+    assert_eq!(daemon.json(&["get", "w"])["state"], "ready");
+    run_for(daemon.ctl_command().args(["watch", "w"]), Duration::from_secs(20)).ok();
+}
+
+#[test]
+fn removal_waits_for_the_jobs_and_gives_the_space_back() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    random_file(&source.join("w.bin"), seed(), 48 * MIB);
+    let before = disk_bytes(daemon.state());
+    daemon.capture("k", &source);
+    assert!(disk_bytes(daemon.state()) > before + 47 * MIB);
+    let target = daemon.attach("holder", "k");
+
+    daemon.ctl(&["remove", "k", "--yes"]).refused(&[4], &["holder"]);
+    assert_same_tree(&source, &target);
+    daemon.ctl(&["detach", "holder"]).ok();
+    daemon.ctl(&["remove", "k", "--yes"]).refused(&[4], &["holder"]);
+    daemon.ctl(&["release", "holder"]).ok();
+    daemon.ctl(&["remove", "k"]).refused(&[2], &["--yes"]);
+    daemon.ctl(&["remove", "k", "--yes"]).ok();
+
+    daemon.ctl(&["get", "k"]).refused(&[3], &["k"]);
+    let left = disk_bytes(daemon.state()).saturating_sub(before);
+    assert!(left < 8 * MIB, "{left} bytes are left");
+    assert!(regular_files(&daemon.state().join("blobs")).is_empty());
+}
+
+#[test]
+fn removal_keeps_what_another_checkpoint_shares() {
+    let daemon = Daemon::start();
+    let base = Tensors::new(seed(), 6, 4 << 20);
+    let (a, b) = (daemon.place().dir("a"), daemon.place().dir("b"));
+    base.write_safetensors(&a.join("model.safetensors"));
+    base.fine_tuned(2).write_safetensors(&b.join("model.safetensors"));
+    daemon.capture("a", &a);
+    daemon.capture("b", &b);
+    daemon.ctl(&["remove", "a", "--yes"]).ok();
+    assert_same_tree(&b, &daemon.attach("job", "b"));
+}
+
+/// Two quickstarts at a time could not tell whose mounts are left.
+static QUICKSTART: Mutex<()> = Mutex::new(());
+
+#[test]
+fn quickstart_on_a_directory_leaves_nothing_mounted() {
+    let place = Place::new();
+    let source = place.dir("model");
+    Tensors::new(seed(), 5, 2 << 20).write_safetensors(&source.join("model.safetensors"));
+    fs::write(source.join("config.json"), "{}").unwrap();
+    let target = place.dir("at");
+    quickstart(&place, &[source.to_str().unwrap(), "--at", target.to_str().unwrap(), "--exit"]);
+    assert!(mounts_at(&target).is_empty());
+    assert!(walk(&target).is_empty());
+}
+
+#[test]
+fn quickstart_without_a_source_makes_one_and_says_so() {
+    let place = Place::new();
+    let target = place.dir("at");
+    let said = quickstart(&place, &["--at", target.to_str().unwrap(), "--exit"]);
+    assert!(said.contains("safetensors"), "{said}");
+}
+
+fn quickstart(place: &Place, args: &[&str]) -> String {
+    let _alone = QUICKSTART.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let before = strange_mounts();
+    let ran = run(clean(CKPTD).arg("quickstart").args(args).env("TMPDIR", place.dir("tmp"))).ok();
+    assert_eq!(strange_mounts(), before, "mounts before and after\n{ran}");
+    assert!(walk(&place.join("tmp")).is_empty(), "left in the temporary directory\n{ran}");
+    ran.stdout + &ran.stderr
+}
+
+/// Mounts of ckptd that no other test of ours made.
+fn strange_mounts() -> Vec<String> {
+    let ours = |mount: &support::place::Mount| mount.source.contains("ckptd") || mount.kind.contains("ckptd");
+    let tests = |path: &Path| path.to_string_lossy().contains(PREFIX);
+    let targets = mounts().into_iter().filter(|mount| ours(mount) && !tests(&mount.target));
+    targets.map(|mount| mount.target.display().to_string()).collect()
+}
+
+#[test]
+fn every_program_explains_itself() {
+    let ctl = env!("CARGO_BIN_EXE_ckptctl");
+    for (program, verbs) in [
+        (CKPTD, vec!["serve", "quickstart", "keeper", "check-config"]),
+        (
+            ctl,
+            "create upload capture get list watch remove attach detach jobs reserve release usage status"
+                .split(' ')
+                .collect(),
+        ),
+    ] {
+        let help = run(clean(program).arg("--help")).ok();
+        for verb in verbs {
+            assert!(help.stdout.contains(verb), "`{verb}` expected\n{help}");
+            run(clean(program).args([verb, "--help"])).ok();
+        }
+        run(clean(program).arg("no-such-verb")).refused(&[2], &["no-such-verb"]);
+    }
+}
+
+fn has_keys(value: &Value, keys: &str) {
+    for key in keys.split(' ') {
+        assert!(value.get(key).is_some(), "the key `{key}` is missing: {value}");
+    }
+}
+
+fn assert_modes_are_plain(source: &Path, target: &Path) {
+    for path in walk(source) {
+        let there = target.join(path.strip_prefix(source).unwrap());
+        let (was, is) = (path.symlink_metadata().unwrap(), there.symlink_metadata().unwrap());
+        assert_eq!((is.uid(), is.gid()), (0, 0), "{}", there.display());
+        let expected = match () {
+            () if was.is_symlink() => continue,
+            () if was.is_dir() || was.mode() & 0o111 != 0 => 0o555,
+            () => 0o444,
+        };
+        assert_eq!(is.mode() & 0o7777, expected, "mode of {}", there.display());
+    }
+}
+
+fn assert_attributes_tell_the_digest(source: &Path, target: &Path) {
+    let files = regular_files(source);
+    let sample = files.iter().filter(|path| !path.starts_with(source.join("deep"))).chain(files.iter().take(20));
+    for path in sample {
+        let there = target.join(path.strip_prefix(source).unwrap());
+        assert_eq!(xattr(&there, "user.ckptd.digest"), b3sum(path), "{}", there.display());
+        assert!(!xattr(&there, "user.ckptd.checkpoint").is_empty());
+        assert!(matches!(xattr(&there, "user.ckptd.state").as_str(), "passthrough" | "daemon"));
+    }
+}
+
+fn assert_writes_are_refused(target: &Path) {
+    let attempts: [(&str, std::io::Result<()>); 6] = [
+        ("creating", fs::write(target.join("new"), b"x")),
+        ("opening", fs::OpenOptions::new().write(true).open(target.join("one")).map(drop)),
+        ("removing", fs::remove_file(target.join("one"))),
+        ("renaming", fs::rename(target.join("one"), target.join("two"))),
+        ("making a directory", fs::create_dir(target.join("directory"))),
+        ("linking", std::os::unix::fs::symlink("x", target.join("x"))),
+    ];
+    for (doing, result) in attempts {
+        let error = result.expect_err(doing);
+        assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{doing}: {error}");
+    }
+}
+
+fn assert_the_mount_tells_what_it_is(source: &Path, target: &Path) {
+    let found = mounts_at(target);
+    assert_eq!(found.len(), 1, "{found:?}");
+    let mount = &found[0];
+    assert!(mount.source == "ckptd" || mount.kind.ends_with("ckptd"), "{mount:?}");
+    let options: Vec<_> = mount.options.split(',').collect();
+    assert!(["ro", "nosuid", "nodev"].iter().all(|option| options.contains(option)), "{mount:?}");
+
+    let files = regular_files(source);
+    let logical: u64 = files.iter().map(|path| path.metadata().unwrap().len()).sum();
+    let stat = statvfs(target).unwrap();
+    assert!(stat.flags().contains(FsFlags::ST_RDONLY));
+    let told = stat.blocks() * stat.fragment_size();
+    assert!(told >= logical && told < logical + 2 * MIB, "statfs tells {told} bytes of {logical}");
+    assert!(stat.files() >= files.len() as u64, "statfs tells {} files of {}", stat.files(), files.len());
+}

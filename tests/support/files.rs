@@ -1,0 +1,88 @@
+//! Looking at files: sizes on disk, extended attributes, trees compared.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::ran::shell;
+
+/// Compares two trees byte for byte, links by their targets; the test fails with the first differences.
+pub(crate) fn assert_same_tree(expected: &Path, found: &Path) {
+    let ran = shell("diff -r --no-dereference \"$1\" \"$2\" 2>&1 | head -n 8", &[expected, found]);
+    assert!(ran.stdout.is_empty(), "{} differs from {}:\n{}", found.display(), expected.display(), ran.stdout);
+    let (expected_count, found_count) = (walk(expected).len(), walk(found).len());
+    assert_eq!(expected_count, found_count, "entries below {}", found.display());
+}
+
+/// Compares one file byte for byte.
+pub(crate) fn assert_same_file(expected: &Path, found: &Path) {
+    shell("cmp \"$1\" \"$2\"", &[expected, found]).ok();
+}
+
+/// Every path below `root`, sorted, the root left out.
+pub(crate) fn walk(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(directory) = open.pop() {
+        for entry in fs::read_dir(&directory).unwrap_or_else(|error| panic!("listing {}: {error}", directory.display()))
+        {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                open.push(entry.path());
+            }
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Regular files below `root`, sorted.
+pub(crate) fn regular_files(root: &Path) -> Vec<PathBuf> {
+    walk(root).into_iter().filter(|path| path.symlink_metadata().unwrap().is_file()).collect()
+}
+
+/// Bytes that `path` and what is below it occupy, as `du` counts them, everything written out before. What vanishes meanwhile counts nothing.
+pub(crate) fn disk_bytes(path: &Path) -> u64 {
+    shell("sync -f \"$1\"", &[path]).ok();
+    occupied(path)
+}
+
+fn occupied(path: &Path) -> u64 {
+    let Ok(meta) = path.symlink_metadata() else { return 0 };
+    let below: u64 = match fs::read_dir(path) {
+        Ok(entries) if meta.is_dir() => entries.flatten().map(|entry| occupied(&entry.path())).sum(),
+        _ => 0,
+    };
+    meta.blocks() * 512 + below
+}
+
+/// The digest of a file as `b3sum` prints it.
+pub(crate) fn b3sum(path: &Path) -> String {
+    let mut file = File::open(path).unwrap_or_else(|error| panic!("opening {}: {error}", path.display()));
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer).unwrap_or_else(|error| panic!("reading {}: {error}", path.display()));
+        if read == 0 {
+            return hasher.finalize().to_hex().to_string();
+        }
+        hasher.update(&buffer[..read]);
+    }
+}
+
+/// An extended attribute as text.
+pub(crate) fn xattr(path: &Path, name: &str) -> String {
+    let c_path = CString::new(path.as_os_str().as_bytes()).unwrap();
+    let c_name = CString::new(name).unwrap();
+    let mut value = vec![0_u8; 4096];
+    // SAFETY: both strings end in NUL and outlive the call; the buffer is as long as stated.
+    let length = unsafe { libc::getxattr(c_path.as_ptr(), c_name.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
+    let length = usize::try_from(length)
+        .unwrap_or_else(|_| panic!("{name} of {}: {}", path.display(), std::io::Error::last_os_error()));
+    value.truncate(length);
+    String::from_utf8(value).unwrap()
+}
