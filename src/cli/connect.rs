@@ -28,21 +28,21 @@ pub(super) const DEFAULT_ENDPOINT: &str = "unix:/run/ckptd/ckptd.sock";
 const PROMPT: Duration = Duration::from_secs(30);
 
 /// A connected daemon.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     channel: Channel,
     endpoint: String,
 }
 
 impl Daemon {
     /// The client of checkpoints.
-    pub(super) fn checkpoints(&self) -> CheckpointsClient<Channel> {
+    pub(crate) fn checkpoints(&self) -> CheckpointsClient<Channel> {
         CheckpointsClient::new(self.channel.clone())
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES)
     }
 
     /// The client of jobs.
-    pub(super) fn jobs(&self) -> JobsClient<Channel> {
+    pub(crate) fn jobs(&self) -> JobsClient<Channel> {
         JobsClient::new(self.channel.clone())
             .max_decoding_message_size(limits::MESSAGE_BYTES)
             .max_encoding_message_size(limits::MESSAGE_BYTES)
@@ -56,7 +56,7 @@ impl Daemon {
     }
 
     /// The answer to a call that may take its time.
-    pub(super) async fn ask<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
+    pub(crate) async fn ask<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
         call.await.map(Response::into_inner).map_err(|status| self.refusal(&status))
     }
 
@@ -82,7 +82,7 @@ impl Daemon {
 ///
 /// # Errors
 /// Invalid or unsupported for what is not `unix:PATH`; unavailable or denied where nobody answers there.
-pub(super) async fn connect(endpoint: &str) -> Result<Daemon> {
+pub(crate) async fn connect(endpoint: &str) -> Result<Daemon> {
     let endpoint = if endpoint.is_empty() { DEFAULT_ENDPOINT } else { endpoint };
     let socket = socket_of(endpoint)?;
     let fault = |error| unreachable_socket(endpoint, error);

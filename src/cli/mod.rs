@@ -19,7 +19,7 @@
 
 mod attach;
 mod capture;
-mod connect;
+pub(crate) mod connect;
 mod console;
 mod create;
 mod document;

@@ -133,7 +133,7 @@ impl Service {
                 Ok((record, flight))
             })
             .await?;
-        let freed_bytes = remove_marked(&self.floors, &record, flight).await?;
+        let freed_bytes = self.floors.remove_marked(&record, flight).await?;
         let message = format!("`{}` was removed", record.name);
         self.floors
             .note(NewEvent { kind: "CHECKPOINT_REMOVED", checkpoint: record.id.clone(), message, ..Default::default() })
@@ -162,19 +162,24 @@ impl Service {
     }
 }
 
-/// Finishes the removal of a record that is marked `removing`; also after a restart.
-pub(super) async fn remove_marked(floors: &Floors, record: &Record, flight: String) -> Result<u64> {
-    floors.ingests.cancel(&record.id).await;
-    let mut swept = floors.store.remove_checkpoint(&record.id).await?.freed_bytes;
-    if !flight.is_empty() {
-        let key = flight.clone();
-        let needed = floors.store.catalog().read(move |tx| rows::flight_is_needed(tx, &key)).await?;
-        if !needed {
-            swept += floors.store.remove_flight(&flight).await?.freed_bytes;
+impl Floors {
+    /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
+    ///
+    /// # Errors
+    /// Poisoned store; what was begun is finished at the next start.
+    pub async fn remove_marked(&self, record: &Record, flight: String) -> Result<u64> {
+        self.ingests.cancel(&record.id).await;
+        let mut swept = self.store.remove_checkpoint(&record.id).await?.freed_bytes;
+        if !flight.is_empty() {
+            let key = flight.clone();
+            let needed = self.store.catalog().read(move |tx| rows::flight_is_needed(tx, &key)).await?;
+            if !needed {
+                swept += self.store.remove_flight(&flight).await?.freed_bytes;
+            }
         }
+        self.ingests.note_change(&record.id);
+        Ok(swept)
     }
-    floors.ingests.note_change(&record.id);
-    Ok(swept)
 }
 
 fn in_use(record: &Record, holders: &[String]) -> Error {

@@ -36,6 +36,12 @@ use wire::checkpoints_server::CheckpointsServer;
 use wire::jobs_server::JobsServer;
 use wire::node_server::NodeServer;
 
+/// Flow-control window: uploads come in messages of 1 to 8 MiB, and HTTP/2's own 64 KiB halves their rate.
+const WINDOW_BYTES: u32 = 8 << 20;
+
+/// Largest HTTP/2 frame: with it and the window, uploads were measured twice as fast.
+const FRAME_BYTES: u32 = 1 << 20;
+
 /// What the services stand on; cheap to clone.
 #[derive(Clone)]
 pub struct Floors {
@@ -100,6 +106,9 @@ async fn router(floors: Floors) -> Result<Router> {
     let jobs = JobsServer::new(jobs::Service::new(floors.clone())).max_encoding_message_size(limits::MESSAGE_BYTES);
     let node = NodeServer::new(node::Service::new(floors)).max_encoding_message_size(limits::MESSAGE_BYTES);
     Ok(Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?)

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tonic::Streaming;
 
-use super::checkpoints::{insert, new_record, remove_marked};
+use super::checkpoints::{insert, new_record};
 use super::wire::upload_checkpoint_request::Message;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, State};
@@ -36,7 +36,7 @@ pub(super) async fn receive(
         Err(error) => {
             let id = record.id.clone();
             floors.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Removing, None)).await?;
-            remove_marked(floors, &record, record.id.clone()).await?;
+            floors.remove_marked(&record, record.id.clone()).await?;
             Err(error)
         }
     }

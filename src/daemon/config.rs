@@ -1,0 +1,314 @@
+//! Configuration: defaults, then the file, then `CKPTD_*` variables, then flags; each key checked where it is read.
+//!
+//! The keys are one table ([`KEYS`]): name, what it means, default, how it is read. Everything else follows from the table: unknown keys are
+//! errors, `check-config` reports every problem at once with its line, and the packaged file is tested against it. A value in the
+//! environment is written as in TOML: `CKPTD_SOURCES__ALLOW_NETWORKS='["10.0.0.0/8"]'`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::{Table, Value};
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::source::Cidr;
+
+/// Where the packaged service keeps its configuration.
+pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";
+
+/// Prefix of variables that are keys.
+const PREFIX: &str = "CKPTD_";
+
+/// Variables with our prefix that are no keys: they belong to `ckptctl`.
+const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT"];
+
+/// Everything that can be set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// State directory.
+    pub state_dir: PathBuf,
+    /// Runtime directory.
+    pub runtime_dir: PathBuf,
+    /// Physical bytes the store may occupy; 0: the whole filesystem.
+    pub capacity_bytes: u64,
+    /// Logical bytes one checkpoint may have.
+    pub checkpoint_bytes: u64,
+    /// Whether the kernel reads whole blobs itself where it can.
+    pub passthrough: bool,
+    /// Networks that sources may reach besides public addresses.
+    pub allow_networks: Vec<Cidr>,
+    /// Attempts without progress before a fetch is given up.
+    pub attempts: u32,
+    /// Longest silence of a source in the middle of a body.
+    pub inactivity_timeout: Duration,
+    /// Bytes that fetchers may hold in memory.
+    pub memory_budget_bytes: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_dir: PathBuf::from("/var/lib/ckptd"),
+            runtime_dir: PathBuf::from("/run/ckptd"),
+            capacity_bytes: 0,
+            checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
+            passthrough: true,
+            allow_networks: Vec::new(),
+            attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
+            inactivity_timeout: Duration::from_secs(30),
+            memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
+        }
+    }
+}
+
+type Read = fn(&mut Config, &Value) -> std::result::Result<(), String>;
+
+/// A key: its name, and how its value is read.
+struct Key {
+    name: &'static str,
+    read: Read,
+}
+
+/// Every key there is.
+const KEYS: &[Key] = &[
+    Key { name: "store.state_dir", read: |config, value| set(&mut config.state_dir, absolute_path(value)) },
+    Key { name: "store.runtime_dir", read: |config, value| set(&mut config.runtime_dir, absolute_path(value)) },
+    Key { name: "store.capacity", read: |config, value| set(&mut config.capacity_bytes, bytes(value)) },
+    Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
+    Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
+    Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
+    Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
+    Key { name: "sources.inactivity_timeout_s", read: |config, value| set(&mut config.inactivity_timeout, seconds(value)) },
+    Key { name: "memory.budget", read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)) },
+];
+
+/// A problem of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// File and line, or the variable.
+    pub place: String,
+    /// What is wrong and what is expected.
+    pub what: String,
+}
+
+/// Reads the file (`None`: the default one, if it is there) and the environment.
+///
+/// # Errors
+/// `BAD_CONFIG` with every problem.
+pub fn load(file: Option<&Path>, environment: impl Iterator<Item = (String, String)>) -> Result<Config> {
+    let (config, problems) = examine(file, environment)?;
+    if problems.is_empty() {
+        return Ok(config);
+    }
+    let all: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.place, problem.what)).collect();
+    Err(Error::invalid("BAD_CONFIG", format!("the configuration is wrong: {}", all.join("; ")))
+        .remedy("mend it; `ckptd check-config` lists every problem"))
+}
+
+/// Reads everything and collects the problems instead of stopping at the first.
+///
+/// # Errors
+/// A file that was named and cannot be read.
+pub fn examine(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<(Config, Vec<Problem>)> {
+    let mut config = Config::default();
+    let mut problems = Vec::new();
+    let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+    match std::fs::read_to_string(path) {
+        Ok(text) => read_file(&text, path, &mut config, &mut problems),
+        Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(Error::io("reading the configuration", path, error).remedy("give another --config"));
+        }
+    }
+    for (variable, text) in environment {
+        let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !NOT_KEYS.contains(&variable.as_str())) else { continue };
+        let name = name.to_ascii_lowercase().replace("__", ".");
+        let value = text.parse::<Value>().unwrap_or(Value::String(text));
+        if let Err(what) = apply(&mut config, &name, &value) {
+            problems.push(Problem { place: variable, what });
+        }
+    }
+    Ok((config, problems))
+}
+
+fn read_file(text: &str, path: &Path, config: &mut Config, problems: &mut Vec<Problem>) {
+    let table: Table = match toml::from_str(text) {
+        Ok(table) => table,
+        Err(error) => {
+            let line = error.span().map_or(1, |span| line_at(text, span.start));
+            problems.push(Problem { place: format!("{}:{line}", path.display()), what: error.message().to_owned() });
+            return;
+        }
+    };
+    let mut leaves = Vec::new();
+    flatten("", &table, &mut leaves);
+    for (name, value) in leaves {
+        if let Err(what) = apply(config, &name, value) {
+            let place = format!("{}:{}", path.display(), line_of(text, &name));
+            problems.push(Problem { place, what });
+        }
+    }
+}
+
+fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Value)>) {
+    for (key, value) in table {
+        let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match value {
+            Value::Table(inner) => flatten(&name, inner, leaves),
+            _ => leaves.push((name, value)),
+        }
+    }
+}
+
+fn apply(config: &mut Config, name: &str, value: &Value) -> std::result::Result<(), String> {
+    match KEYS.iter().find(|key| key.name == name) {
+        Some(key) => (key.read)(config, value).map_err(|what| format!("`{name}` {what}")),
+        None => {
+            let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
+            Err(format!("there is no key `{name}`; the keys are {}", known.join(", ")))
+        }
+    }
+}
+
+fn line_at(text: &str, byte: usize) -> usize {
+    text.bytes().take(byte).filter(|byte| *byte == b'\n').count() + 1
+}
+
+/// The line that sets a key: the last component, below its table's heading.
+fn line_of(text: &str, name: &str) -> usize {
+    let (table, key) = name.rsplit_once('.').unwrap_or(("", name));
+    let mut present = String::new();
+    for (number, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if let Some(heading) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
+            present = heading.trim().to_owned();
+        }
+        let sets = line.split('=').next().map(str::trim);
+        if (present == table && sets == Some(key)) || sets == Some(name) {
+            return number + 1;
+        }
+    }
+    1
+}
+
+fn set<T>(slot: &mut T, value: std::result::Result<T, String>) -> std::result::Result<(), String> {
+    *slot = value?;
+    Ok(())
+}
+
+fn absolute_path(value: &Value) -> std::result::Result<PathBuf, String> {
+    match value.as_str() {
+        Some(text) if text.starts_with('/') => Ok(PathBuf::from(text)),
+        _ => Err("must be an absolute path".to_owned()),
+    }
+}
+
+fn bytes(value: &Value) -> std::result::Result<u64, String> {
+    value
+        .as_integer()
+        .and_then(|number| u64::try_from(number).ok())
+        .ok_or_else(|| "must be a number of bytes, 0 or more".to_owned())
+}
+
+fn at_least(value: &Value, least: u64) -> std::result::Result<u64, String> {
+    bytes(value).ok().filter(|number| *number >= least).ok_or_else(|| format!("must be a number of bytes, at least {least}"))
+}
+
+fn auto_or_never(value: &Value) -> std::result::Result<bool, String> {
+    match value.as_str() {
+        Some("auto") => Ok(true),
+        Some("never") => Ok(false),
+        _ => Err("must be \"auto\" or \"never\"".to_owned()),
+    }
+}
+
+fn networks(value: &Value) -> std::result::Result<Vec<Cidr>, String> {
+    let expected = "must be a list of networks such as [\"10.0.0.0/8\", \"fd00::/8\"]";
+    let list = value.as_array().ok_or_else(|| expected.to_owned())?;
+    list.iter()
+        .map(|network| {
+            let text = network.as_str().ok_or_else(|| expected.to_owned())?;
+            text.parse::<Cidr>().map_err(|error| format!("{expected}: {}", error.report()))
+        })
+        .collect()
+}
+
+fn attempts(value: &Value) -> std::result::Result<u32, String> {
+    value
+        .as_integer()
+        .and_then(|number| u32::try_from(number).ok())
+        .filter(|number| (1..=100).contains(number))
+        .ok_or_else(|| "must be a number from 1 to 100".to_owned())
+}
+
+fn seconds(value: &Value) -> std::result::Result<Duration, String> {
+    value
+        .as_integer()
+        .and_then(|number| u64::try_from(number).ok())
+        .filter(|number| (1..=3600).contains(number))
+        .map(Duration::from_secs)
+        .ok_or_else(|| "must be a number of seconds from 1 to 3600".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems_of(text: &str, environment: &[(&str, &str)]) -> (Config, Vec<Problem>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let (config, mut problems) = examine(Some(&path), environment).unwrap();
+        for problem in &mut problems {
+            problem.place = problem.place.replace(&format!("{}", path.display()), "file");
+        }
+        (config, problems)
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once_with_its_line() {
+        let text = "[store]\ncapacity = -5\ncolour = 'red'\n\n[serve]\npassthrough = true\n";
+        let (_, problems) = problems_of(text, &[("CKPTD_MEMORY__BUDGET", "1"), ("CKPTD_NOPE", "1"), ("OTHER", "x")]);
+        let places: Vec<_> = problems.iter().map(|problem| problem.place.as_str()).collect();
+        assert_eq!(places, ["file:2", "file:3", "file:6", "CKPTD_MEMORY__BUDGET", "CKPTD_NOPE"]);
+        assert!(problems[1].what.contains("there is no key `store.colour`"));
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file_and_is_written_as_toml() {
+        let environment = [
+            ("CKPTD_SERVE__PASSTHROUGH", "\"never\""),
+            ("CKPTD_SOURCES__ALLOW_NETWORKS", "[\"127.0.0.0/8\"]"),
+            ("CKPTD_ENDPOINT", "unix:/x"),
+        ];
+        let (config, problems) = problems_of("[serve]\npassthrough = 'auto'\n[store]\ncapacity = 7\n", &environment);
+        assert_eq!(problems, []);
+        assert_eq!((config.passthrough, config.capacity_bytes, config.allow_networks.len()), (false, 7, 1));
+    }
+
+    #[test]
+    fn the_packaged_file_equals_the_defaults() {
+        let packaged = include_str!("../../systemd/config.toml");
+        let uncommented: String = packaged
+            .lines()
+            .map(|line| line.strip_prefix("#").filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+            .fold(String::new(), |text, line| text + line + "\n");
+        let (config, problems) = problems_of(&uncommented, &[]);
+        assert_eq!(problems, []);
+        assert_eq!(config, Config::default());
+        for key in KEYS {
+            let (_, last) = key.name.rsplit_once('.').unwrap();
+            assert!(packaged.contains(&format!("\n#{last} = ")), "{} is missing", key.name);
+        }
+    }
+
+    #[test]
+    fn damaged_toml_names_its_line() {
+        let (_, problems) = problems_of("[store]\ncapacity = = 3\n", &[]);
+        assert_eq!(problems[0].place, "file:2");
+    }
+}

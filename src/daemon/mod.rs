@@ -1,0 +1,144 @@
+//! The process: configuration in, everything composed, one drain.
+//!
+//! [`Instance::start`] builds the floors from the bottom up: state directory (its lock makes this the only daemon on it), socket,
+//! kernel features and stale mounts, ingests, then recovery: removals finished, interrupted ingests begun again, views of known jobs
+//! made again. Only then is the socket answered, so whoever is answered sees the state whole.
+//!
+//! On the way out nothing is unmounted: jobs go on with what the kernel has. A private instance ([`quickstart`]) takes everything
+//! down instead.
+
+pub mod config;
+pub mod logging;
+pub mod quickstart;
+mod recover;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::net::UnixListener;
+
+use crate::control::{self, Facts, Floors};
+use crate::error::{Error, Result};
+use crate::ingest::{Connector, Ingests, Settings};
+use crate::serve::attachments::Attachments;
+use crate::source::{self, Credentials, EgressPolicy, HttpSettings, SourceContext, SourceSpec};
+use crate::store::Store;
+use config::Config;
+
+/// A composed daemon that has not answered anybody yet.
+pub struct Instance {
+    floors: Floors,
+    listener: UnixListener,
+    socket: PathBuf,
+}
+
+impl Instance {
+    /// Composes and recovers.
+    ///
+    /// # Errors
+    /// `NOT_ROOT`, `NO_FUSE`, `STATE_DIR_*`, `SOCKET_*`, or what failed on the way; nothing runs then.
+    pub async fn start(config: &Config) -> Result<Self> {
+        let started = Instant::now();
+        require_root()?;
+        raise_descriptor_limit();
+        let (state_dir, runtime_dir, passthrough) =
+            (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
+        let store = blocking(move || Store::open(&state_dir)).await?;
+        std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
+        let socket = runtime_dir.join("ckptd.sock");
+        let listener = control::bind(&socket).await?;
+        let floors = compose(config, store, passthrough, started).await.inspect_err(|_| {
+            let _ = std::fs::remove_file(&socket);
+        })?;
+        recover::recover(&floors).await?;
+        Ok(Self { floors, listener, socket })
+    }
+
+    /// Where it will listen.
+    pub fn socket(&self) -> &PathBuf {
+        &self.socket
+    }
+
+    /// The floors, for whoever drives the instance from within.
+    pub fn floors(&self) -> &Floors {
+        &self.floors
+    }
+
+    /// Answers until `stop` resolves, then lets running calls end.
+    ///
+    /// # Errors
+    /// The listener failed.
+    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
+        let attachments = self.floors.attachments.clone();
+        let outcome = control::serve(self.floors, self.listener, stop).await;
+        let _ = std::fs::remove_file(&self.socket);
+        attachments.leave().await;
+        outcome
+    }
+}
+
+async fn compose(config: &Config, store: Store, passthrough: bool, started: Instant) -> Result<Floors> {
+    let runtime_dir = config.runtime_dir.clone();
+    let (on, below) = (store.clone(), runtime_dir.clone());
+    let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
+    let ingests = Ingests::new(
+        store.clone(),
+        connector(config)?,
+        Settings {
+            memory_budget_bytes: config.memory_budget_bytes,
+            checkpoint_bytes: config.checkpoint_bytes,
+            attempts: config.attempts,
+            capacity_bytes: config.capacity_bytes,
+        },
+    );
+    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes });
+    Ok(Floors { store, ingests, attachments, facts })
+}
+
+/// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
+fn connector(config: &Config) -> Result<Connector> {
+    let policy = EgressPolicy::new(config.allow_networks.clone());
+    let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
+    let context = SourceContext::new(&settings, policy)?.with_host_directories();
+    Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
+}
+
+fn require_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    Err(Error::denied("NOT_ROOT", "ckptd mounts file systems for other processes, which needs root").remedy("run it as root"))
+}
+
+/// Every open blob is a descriptor, here and in the kernel: take what the hard limit gives. Less is a warning, not a failure.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+    });
+    if let Err(errno) = raised {
+        tracing::warn!(%errno, "the limit of open files stays as it is");
+    }
+}
+
+/// Resolves on SIGTERM or SIGINT.
+///
+/// # Errors
+/// Handlers cannot be installed.
+pub fn stop_signal() -> Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let install = |kind| signal(kind).map_err(|error| Error::internal("installing a signal handler").because(error));
+    let mut terminate = install(SignalKind::terminate())?;
+    let mut interrupt = install(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+}

@@ -1,0 +1,47 @@
+//! What a restart finds and does: every state that a dead daemon can have left has one way on.
+//!
+//! | record | then |
+//! |---|---|
+//! | `removing` | the removal is finished |
+//! | `new`, `filling` | the ingest begins again and resumes; an upload is removed, since only its sender has the bytes |
+//! | `ready`, `failed`, `evicted` | nothing |
+//!
+//! Publishes and removals of single blobs were mended when the store was opened; views are made again by `serve::attachments`.
+
+use crate::catalog::checkpoints::{self, Record, State};
+use crate::control::Floors;
+use crate::error::Result;
+use crate::source::{Credentials, SourceKind};
+
+pub(super) async fn recover(floors: &Floors) -> Result<()> {
+    let records = floors.store.catalog().read(|tx| checkpoints::list(tx, "", false)).await?;
+    for record in records {
+        match record.state {
+            State::Removing => finish_removal(floors, &record).await?,
+            State::New | State::Filling if record.origin.kind == SourceKind::Upload.as_str() => {
+                finish_removal(floors, &record).await?;
+            }
+            State::New | State::Filling => floors.ingests.start(&record, Credentials::default()),
+            State::Ready | State::Failed | State::Evicted => {}
+        }
+    }
+    let (made, lost) = floors.attachments.recover().await?;
+    if made + lost > 0 {
+        tracing::info!(made, lost, "views of known jobs were made again");
+    }
+    let store = floors.store.clone();
+    tokio::spawn(async move {
+        match store.sweep_unnamed().await {
+            Ok(swept) if swept.blobs > 0 => tracing::info!(blobs = swept.blobs, bytes = swept.freed_bytes, "swept"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(error = %error.report(), "sweeping failed"),
+        }
+    });
+    Ok(())
+}
+
+async fn finish_removal(floors: &Floors, record: &Record) -> Result<()> {
+    let id = record.id.clone();
+    let flight = floors.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
+    floors.remove_marked(record, flight).await.map(|_| ())
+}
