@@ -7,6 +7,7 @@ pub mod units;
 
 pub mod manifest;
 
-pub mod cli;
 pub mod control;
 pub mod source;
+
+pub mod cli;
