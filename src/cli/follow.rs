@@ -7,6 +7,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use super::connect::Daemon;
+use super::console::talk;
 use super::exit::{Ended, Ending};
 use super::progress::Progress;
 use super::text;
@@ -55,19 +56,23 @@ pub(super) async fn until_settled(
 ) -> Ended<wire::Checkpoint> {
     // From the first record on by id: names can come to mean another.
     let mut known: Option<String> = None;
-    let mut heard = Instant::now();
+    let (mut heard, mut told) = (Instant::now(), false);
     loop {
         let asked = known.clone().unwrap_or_else(|| checkpoint.to_owned());
         let watched = watch_once(daemon, &asked, |record| {
             known = Some(record.id.clone());
-            heard = Instant::now();
+            (heard, told) = (Instant::now(), false);
             seen(record)
         });
         match watched.await {
             Ok(Some(record)) => return Ok(record),
             Ok(None) if known.is_some() => {}
             Ok(None) => return Err(Error::unavailable("WATCH_ENDED", silent_end(checkpoint)).into()),
-            Err(Ending::Failed(error)) if known.is_some() && may_return(&error) && heard.elapsed() < RETURN_WITHIN => {}
+            Err(Ending::Failed(error)) if known.is_some() && may_return(&error) && heard.elapsed() < RETURN_WITHIN => {
+                if !std::mem::replace(&mut told, true) {
+                    talk(&format!("{}; waiting for it to come back", error.chain()));
+                }
+            }
             Err(ending) => return Err(ending),
         }
         tokio::time::sleep(ASK_AGAIN_AFTER).await;

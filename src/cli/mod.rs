@@ -51,6 +51,9 @@ use crate::error::Error;
 use console::Console;
 use exit::Ended;
 
+/// Heading of the options that every verb has.
+const EVERYWHERE: &str = "Options of every verb";
+
 /// Commands ckptd, the checkpoint service of this host
 ///
 /// CHECKPOINT is an id, or a name if only one visible checkpoint bears it. Answers go to stdout, talk to stderr.
@@ -61,10 +64,10 @@ use exit::Ended;
 #[command(name = "ckptctl", version)]
 struct Ckptctl {
     /// Where ckptd listens: unix:PATH
-    #[arg(long, global = true, env = "CKPTD_ENDPOINT", default_value = connect::DEFAULT_ENDPOINT)]
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_ENDPOINT", default_value = connect::DEFAULT_ENDPOINT)]
     endpoint: String,
     /// Print one JSON document on stdout (`watch` and `events --follow`: one object a line)
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = EVERYWHERE)]
     json: bool,
     #[command(subcommand)]
     verb: Verb,

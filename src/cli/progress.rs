@@ -18,8 +18,8 @@ use crate::units::show_bytes;
 /// Least time between two plain lines that say the same with other figures.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// Redraws of the bar a second.
-const REDRAWS_PER_S: u8 = 10;
+/// Least time between two drawings of the bar.
+const DRAW_EVERY: Duration = Duration::from_millis(100);
 
 /// Span over which the rate of a transfer is taken: long enough to be steady, short enough to show a stall.
 const RATE_SPAN: Duration = Duration::from_secs(5);
@@ -65,8 +65,8 @@ impl Progress {
     /// A bar if stderr is a terminal, else lines on stderr.
     pub fn on_stderr() -> Self {
         if io::stderr().is_terminal() {
-            let target = ProgressDrawTarget::stderr_with_hz(REDRAWS_PER_S);
-            Self::new(Sink::Bar(ProgressBar::with_draw_target(None, target)))
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            Self::new(Sink::Bar(bar), DRAW_EVERY)
         } else {
             Self::to_lines(io::stderr())
         }
@@ -74,11 +74,11 @@ impl Progress {
 
     /// Plain lines to `out`.
     pub fn to_lines(out: impl Write + Send + 'static) -> Self {
-        Self::new(Sink::Lines(Box::new(out)))
+        Self::new(Sink::Lines(Box::new(out)), LINE_EVERY)
     }
 
-    fn new(sink: Sink) -> Self {
-        Self { sink, pace: Pace::default(), meter: Meter::default() }
+    fn new(sink: Sink, every: Duration) -> Self {
+        Self { sink, pace: Pace { every, last: None }, meter: Meter::default() }
     }
 
     /// Shows where the filling of a checkpoint is. A checkpoint that has settled is not shown: its line is the caller's answer.
@@ -126,12 +126,13 @@ impl Progress {
     }
 
     fn show(&mut self, step: Step<'_>) {
+        if !self.pace.is_due(Instant::now(), step.doing) {
+            return;
+        }
         match &mut self.sink {
             Sink::Bar(bar) => draw(bar, step),
             Sink::Lines(out) => {
-                if self.pace.is_due(Instant::now(), step.doing) {
-                    write_line(out, &format!("{}: {}", names::show_bytes(step.what.as_bytes()), step.sentence()));
-                }
+                write_line(out, &format!("{}: {}", names::show_bytes(step.what.as_bytes()), step.sentence()));
             }
         }
     }
@@ -169,23 +170,24 @@ impl Step<'_> {
     }
 }
 
+/// Sets everything, then draws it: what indicatif draws in between is the same line half told, and is overdrawn at once.
 fn draw(bar: &ProgressBar, step: Step<'_>) {
-    let known = step.bytes_total > 0;
-    if known != bar.length().is_some() || bar.prefix().is_empty() || bar.is_finished() {
-        bar.reset();
-        // Both templates are constants; one that indicatif refuses leaves its own style.
-        let template = if known { "{prefix} [{wide_bar}] {msg}" } else { "{spinner} {prefix} {msg}" };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
+    // Both templates are constants; one that indicatif refuses leaves its own style.
+    let template = if step.bytes_total > 0 { "{prefix} [{wide_bar}] {msg}" } else { "{spinner} {prefix} {msg}" };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
     }
-    bar.set_prefix(format!("{}: {}", shortened(step.what), step.doing));
-    bar.set_message(step.figures());
-    match known {
-        true => bar.set_length(step.bytes_total),
-        false => bar.unset_length(),
+    if bar.is_finished() {
+        bar.reset();
+    }
+    match step.bytes_total {
+        0 => bar.unset_length(),
+        total => bar.set_length(total),
     }
     bar.set_position(step.bytes_done);
+    bar.set_prefix(format!("{}: {}", shortened(step.what), step.doing));
+    bar.set_message(step.figures());
+    bar.force_draw();
 }
 
 fn shortened(name: &str) -> String {
@@ -200,16 +202,16 @@ fn write_line(out: &mut dyn Write, line: &str) {
     drop(writeln!(out, "{line}"));
 }
 
-/// When the next plain line is due.
-#[derive(Default)]
+/// When the next line or drawing is due.
 struct Pace {
+    every: Duration,
     last: Option<(Instant, String)>,
 }
 
 impl Pace {
     fn is_due(&mut self, now: Instant, doing: &str) -> bool {
         let due = match &self.last {
-            Some((at, said)) => said != doing || now.duration_since(*at) >= LINE_EVERY,
+            Some((at, said)) => said != doing || now.duration_since(*at) >= self.every,
             None => true,
         };
         if due {
@@ -293,7 +295,7 @@ mod tests {
 
     #[test]
     fn the_same_is_said_again_after_five_seconds() {
-        let (mut pace, start) = (Pace::default(), Instant::now());
+        let (mut pace, start) = (Pace { every: LINE_EVERY, last: None }, Instant::now());
         assert!(pace.is_due(start, "a"));
         assert!(!pace.is_due(start + Duration::from_millis(4999), "a"));
         assert!(pace.is_due(start + Duration::from_secs(5), "a"));

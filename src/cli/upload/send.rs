@@ -86,9 +86,11 @@ impl Sender {
             self.message(Message::Data(data.into()))?;
             self.bytes_sent.fetch_add(length, Ordering::Relaxed);
         }
-        let now = content.into_inner().metadata().map_err(fault)?;
+        let mut file = content.into_inner();
+        let more = file.read(&mut [0]).map_err(fault)?;
+        let now = file.metadata().map_err(fault)?;
         let state = |seen: &Metadata| (seen.len(), seen.mtime(), seen.mtime_nsec());
-        if state(&now) == state(seen) { Ok(()) } else { Err(changed(place)) }
+        if more == 0 && state(&now) == state(seen) { Ok(()) } else { Err(changed(place)) }
     }
 
     fn message(&self, message: Message) -> Result<()> {
