@@ -7,5 +7,7 @@ pub mod units;
 
 pub mod manifest;
 
+pub mod serve;
+
 pub mod control;
 pub mod source;

@@ -1,0 +1,249 @@
+//! Putting views of sessions where a job sees them, and taking them away.
+//!
+//! One checkpoint is bound at the target itself. Several get a small read-only tmpfs at the target with a directory each. Either
+//! way it is all or nothing, read-only, `nosuid` and `nodev`, and stands when [`attach`] returns. It takes a dozen system calls
+//! however many mounts there are.
+//!
+//! [`Mounted`] is what a later [`detach`] needs, by this process or a successor. A view is found again by its mount number
+//! and device in its namespace, wherever it has been moved to, and is unmounted only if the mount that is reached there is that
+//! very one: something that others have mounted, over it or instead of it, is never touched. A namespace that no process
+//! is in any more has taken its mounts with it.
+//!
+//! All functions block on mount operations, and enter other namespaces on threads of their own.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{Mode, mkdirat};
+use serde::{Deserialize, Serialize};
+
+use super::mount_calls::{self, Device, READ_ONLY};
+use super::namespace::{self, Entrance};
+use super::target::{self, Whose};
+use crate::error::{Error, Result};
+use crate::names::EntryName;
+
+/// Where a job wants its checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// An absolute path: an existing, empty directory.
+    pub target: PathBuf,
+    /// The process whose path it is, as the host numbers it; `None` is the host.
+    pub pid: Option<u32>,
+}
+
+/// One of several checkpoints.
+#[derive(Debug)]
+pub struct NamedView {
+    /// Its directory below the target.
+    pub name: EntryName,
+    /// From [`Session::tree`](super::Session::tree).
+    pub tree: OwnedFd,
+}
+
+/// What is to be seen at the target.
+#[derive(Debug)]
+pub enum Views {
+    /// The content of one checkpoint at the target itself; from [`Session::tree`](super::Session::tree).
+    One(OwnedFd),
+    /// A directory each.
+    Several(Vec<NamedView>),
+}
+
+/// A view that stands, or stood: for the catalog.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mounted {
+    /// Where it was put.
+    pub target: PathBuf,
+    /// The process whose path that is; `None` is the host.
+    pub pid: Option<u32>,
+    /// Number of the mount namespace it is in.
+    pub namespace: u64,
+    /// Number of the mount; the kernel uses it again after an unmount.
+    pub mount_id: u64,
+    /// Number of the mount that is never used again, where the kernel has it.
+    pub unique_id: Option<u64>,
+    /// The file system on it.
+    pub device: Device,
+}
+
+/// What [`detach`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detached {
+    /// It stood and was taken away.
+    Removed,
+    /// It was gone already.
+    AlreadyGone,
+}
+
+/// Makes `views` seen at `place`; `reserved` is the sessions directory, into which nothing may be put.
+///
+/// # Errors
+/// `TARGET_*` (see [`target`]), `NO_SUCH_PROCESS`, `DUPLICATE_VIEW`, or what the kernel says. Nothing is mounted then.
+pub fn attach(place: &Place, views: Views, reserved: &Path) -> Result<Mounted> {
+    let whose = if place.pid.is_some() { Whose::Process } else { Whose::Host };
+    target::check_path(&place.target, whose, reserved)?;
+    let process = place.pid.map(namespace::of_process).transpose()?;
+    let namespace = process.as_ref().map_or_else(namespace::own_inode, |process| Ok(process.inode))?;
+    let built = Built::new(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
+    let entrance = process.as_ref().map_or(Entrance::Here, Entrance::AsProcess);
+    namespace::act(&entrance, || {
+        let target = target::open(&place.target, whose)?;
+        built.put(&target).map_err(|error| Error::io("mounting at", &place.target, error))
+    })?;
+    let found = mount_calls::standing(&built.root).map_err(|error| Error::io("looking at", &place.target, error))?;
+    Ok(Mounted {
+        target: place.target.clone(),
+        pid: place.pid,
+        namespace,
+        mount_id: found.mount_id,
+        unique_id: found.unique_id,
+        device: found.device,
+    })
+}
+
+/// Takes away exactly what [`attach`] has put, at once for new lookups; open files keep working. Something already gone is fine.
+///
+/// # Errors
+/// `TARGET_COVERED` where others have mounted something over it; or what the kernel says.
+pub fn detach(mounted: &Mounted) -> Result<Detached> {
+    at_mount(mounted, |found| {
+        let Some(path) = found else { return Ok(Detached::AlreadyGone) };
+        let Some(root) = open_if_ours(&path, mounted)? else {
+            let message = format!("something else is mounted over the view at {}", path.display());
+            return Err(Error::wrong_state("TARGET_COVERED", message)
+                .fact("target", path.display())
+                .remedy("unmount what covers it, then detach again"));
+        };
+        // By descriptor: the path may lead elsewhere by now.
+        nix::unistd::fchdir(&root)
+            .map_err(io::Error::from)
+            .and_then(|()| mount_calls::unmount_here())
+            .map_err(|error| Error::io("unmounting the view at", &path, error))?;
+        Ok(Detached::Removed)
+    })
+}
+
+/// Whether the view still stands, uncovered.
+///
+/// # Errors
+/// What the kernel says.
+pub fn standing(mounted: &Mounted) -> Result<bool> {
+    at_mount(mounted, |found| match found {
+        Some(path) => open_if_ours(&path, mounted).map(|ours| ours.is_some()),
+        None => Ok(false),
+    })
+}
+
+/// Runs `work` in the view's namespace, with the path that the view has there now.
+fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(Option<PathBuf>) -> Result<T> + Send) -> Result<T> {
+    let process = if mounted.namespace == namespace::own_inode()? {
+        None
+    } else {
+        match namespace::find(mounted.namespace, mounted.pid) {
+            None => return work(None),
+            found => found,
+        }
+    };
+    let proc = namespace::open_proc()?;
+    let entrance = process.as_ref().map_or(Entrance::Here, Entrance::AtRoot);
+    namespace::act(&entrance, || {
+        let lines = namespace::mounts(&proc)?;
+        let line = lines.into_iter().find(|line| line.mount_id == mounted.mount_id && line.device == mounted.device);
+        work(line.map(|line| line.target))
+    })
+}
+
+/// The root of the mount at `path` if that is the recorded one.
+fn open_if_ours(path: &Path, mounted: &Mounted) -> Result<Option<OwnedFd>> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let root = match open(path, flags, Mode::empty()) {
+        Ok(root) => root,
+        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+        Err(errno) => return Err(Error::io("opening the view at", path, errno.into())),
+    };
+    let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", path, error))?;
+    let same_number = match (found.unique_id, mounted.unique_id) {
+        (Some(found), Some(recorded)) => found == recorded,
+        _ => found.mount_id == mounted.mount_id,
+    };
+    Ok((same_number && found.device == mounted.device && found.is_mount_root).then_some(root))
+}
+
+/// A detached view, ready to be put somewhere.
+struct Built {
+    root: OwnedFd,
+    /// What could not be put into `root` while it is detached (before Linux 6.15).
+    left: Vec<(CString, OwnedFd)>,
+}
+
+impl Built {
+    fn new(views: Views) -> Result<Self> {
+        let mounting = |error| Error::unavailable("MOUNT_FAILED", "preparing a view").because(error);
+        match views {
+            Views::One(tree) => {
+                mount_calls::make_private(&tree, READ_ONLY).map_err(mounting)?;
+                Ok(Self { root: tree, left: Vec::new() })
+            }
+            Views::Several(views) => {
+                let root = directory_mount(views.len()).map_err(mounting)?;
+                let mut named = Vec::with_capacity(views.len());
+                for view in views {
+                    mount_calls::make_private(&view.tree, READ_ONLY).map_err(mounting)?;
+                    named.push((make_directory(&root, &view.name)?, view.tree));
+                }
+                let left = match fill(&root, &named) {
+                    Ok(()) => Vec::new(),
+                    // Refused at the first, so none is in.
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => named,
+                    Err(error) => return Err(mounting(error)),
+                };
+                mount_calls::make_private(&root, READ_ONLY).map_err(mounting)?;
+                Ok(Self { root, left })
+            }
+        }
+    }
+
+    fn put(&self, target: &OwnedFd) -> io::Result<()> {
+        mount_calls::move_onto(&self.root, target)?;
+        fill(&self.root, &self.left).inspect_err(|_| {
+            let undone =
+                nix::unistd::fchdir(&self.root).map_err(io::Error::from).and_then(|()| mount_calls::unmount_here());
+            if let Err(error) = undone {
+                tracing::error!(%error, "half a view could not be taken away again");
+            }
+        })
+    }
+}
+
+/// A detached tmpfs with room for directories and nothing else.
+fn directory_mount(directories: usize) -> io::Result<OwnedFd> {
+    let filesystem = mount_calls::open_filesystem(c"tmpfs")?;
+    mount_calls::set_option(&filesystem, c"source", "ckptd")?;
+    mount_calls::set_option(&filesystem, c"mode", "0555")?;
+    mount_calls::set_option(&filesystem, c"size", "4096")?;
+    mount_calls::set_option(&filesystem, c"nr_inodes", &directories.saturating_add(2).to_string())?;
+    mount_calls::create_filesystem(&filesystem)?;
+    mount_calls::mount_filesystem(&filesystem, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)
+}
+
+fn make_directory(root: &OwnedFd, name: &EntryName) -> Result<CString> {
+    let shown = crate::names::show_bytes(name.as_bytes());
+    let c_name = CString::new(name.as_bytes()).map_err(|_| Error::internal("a name has a NUL byte"))?;
+    match mkdirat(root.as_fd(), c_name.as_c_str(), Mode::from_bits_truncate(0o555)) {
+        Ok(()) => Ok(c_name),
+        Err(Errno::EEXIST) => {
+            Err(Error::invalid("DUPLICATE_VIEW", format!("two checkpoints of the attachment are called `{shown}`"))
+                .remedy("rename one of them"))
+        }
+        Err(errno) => Err(Error::io("making the directory", shown, errno.into())),
+    }
+}
+
+fn fill(root: &OwnedFd, views: &[(CString, OwnedFd)]) -> io::Result<()> {
+    views.iter().try_for_each(|(name, tree)| mount_calls::move_into(tree, root, name))
+}

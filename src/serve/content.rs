@@ -1,0 +1,72 @@
+//! What serving asks of the store: open a file's bytes by its digest, and say how they are here.
+//!
+//! Serving knows nothing of blobs, holes or catalogs. The store knows nothing of FUSE. The rules between the two:
+//!
+//! - A loop that answers the kernel must never wait. [`Content::open`], [`Content::state`] and [`OpenFile::read_at`] may touch
+//!   the disk, never the network, SQLite, or a lock that is held over either.
+//! - A read of bytes that are not here yet goes through [`OpenFile::when_here`], which returns at once and answers from
+//!   a thread that may wait.
+//! - While an `Arc<dyn OpenFile>` whose [`OpenFile::whole`] was given to the kernel is alive, no byte of that file is punched:
+//!   the kernel reads it without asking anybody.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::digest::Digest;
+use crate::error::Result;
+
+/// The bytes of all files that a session shows.
+pub trait Content: Send + Sync + 'static {
+    /// Opens the bytes of `file`, which are `size` long when they are all here.
+    ///
+    /// # Errors
+    /// The errno that the opener sees follows from the kind.
+    fn open(&self, file: &Digest, size: u64) -> Result<Arc<dyn OpenFile>>;
+
+    /// How the bytes of `file` are here now.
+    fn state(&self, file: &Digest, size: u64) -> FileState;
+}
+
+/// What is run once bytes are here, or cannot come.
+pub type Resume = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// The bytes of one file.
+pub trait OpenFile: Send + Sync {
+    /// Fills `buf` from `offset`; less than asked only at the end of the file. Touches the disk only, and is called for
+    /// bytes of which [`OpenFile::here`] was true or [`OpenFile::when_here`] said so.
+    ///
+    /// # Errors
+    /// The errno that the reader sees follows from the kind.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize>;
+
+    /// `Some` where the file is sealed and without holes: it may be given to the kernel. The `Arc` is kept as long as the kernel
+    /// has it.
+    fn whole(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether `length` bytes from `offset` can be read now. Cheap.
+    fn here(&self, offset: u64, length: usize) -> bool {
+        let _ = (offset, length);
+        true
+    }
+
+    /// Arranges that `resume` is run exactly once, on a thread that may wait, when `length` bytes from `offset` are here or
+    /// have failed for good; returns at once. The bytes are wanted: they move to the head of the fetch queue.
+    fn when_here(&self, offset: u64, length: usize, resume: Resume) {
+        let _ = (offset, length);
+        resume(Ok(()));
+    }
+}
+
+/// How a file's bytes are here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileState {
+    /// Sealed and whole: the kernel may read it itself.
+    Passthrough,
+    /// Sealed, with holes: the daemon puts it together.
+    Daemon,
+    /// Still arriving.
+    Filling {
+        /// Whole percent that is here, 0 to 99.
+        percent: u8,
+    },
+}

@@ -1,0 +1,49 @@
+//! Getting `fuser` to run on a connection whose INIT request we already have.
+//!
+//! `fuser` reads INIT from the descriptor it is given and answers it there. It is given one end of a datagram pair, primed with
+//! the request; its answer is taken from the other end and passed on to the kernel; then the connection's descriptor takes
+//! the place of the pair's (`dup3`, in one step). So the request is known before anything is decided and can be kept for
+//! a successor, which goes through the same steps without passing the answer on.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+
+use super::fuse::Adapter;
+use super::mount_calls;
+use crate::error::{Error, Kind, Result};
+
+/// An answer to INIT is 80 bytes; the rest is for later protocols.
+const ANSWER_ROOM: usize = 4096;
+
+/// A `fuser` session that reads requests from the new connection `device`, with `loops` threads.
+///
+/// # Errors
+/// `FUSE_HANDSHAKE`.
+pub(super) fn begin(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usize) -> Result<fuser::Session<Adapter>> {
+    let begun = agree(adapter, init, loops).and_then(|(session, answer)| {
+        nix::unistd::write(device, &answer)?;
+        mount_calls::replace_descriptor(device, session.as_fd())?;
+        Ok(session)
+    });
+    begun.map_err(|error| {
+        Error::new(Kind::Unavailable, "FUSE_HANDSHAKE", "agreeing on the FUSE protocol with the kernel").because(error)
+    })
+}
+
+/// A `fuser` session on one end of a pair, and its answer to `init`.
+fn agree(adapter: Adapter, init: &[u8], loops: usize) -> io::Result<(fuser::Session<Adapter>, Vec<u8>)> {
+    let (ours, theirs) = UnixDatagram::pair()?;
+    ours.send(init)?;
+    let mut config = fuser::Config::default();
+    config.acl = fuser::SessionACL::All;
+    config.n_threads = Some(loops);
+    // When a cloned descriptor closes, the kernel ends what was taken through it with ECONNABORTED, and no successor could
+    // answer it.
+    config.clone_fd = false;
+    let session = fuser::Session::from_fd(adapter, theirs.into(), fuser::SessionACL::All, config)?;
+    let mut answer = vec![0; ANSWER_ROOM];
+    let length = ours.recv(&mut answer)?;
+    answer.truncate(length);
+    Ok((session, answer))
+}

@@ -1,0 +1,249 @@
+//! One live FUSE connection: one served checkpoint, however many jobs see it.
+//!
+//! A session owns its connection's descriptor, the mount in the sessions directory, and the threads that answer the kernel. Jobs
+//! get bind mounts of it ([`Session::tree`]) and are no concern of it.
+//!
+//! Order of a start: file system made (detached), INIT answered, read-ahead set, threads running, and only then mounted where others
+//! can find it; a failure before that leaves nothing behind. Dropping a session leaves the mount and
+//! the threads as they are: jobs must not notice the daemon leaving. [`Session::stop`] is the only way that unmounts,
+//! and even then views that still stand are served until they are gone.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use super::backing::DeviceBackings;
+use super::buffers::ReadBuffers;
+use super::content::Content;
+use super::features::{self, Features, Fresh};
+use super::fuse::Adapter;
+use super::handshake;
+use super::mount_calls::{self, Device};
+use super::open_files::{Ledger, NoLedger, OpenFiles};
+use super::view::View;
+use crate::error::{Error, Kind, Result};
+use crate::manifest::Tree;
+
+/// Threads that answer one session. More than the read-ahead of two readers keeps busy does not help.
+pub const LOOPS_DEFAULT: usize = 3;
+
+/// Read-ahead of a session in KiB: two requests of 1 MiB under way for a reader that goes straight on.
+pub const READ_AHEAD_KIB_DEFAULT: u32 = 2048;
+
+/// The kernel's bound on stacked file systems.
+const STACK_DEPTH_MAX: u32 = 2;
+
+/// What a session is started with.
+#[derive(Clone)]
+pub struct SessionConfig {
+    /// Where it is mounted, in the sessions directory; made if missing.
+    pub mountpoint: PathBuf,
+    /// What `user.ckptd.checkpoint` says.
+    pub checkpoint: String,
+    /// Time of everything in it.
+    pub created: SystemTime,
+    /// Whether the kernel may read whole files itself, where it can.
+    pub passthrough: bool,
+    /// How deep file systems may stack then: [`features::stack_depth`] of the store.
+    pub stack_depth: u32,
+    /// Threads that answer.
+    pub loops: usize,
+    /// Read-ahead in KiB.
+    pub read_ahead_kib: u32,
+    /// Buffers that all sessions share.
+    pub buffers: Arc<ReadBuffers>,
+    /// Where open handles are noted.
+    pub ledger: Arc<dyn Ledger>,
+}
+
+impl SessionConfig {
+    /// The defaults: passthrough where the kernel has it, no successor.
+    pub fn new(mountpoint: impl Into<PathBuf>, checkpoint: impl Into<String>, buffers: Arc<ReadBuffers>) -> Self {
+        Self {
+            mountpoint: mountpoint.into(),
+            checkpoint: checkpoint.into(),
+            created: SystemTime::UNIX_EPOCH,
+            passthrough: true,
+            stack_depth: 1,
+            loops: LOOPS_DEFAULT,
+            read_ahead_kib: READ_AHEAD_KIB_DEFAULT,
+            buffers,
+            ledger: Arc::new(NoLedger),
+        }
+    }
+}
+
+/// What became of a session that was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// Nothing is mounted and no thread is left.
+    Ended,
+    /// Views or open files of it still stand; its threads answer them and end with the last.
+    Serving,
+}
+
+/// A live session: see the module's page.
+pub struct Session {
+    mountpoint: PathBuf,
+    device: Arc<OwnedFd>,
+    mount: OwnedFd,
+    number: Device,
+    init: Vec<u8>,
+    features: Features,
+    passthrough: bool,
+    open: Arc<OpenFiles>,
+    ended: Receiver<()>,
+}
+
+impl Session {
+    /// Mounts `tree`, whose bytes are in `content`, and serves it.
+    ///
+    /// # Errors
+    /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, `MOUNT_FAILED`, `FUSE_HANDSHAKE`; `SESSION_MOUNTED` where something is mounted at
+    /// the place already.
+    pub fn start(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>) -> Result<Self> {
+        let place = open_place(&config.mountpoint)?;
+        let Fresh { device, mount, init } = features::make_filesystem()?;
+        let features = Features::from_init(&init).ok_or_else(features::unreadable_init)?;
+        let device = Arc::new(device);
+        let passthrough = config.passthrough && features.passthrough;
+        let backings = Box::new(DeviceBackings(device.clone()));
+        let open = Arc::new(OpenFiles::new(passthrough, backings, config.ledger));
+        let adapter = Adapter {
+            view: View::new(tree, content, config.checkpoint),
+            open: open.clone(),
+            buffers: config.buffers,
+            features,
+            passthrough_depth: passthrough.then_some(config.stack_depth.clamp(1, STACK_DEPTH_MAX)),
+            created: config.created,
+        };
+        let fuse = handshake::begin(adapter, &device, &init, config.loops.max(1))?;
+        let number = mount_calls::standing(&mount)
+            .map_err(|error| Error::io("looking at the new mount for", &config.mountpoint, error))?
+            .device;
+        raise_read_ahead(number, config.read_ahead_kib);
+        let ended = run(fuse)?;
+        mount_calls::move_onto(&mount, &place)
+            .map_err(|error| Error::io("mounting a session at", &config.mountpoint, error))?;
+        tracing::debug!(mountpoint = %config.mountpoint.display(), %number, passthrough, "a session is mounted");
+        let mountpoint = config.mountpoint;
+        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended })
+    }
+
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Device number that `stat` shows of its files.
+    pub fn number(&self) -> Device {
+        self.number
+    }
+
+    /// Whether the kernel reads whole files itself.
+    pub fn passthrough(&self) -> bool {
+        self.passthrough
+    }
+
+    /// What the kernel offers.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Open handles of its files, of all jobs.
+    pub fn open_handles(&self) -> u64 {
+        self.open.handles()
+    }
+
+    /// The connection, for whoever keeps it while there is no daemon.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.device.as_ref().as_fd()
+    }
+
+    /// The kernel's INIT request, for a successor.
+    pub fn init_request(&self) -> &[u8] {
+        &self.init
+    }
+
+    /// A detached copy of the mount, to be bound somewhere.
+    ///
+    /// # Errors
+    /// What the kernel says; out of mounts (`fs.mount-max`) mostly.
+    pub fn tree(&self) -> Result<OwnedFd> {
+        mount_calls::clone_tree(&self.mount)
+            .map_err(|error| Error::io("copying the mount of the session at", &self.mountpoint, error))
+    }
+
+    /// Unmounts, and waits up to `patience` for the threads to end. Views that stand elsewhere are not touched.
+    ///
+    /// # Errors
+    /// What the kernel says of the unmount; the session goes on then.
+    pub fn stop(self, patience: Duration) -> Result<Stopped> {
+        let Self { mountpoint, mount, ended, .. } = self;
+        if stands_at(&mount, &mountpoint) {
+            mount_calls::unmount_at(&mountpoint)
+                .map_err(|error| Error::io("unmounting the session at", &mountpoint, error))?;
+        }
+        drop(mount);
+        // Something else may be in it or it may be gone; neither is worth a word.
+        let _ = fs::remove_dir(&mountpoint);
+        match ended.recv_timeout(patience) {
+            Err(mpsc::RecvTimeoutError::Timeout) => Ok(Stopped::Serving),
+            Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => Ok(Stopped::Ended),
+        }
+    }
+}
+
+fn open_place(mountpoint: &Path) -> Result<OwnedFd> {
+    fs::create_dir_all(mountpoint).map_err(|error| Error::io("making the directory", mountpoint, error))?;
+    let place = open_path(mountpoint).map_err(|error| Error::io("opening the directory", mountpoint, error.into()))?;
+    let standing =
+        mount_calls::standing(&place).map_err(|error| Error::io("looking at the directory", mountpoint, error))?;
+    if standing.is_mount_root {
+        let message = format!("something is mounted at {} already", mountpoint.display());
+        return Err(Error::wrong_state("SESSION_MOUNTED", message).remedy("remove stale mounts first"));
+    }
+    Ok(place)
+}
+
+fn open_path(path: &Path) -> nix::Result<OwnedFd> {
+    use nix::fcntl::OFlag;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty())
+}
+
+fn stands_at(mount: &OwnedFd, mountpoint: &Path) -> bool {
+    let there = open_path(mountpoint).ok().and_then(|place| mount_calls::standing(place).ok());
+    let ours = mount_calls::standing(mount).ok();
+    there.is_some() && there.map(|there| there.mount_id) == ours.map(|ours| ours.mount_id)
+}
+
+/// The answer to INIT can only lower the read-ahead; this raises it.
+fn raise_read_ahead(number: Device, kib: u32) {
+    let path = format!("/sys/class/bdi/{number}/read_ahead_kb");
+    if let Err(error) = fs::write(&path, kib.to_string()) {
+        tracing::warn!(path, %error, "the read-ahead of a session stays low; reads through the daemon are slower");
+    }
+}
+
+/// Runs the loops; the receiver hears when all have ended.
+fn run(fuse: fuser::Session<Adapter>) -> Result<Receiver<()>> {
+    let (said, ended) = mpsc::channel();
+    let work = move || {
+        if let Err(error) = fuse.run() {
+            tracing::warn!(%error, "a session's loops ended early");
+        }
+        // Nobody waits where the session was dropped.
+        let _ = said.send(());
+    };
+    thread::Builder::new().name("ckptd-session".to_owned()).spawn(work).map_err(|error| {
+        Error::new(Kind::NoSpace, "TOO_MANY_THREADS", "starting the threads of a session")
+            .remedy("raise the limit on tasks (TasksMax=)")
+            .because(error)
+    })?;
+    Ok(ended)
+}
