@@ -120,6 +120,7 @@ fn a_killed_session_is_stale_and_removed() {
     let mut doomed = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "serve::sessions::serve_until_killed"])
         .env(SERVE_UNTIL_KILLED, ground.root())
+        .env("TMPDIR", ground.root())
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
