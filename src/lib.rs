@@ -31,14 +31,9 @@ pub mod units;
 pub mod layout;
 pub mod manifest;
 
-// 2: disk.
-pub mod disk;
+pub mod serve;
 
-// 3: state.
-pub mod catalog;
-pub mod store;
-
-// 3: sources.
+pub mod control;
 pub mod source;
 
 // 4: work.

@@ -20,7 +20,6 @@
 //! lock of unknown length. **Only what is ours is unmounted**, known by mount and device number, and never on the way out.
 
 pub mod attach;
-pub mod attachments;
 pub mod buffers;
 pub mod content;
 pub mod features;
@@ -32,12 +31,10 @@ pub mod view;
 
 mod backing;
 mod fuse;
-mod gates;
 mod handshake;
 mod mount_calls;
 mod mountinfo;
 mod namespace;
-mod stored;
 mod target;
 
 pub use attach::{Detached, Mounted, NamedView, Place, Views, attach, detach, standing};

@@ -51,11 +51,11 @@ pub(super) fn check_path(target: &Path, whose: Whose, reserved: &Path) -> Result
 /// `TARGET_MISSING`, `TARGET_NOT_DIRECTORY`, `TARGET_IS_SYMLINK`, `TARGET_IS_MOUNTPOINT`, `TARGET_NOT_EMPTY`,
 /// `TARGET_IN_CHECKPOINT`.
 pub(super) fn open(target: &Path, whose: Whose) -> Result<OwnedFd> {
-    let resolve = match whose {
-        Whose::Host => ResolveFlag::RESOLVE_NO_SYMLINKS,
-        Whose::Process => ResolveFlag::RESOLVE_NO_MAGICLINKS,
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let (resolve, flags) = match whose {
+        Whose::Host => (ResolveFlag::RESOLVE_NO_SYMLINKS, directory),
+        Whose::Process => (ResolveFlag::RESOLVE_NO_MAGICLINKS, directory | OFlag::O_NOFOLLOW),
     };
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let opened = openat2(AT_FDCWD, target, OpenHow::new().flags(flags).resolve(resolve));
     let directory = opened.map_err(|errno| explain(target, errno))?;
     let standing = mount_calls::standing(&directory).map_err(|error| Error::io("looking at", target, error))?;

@@ -184,8 +184,8 @@ impl View {
         }
         let skip = usize::try_from(offset.saturating_sub(2)).unwrap_or(usize::MAX);
         let children = self.tree.children(node).get(skip..).unwrap_or_default();
-        for (next, child) in (offset.max(2) + 1..).zip(children) {
-            if each(Child { next, name: self.tree.name(*child), inode: inode_of(*child) }) {
+        for (child, at) in children.iter().zip(offset.max(2)..) {
+            if each(Child { next: at + 1, name: self.tree.name(*child), inode: inode_of(*child) }) {
                 break;
             }
         }
@@ -337,8 +337,11 @@ mod tests {
         let mut offset = 0;
         loop {
             let mut shown = None;
-            view.list(directory, offset, |child| std::mem::replace(&mut shown, Some(child)).is_some() || { true })
-                .unwrap();
+            view.list(directory, offset, |child| {
+                shown = Some(child);
+                true
+            })
+            .unwrap();
             let Some(child) = shown else { break };
             seen.push((child.name.to_vec(), child.inode));
             offset = child.next;

@@ -1,0 +1,11 @@
+//! Real mounts: what a job sees of a checkpoint, where views may go, and what is left behind.
+//!
+//! Needs root, `/dev/fuse` and passthrough (Linux 6.9); without root the tests say so and pass over.
+
+mod serve {
+    pub mod fixture;
+
+    mod attaching;
+    mod reading;
+    mod sessions;
+}
