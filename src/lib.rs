@@ -31,9 +31,14 @@ pub mod units;
 pub mod layout;
 pub mod manifest;
 
-pub mod serve;
+// 2: disk.
+pub mod disk;
 
-pub mod control;
+// 3: state.
+pub mod catalog;
+pub mod store;
+
+// 3: sources.
 pub mod source;
 
 // 4: work.

@@ -5,6 +5,8 @@
 //! view.rs        the tree as inodes             refusal.rs     why not, and the errno
 //! open_files.rs  what the kernel has open       backing.rs     files given to the kernel
 //! fuse.rs        requests -> view -> answers    buffers.rs     memory for answers
+//! attachments.rs jobs, their rights and views   gates.rs    one at a time per job, per checkpoint
+//! stored.rs      the store as content
 //! features.rs    what the kernel offers         handshake.rs   fuser on a connection of ours
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
@@ -20,6 +22,7 @@
 //! lock of unknown length. **Only what is ours is unmounted**, known by mount and device number, and never on the way out.
 
 pub mod attach;
+pub mod attachments;
 pub mod buffers;
 pub mod content;
 pub mod features;
@@ -31,10 +34,12 @@ pub mod view;
 
 mod backing;
 mod fuse;
+mod gates;
 mod handshake;
 mod mount_calls;
 mod mountinfo;
 mod namespace;
+mod stored;
 mod target;
 
 pub use attach::{Detached, Mounted, NamedView, Place, Views, attach, detach, standing};
