@@ -8,11 +8,19 @@
 //! * [`Opened::Streamed`]: entries come one after the other and their bytes with them (uploads, tar streams, local
 //!   transfer).
 //!
+//! [`connect`] turns what was asked for into a source, and [`check_uri`] says whether it could, without connecting.
+//!
 //! Sources only talk to the outside. They never write to the store, never retry a whole file (the ingest does, with
 //! the ladder of its own) and hold no lock over an await. Errors say whether trying again can help by their kind:
 //! [`Kind::Unavailable`](crate::error::Kind::Unavailable) is retried, everything else is final.
 
+mod connect;
+mod directory;
+pub mod egress;
+mod http;
+mod huggingface;
 mod spec;
+mod web;
 
 use std::ops::Range;
 use std::pin::Pin;
@@ -21,9 +29,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::Stream;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::EntryPath;
 
+pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
+pub use http::{HttpClient, HttpSettings};
 pub use spec::{Credentials, SourceKind, SourceSpec};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
@@ -145,4 +155,11 @@ pub trait EntryStream: Send {
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
     fn revision(&self) -> String;
+}
+
+/// The error of a source whose `what` is no longer as it was when it was opened; `how` says in which way.
+fn source_changed(what: &str, how: &str) -> Error {
+    Error::wrong_state("SOURCE_CHANGED", format!("reading {what}: {how} since it was opened"))
+        .remedy("retry, which takes it as it is then")
+        .fact("file", what)
 }

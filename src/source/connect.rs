@@ -1,0 +1,289 @@
+//! From what was asked for to a source: the rules of each kind's URI, and how a URI is shown.
+//!
+//! The rules are those of the platform's user page. A URI that breaks its kind's rule is refused here, before a record
+//! is made of it; a kind that this build does not fetch yet is `SOURCE_NOT_SUPPORTED`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use reqwest::Url;
+
+use super::directory::DirectorySource;
+use super::egress::EgressPolicy;
+use super::http::{Authorization, HttpClient, HttpSettings, without_user_information};
+use super::huggingface::{ENDPOINT, HuggingFaceSource, RepositoryId};
+use super::web::WebSource;
+use super::{Credentials, Source, SourceKind, SourceSpec};
+use crate::error::{Error, Kind, Result};
+use crate::names::show_bytes;
+
+/// Longest branch, tag or commit: git keeps references as files.
+const REVISION_BYTES: usize = 255;
+
+/// What every source is made with.
+#[derive(Clone, Debug)]
+pub struct SourceContext {
+    http: HttpClient,
+    host_directories: bool,
+}
+
+impl SourceContext {
+    /// A context whose sources talk HTTP as `settings` say and only to what `policy` permits. They may not
+    /// read directories of this host.
+    ///
+    /// # Errors
+    /// As [`HttpClient::new`].
+    pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
+        Ok(Self { http: HttpClient::new(settings, Arc::new(policy))?, host_directories: false })
+    }
+
+    /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
+    #[must_use]
+    pub fn with_host_directories(&self) -> Self {
+        Self { http: self.http.clone(), host_directories: true }
+    }
+}
+
+/// The source that `spec` means, with `credentials` that go nowhere else. Nothing is contacted yet.
+///
+/// # Errors
+/// Invalid for a URI or option that breaks its kind's rule; denied for a directory where the context has none;
+/// `SOURCE_NOT_SUPPORTED` for a kind that is not fetched by this build.
+pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
+    check_uri(spec.kind, &spec.uri)?;
+    match spec.kind {
+        SourceKind::HuggingFace => connect_hugging_face(spec, credentials, context),
+        SourceKind::Web => connect_web(spec, credentials, context),
+        SourceKind::Directory if context.host_directories => Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri)))),
+        SourceKind::Directory => {
+            Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
+                .remedy("let the scheduler capture it, or upload it"))
+        }
+        SourceKind::Aws
+        | SourceKind::Azure
+        | SourceKind::Gcp
+        | SourceKind::Git
+        | SourceKind::Kaggle
+        | SourceKind::Local
+        | SourceKind::Regional
+        | SourceKind::Wasabi
+        | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
+    }
+}
+
+fn connect_hugging_face(
+    spec: &SourceSpec,
+    credentials: &Credentials,
+    context: &SourceContext,
+) -> Result<Arc<dyn Source>> {
+    let id = RepositoryId::parse(&spec.uri)?;
+    let endpoint = parse_http(spec.option("endpoint").unwrap_or(ENDPOINT), "the option `endpoint`")?;
+    let revision = spec.option("branch").unwrap_or("main");
+    if revision.len() > REVISION_BYTES || revision.chars().any(char::is_control) || matches!(revision, "." | "..") {
+        return Err(Error::invalid(
+            "BAD_BRANCH",
+            format!("`{}` is no branch, tag or commit", show_bytes(revision.as_bytes())),
+        ));
+    }
+    let token = credentials.get("token").map(Authorization::bearer).transpose()?;
+    let endpoint = without_user_information(endpoint);
+    Ok(Arc::new(HuggingFaceSource::new(context.http.clone(), endpoint, id, revision.to_owned(), token)))
+}
+
+fn connect_web(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
+    if !has_scheme(&spec.uri, &["http", "https"]) {
+        return Err(not_supported("FTP sources"));
+    }
+    let (plain, user_information) = split_user_information(&spec.uri);
+    let url = parse_http(&plain, "the URI")?;
+    if url.path().ends_with('/') {
+        return Err(not_supported("web addresses of directories (ending in `/`)"));
+    }
+    let given = credentials
+        .get("username")
+        .map(|name| (name.to_owned(), credentials.get("password").unwrap_or_default().to_owned()));
+    let authorization = given.or(user_information).map(|(username, password)| Authorization::Basic(username, password));
+    Ok(Arc::new(WebSource::new(context.http.clone(), url, authorization)))
+}
+
+/// Whether `uri` keeps the rule of its kind; says nothing of whether anything is there.
+///
+/// # Errors
+/// `BAD_URI` with the rule.
+pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
+    let (kept, rule) = match kind {
+        SourceKind::Aws | SourceKind::Wasabi => (has_scheme(uri, &["s3"]), "begin with s3://"),
+        SourceKind::Azure => (has_scheme(uri, &["https"]), "begin with https://"),
+        SourceKind::Gcp => (has_scheme(uri, &["gs"]), "begin with gs://"),
+        SourceKind::Git => (is_git(uri), "be an http(s), ssh or git@host:path address of a repository"),
+        SourceKind::HuggingFace => return RepositoryId::parse(uri).map(drop),
+        SourceKind::Kaggle => {
+            (!uri.is_empty() && !uri.contains("://"), "be the short name of a competition, dataset or kernel")
+        }
+        SourceKind::Local => (uri.starts_with(['/', '$']) || uri.starts_with("~/"), "begin with `/`, `~/` or `$`"),
+        SourceKind::Regional => (!uri.is_empty(), "name a datastore"),
+        SourceKind::Web => {
+            (has_scheme(uri, &["http", "https", "ftp", "ftps"]), "begin with http://, https://, ftp:// or ftps://")
+        }
+        SourceKind::Directory => (uri.starts_with('/'), "be an absolute path"),
+        SourceKind::Upload => (true, ""),
+    };
+    if kept && !uri.contains(['\0', '\n', '\r']) {
+        return Ok(());
+    }
+    let shown = show_bytes(shown_uri(kind, uri).as_bytes());
+    Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
+}
+
+/// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
+/// where signatures and tokens are.
+pub fn shown_uri(kind: SourceKind, uri: &str) -> String {
+    match kind {
+        SourceKind::Local | SourceKind::Directory | SourceKind::Upload | SourceKind::Regional | SourceKind::Kaggle => {
+            uri.to_owned()
+        }
+        SourceKind::Aws | SourceKind::Gcp | SourceKind::Wasabi => split_user_information(uri).0,
+        SourceKind::Azure | SourceKind::Git | SourceKind::HuggingFace | SourceKind::Web => {
+            let plain = split_user_information(uri).0;
+            let plain = plain.split(['?', '#']).next().unwrap_or_default();
+            match plain.split_once("://") {
+                Some((scheme, rest)) if !has_plain_port(rest) => format!("{scheme}://"),
+                _ => plain.to_owned(),
+            }
+        }
+    }
+}
+
+/// Whether what follows a host's `:` is a port. If not, it may be a password that was not written as URIs want it.
+fn has_plain_port(rest: &str) -> bool {
+    let authority = rest.split('/').next().unwrap_or_default();
+    let port =
+        authority.rsplit_once(']').map_or(authority, |(_, port)| port).split_once(':').map_or("", |(_, port)| port);
+    port.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// `uri` without user information, and user name and password where it had them (percent-decoded). A URI without
+/// `://` has none: the user of `git@host:path` is no secret.
+pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return (uri.to_owned(), None);
+    };
+    let end = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    let Some((user_information, host)) = authority.rsplit_once('@') else {
+        return (uri.to_owned(), None);
+    };
+    let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+    let (username, password) = user_information.split_once(':').unwrap_or((user_information, ""));
+    (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
+}
+
+fn parse_http(text: &str, what: &str) -> Result<Url> {
+    let bad = || Error::invalid("BAD_URI", format!("{what} is not an http or https address"));
+    let url = Url::parse(text).map_err(|_| bad())?;
+    if matches!(url.scheme(), "http" | "https") && url.has_host() { Ok(url) } else { Err(bad()) }
+}
+
+fn has_scheme(uri: &str, schemes: &[&str]) -> bool {
+    uri.split_once("://").is_some_and(|(scheme, rest)| {
+        schemes.iter().any(|known| scheme.eq_ignore_ascii_case(known)) && !rest.is_empty() && !rest.starts_with('/')
+    })
+}
+
+fn is_git(uri: &str) -> bool {
+    let scp = uri.split_once(':').is_some_and(|(host, path)| {
+        host.contains('@')
+            && !host.contains('/')
+            && !host.starts_with('-')
+            && !path.is_empty()
+            && !path.starts_with("//")
+    });
+    scp || has_scheme(uri, &["http", "https", "ssh", "git"])
+}
+
+fn not_supported(what: impl std::fmt::Display) -> Error {
+    Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", format!("{what} are not supported by this build"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn spec(kind: SourceKind, uri: &str) -> SourceSpec {
+        SourceSpec { kind, uri: uri.to_owned(), options: BTreeMap::new() }
+    }
+
+    fn refused(kind: SourceKind, uri: &str) -> Error {
+        let context = SourceContext::new(&HttpSettings::default(), EgressPolicy::default()).unwrap();
+        connect(&spec(kind, uri), &Credentials::default(), &context).err().unwrap()
+    }
+
+    #[test]
+    fn each_kind_has_its_rule() {
+        use SourceKind as K;
+        for (kind, good, bad) in [
+            (K::Aws, "s3://b/k", "https://b/k"),
+            (K::Wasabi, "s3://b", "s3:///k"),
+            (K::Azure, "https://a.blob.core.windows.net/c/", "http://a/"),
+            (K::Gcp, "gs://b/k", "s3://b/k"),
+            (K::Git, "git@github.com:o/r.git", "o/r"),
+            (K::Git, "https://h/o/r", "file:///r"),
+            (K::Git, "ssh://git@h/o/r", "-oProxyCommand=x@h:p"),
+            (K::HuggingFace, "openai/whisper-tiny", "a/b/c"),
+            (K::Kaggle, "lish-moa", "https://kaggle.com/x"),
+            (K::Local, "~/x", "./x"),
+            (K::Local, "$HOME/x", "x"),
+            (K::Web, "ftp://h/x", "file:///etc/passwd"),
+            (K::Web, "HTTPS://h/x", "https://"),
+            (K::Directory, "/x", "x"),
+        ] {
+            assert!(check_uri(kind, good).is_ok(), "{kind} {good}");
+            assert_eq!(check_uri(kind, bad).unwrap_err().reason(), "BAD_URI", "{kind} {bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_says_so() {
+        for (kind, uri) in [
+            (SourceKind::Aws, "s3://b/k"),
+            (SourceKind::Web, "ftp://h/x"),
+            (SourceKind::Web, "https://h/dir/"),
+            (SourceKind::Web, "https://h"),
+        ] {
+            let error = refused(kind, uri);
+            assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_directory_of_the_host_is_not_for_everybody() {
+        assert_eq!(refused(SourceKind::Directory, "/etc").reason(), "HOST_FILES_REFUSED");
+    }
+
+    #[test]
+    fn what_is_shown_has_no_secret_in_it() {
+        for (uri, shown) in [
+            ("https://user:pa%20ss@h:1/x?sig=1#f", "https://h:1/x"),
+            ("https://a@b:c@h/x@y", "https://h/x@y"),
+            ("https://h/x", "https://h/x"),
+            ("https://user:p#ss@h/x", "https://"),
+            ("https://user:p/ss@h/x", "https://"),
+            ("https://[::1]:80/x", "https://[::1]:80/x"),
+        ] {
+            assert_eq!(shown_uri(SourceKind::Web, uri), shown);
+        }
+        assert_eq!(shown_uri(SourceKind::Git, "git@github.com:o/r.git"), "git@github.com:o/r.git");
+        assert_eq!(shown_uri(SourceKind::Aws, "s3://b/k?x#y"), "s3://b/k?x#y");
+        assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
+        let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");
+        assert_eq!((plain.as_str(), secret), ("https://h:1/x?q", Some(("user".to_owned(), "pa ss".to_owned()))));
+    }
+
+    #[test]
+    fn no_error_repeats_a_secret() {
+        let error = refused(SourceKind::Web, "nothttp://user:secret@h/x?secret");
+        assert!(!format!("{error:?}").contains("secret"));
+    }
+}

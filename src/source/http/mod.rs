@@ -1,0 +1,339 @@
+//! The one HTTP client of all sources.
+//!
+//! Owns what every source must get right and none should repeat:
+//!
+//! * *Egress.* Every request and every redirect is judged by [`EgressPolicy`], names after they are resolved.
+//! * *Redirects* are followed here, at most [`REDIRECTS`] of them. `Authorization` goes to the origin (scheme, host and
+//!   port) it was given for and to no other; a redirect from https to http is refused.
+//! * *Time.* Connecting has a limit, and so has every silence, while waiting for the answer as well as between two
+//!   pieces of its body; a transfer as a whole has none, for a checkpoint may take hours.
+//! * *Bytes.* Bodies are asked for as they are (`Accept-Encoding: identity`) and are never decoded. [`Wanted`] holds a reply to the
+//!   range that was asked for, to the byte.
+//! * *Secrets.* Errors name a URL without user information and query, and the transport's own errors are stripped of theirs.
+//!
+//! HTTP/1.1 only: parallel ranges are to have a connection each, not one window of flow control between them.
+//!
+//! TLS is rustls over *ring* with the host's trust store. [`HttpClient::new`] installs *ring* as the process's
+//! provider unless `main` has installed one.
+
+mod body;
+mod status;
+mod target;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::header::{ACCEPT_ENCODING, HeaderName, LOCATION};
+use reqwest::{Client, Method, RequestBuilder, StatusCode, Url};
+use tokio::time::timeout;
+
+use super::egress::{EgressPolicy, GuardedResolver, Refusal};
+use crate::error::{Error, Result};
+
+pub(super) use body::{ContentRange, Wanted, announced_length, read_document};
+pub(super) use status::{Answer, Failure};
+pub(super) use target::Target;
+
+/// Redirects followed for one request: `curl` stops at 50, browsers at 20, real chains are shorter than 5.
+const REDIRECTS: usize = 10;
+
+/// Body of a redirect that is read so that its connection can be used again; more is not worth it.
+const REDIRECT_BODY_BYTES: usize = 64 << 10;
+
+/// Times of the client.
+#[derive(Clone, Debug)]
+pub struct HttpSettings {
+    /// For name, connection and TLS together.
+    pub connect_timeout: Duration,
+    /// For any silence of the other side after that.
+    pub inactivity_timeout: Duration,
+    /// Whether `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` of the environment count; see `egress` for what that means.
+    pub environment_proxy: bool,
+}
+
+impl Default for HttpSettings {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            inactivity_timeout: Duration::from_secs(30),
+            environment_proxy: true,
+        }
+    }
+}
+
+/// The client; clones share connections.
+#[derive(Clone)]
+pub struct HttpClient {
+    client: Client,
+    policy: Arc<EgressPolicy>,
+    inactivity: Duration,
+    answer_within: Duration,
+}
+
+impl HttpClient {
+    /// Builds the client under `policy`.
+    ///
+    /// # Errors
+    /// `TLS_NOT_READY` where the host has no trust store that can be read.
+    pub fn new(settings: &HttpSettings, policy: Arc<EgressPolicy>) -> Result<Self> {
+        if rustls::crypto::CryptoProvider::get_default().is_none() {
+            // Fails only if somebody else was first, which is as good.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+        }
+        let mut builder = Client::builder()
+            .user_agent(concat!("ckptd/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .http1_only()
+            .connect_timeout(settings.connect_timeout)
+            .dns_resolver(GuardedResolver::new(Arc::clone(&policy)));
+        if !settings.environment_proxy {
+            builder = builder.no_proxy();
+        }
+        let client = builder.build().map_err(|error| {
+            Error::new(crate::error::Kind::Unsupported, "TLS_NOT_READY", "setting up TLS for sources")
+                .remedy("install the host's CA certificates (package ca-certificates)")
+                .because(error.without_url())
+        })?;
+        Ok(Self {
+            client,
+            policy,
+            inactivity: settings.inactivity_timeout,
+            answer_within: settings.connect_timeout + settings.inactivity_timeout,
+        })
+    }
+
+    /// Sends `request`, follows redirects, and gives the first answer that is a success.
+    pub(super) async fn send(&self, request: &Request<'_>) -> Result<Reply, Failure> {
+        let mut url = without_user_information(request.url.clone());
+        let mut authorization = request.authorization;
+        for _ in 0..=REDIRECTS {
+            let response = self.exchange(request, &url, authorization).await?;
+            if !is_redirect(response.status()) {
+                return judge(response, url, authorization.is_some());
+            }
+            let next = redirect_of(&response, &url)?;
+            if next.origin() != url.origin() {
+                authorization = None;
+            }
+            self.drain(response).await;
+            url = next;
+        }
+        let message = format!("fetching {}: it is redirected more than {REDIRECTS} times", shown(request.url));
+        Err(Error::invalid("REDIRECT_LOOP", message).into())
+    }
+
+    /// One request and its answer's head, at `url`, under the policy.
+    async fn exchange(
+        &self,
+        request: &Request<'_>,
+        url: &Url,
+        authorization: Option<&Authorization>,
+    ) -> Result<reqwest::Response> {
+        self.policy.check_url(url).map_err(|refused| refused.during(format!("fetching {}", shown(url))))?;
+        let mut call = self.client.request(request.method.clone(), url.clone()).header(ACCEPT_ENCODING, "identity");
+        for (name, value) in &request.headers {
+            call = call.header(name, value);
+        }
+        if let Some(authorization) = authorization {
+            call = authorization.apply(call);
+        }
+        match timeout(self.answer_within, call.send()).await {
+            Ok(sent) => sent.map_err(|error| transport_fault(error, url)),
+            Err(_) => Err(stalled(url, self.answer_within)),
+        }
+    }
+
+    async fn drain(&self, mut response: reqwest::Response) {
+        let mut left = REDIRECT_BODY_BYTES;
+        while let Ok(Ok(Some(bytes))) = timeout(self.inactivity, response.chunk()).await {
+            if bytes.len() > left {
+                return;
+            }
+            left -= bytes.len();
+        }
+    }
+}
+
+impl fmt::Debug for HttpClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpClient").field("inactivity", &self.inactivity).finish_non_exhaustive()
+    }
+}
+
+/// What to send.
+pub(super) struct Request<'a> {
+    method: Method,
+    url: &'a Url,
+    authorization: Option<&'a Authorization>,
+    headers: Vec<(HeaderName, String)>,
+}
+
+impl<'a> Request<'a> {
+    /// A GET; `authorization` is for the origin of `url` alone.
+    pub(super) fn get(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
+        Self { method: Method::GET, url, authorization, headers: Vec::new() }
+    }
+
+    /// A HEAD.
+    pub(super) fn head(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
+        Self { method: Method::HEAD, ..Self::get(url, authorization) }
+    }
+
+    /// Adds headers that redirects keep.
+    pub(super) fn headers(mut self, headers: &[(HeaderName, String)]) -> Self {
+        self.headers.extend_from_slice(headers);
+        self
+    }
+}
+
+/// A successful answer whose body has not been read.
+#[derive(Debug)]
+pub(super) struct Reply {
+    /// Head and body.
+    pub(super) response: reqwest::Response,
+    /// Where redirects led; may hold a signature.
+    pub(super) url: Url,
+}
+
+/// What an `Authorization` header is made of.
+#[derive(Clone)]
+pub(super) enum Authorization {
+    /// `Bearer`, as Hugging Face and most interfaces take it.
+    Bearer(String),
+    /// `Basic` (RFC 7617): user name and password.
+    Basic(String, String),
+}
+
+impl Authorization {
+    /// `Bearer` with `token`, less the white space that files end in.
+    pub(super) fn bearer(token: &str) -> Result<Self> {
+        let token = token.trim();
+        if token.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Ok(Self::Bearer(token.to_owned()));
+        }
+        Err(Error::invalid("BAD_CREDENTIALS", "the token holds characters that HTTP cannot carry")
+            .remedy("check that it was given whole and on one line"))
+    }
+
+    fn apply(&self, call: RequestBuilder) -> RequestBuilder {
+        match self {
+            Self::Bearer(token) => call.bearer_auth(token),
+            Self::Basic(username, password) => call.basic_auth(username, Some(password)),
+        }
+    }
+}
+
+impl fmt::Debug for Authorization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Authorization(..)")
+    }
+}
+
+/// A URL for people: no user information, query or fragment.
+pub(super) fn shown(url: &Url) -> String {
+    let mut plain = without_user_information(url.clone());
+    plain.set_query(None);
+    plain.set_fragment(None);
+    plain.into()
+}
+
+/// The same URL without user name and password; a URL that cannot have them is left alone.
+pub(super) fn without_user_information(mut url: Url) -> Url {
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+fn redirect_of(response: &reqwest::Response, url: &Url) -> Result<Url> {
+    let unusable =
+        |why: &str| Error::invalid("BAD_REDIRECT", format!("fetching {}: it is redirected {why}", shown(url)));
+    let location = response.headers().get(LOCATION).ok_or_else(|| unusable("to nowhere"))?;
+    let text = std::str::from_utf8(location.as_bytes()).map_err(|_| unusable("to what is not a URL"))?;
+    let next = without_user_information(url.join(text).map_err(|_| unusable("to what is not a URL"))?);
+    if url.scheme() == "https" && next.scheme() == "http" {
+        return Err(unusable(&format!("from https to http ({})", shown(&next)))
+            .remedy("ask the server's operator to mend it, or give the http address itself"));
+    }
+    Ok(next)
+}
+
+fn judge(response: reqwest::Response, url: Url, authorized: bool) -> Result<Reply, Failure> {
+    if response.status().is_success() {
+        return Ok(Reply { response, url });
+    }
+    Err(Failure::Refused(Box::new(Answer {
+        status: response.status(),
+        headers: response.headers().clone(),
+        shown: shown(&url),
+        authorized,
+    })))
+}
+
+fn stalled(url: &Url, limit: Duration) -> Error {
+    Error::unavailable("STALLED", format!("fetching {}: nothing came for {} s", shown(url), limit.as_secs_f64()))
+}
+
+/// What a failure below HTTP means for the receiver.
+fn transport_fault(error: reqwest::Error, url: &Url) -> Error {
+    let doing = format!("fetching {}", shown(url));
+    let error = error.without_url();
+    if let Some(refusal) = cause::<Refusal>(&error) {
+        return Error::from(refusal.clone()).during(doing);
+    }
+    let fault = if matches!(cause::<rustls::Error>(&error), Some(rustls::Error::InvalidCertificate(_))) {
+        Error::denied("CERTIFICATE_REFUSED", doing)
+            .remedy("check the server's certificate, or add its authority to the host's trust store")
+    } else if error.is_builder() {
+        Error::invalid("BAD_URI", doing)
+    } else if error.is_timeout() {
+        Error::unavailable("CONNECT_TIMED_OUT", doing)
+    } else if error.is_connect() {
+        Error::unavailable("CONNECT_FAILED", doing)
+    } else if matches!(cause::<std::io::Error>(&error), Some(io) if io.kind() == std::io::ErrorKind::UnexpectedEof) {
+        Error::unavailable("BODY_TOO_SHORT", format!("{doing}: the body is shorter than announced"))
+    } else {
+        Error::unavailable("CONNECTION_BROKEN", doing)
+    };
+    fault.because(error)
+}
+
+/// The first cause of type `T`; looks inside I/O errors, which hide what they wrap from `source`.
+fn cause<'a, T: std::error::Error + 'static>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a T> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref::<T>() {
+            return Some(found);
+        }
+        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        next = match wrapped {
+            Some(inner) => Some(inner as &(dyn std::error::Error + 'static)),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_are_shown_without_what_is_secret() {
+        let url = Url::parse("https://user:secret@example.com/a/b?X-Amz-Signature=secret#secret").unwrap();
+        assert_eq!(shown(&url), "https://example.com/a/b");
+    }
+
+    #[test]
+    fn credentials_never_show() {
+        let authorization = Authorization::bearer("hf_secret").unwrap();
+        assert!(!format!("{authorization:?}").contains("hf_secret"));
+        let error = Authorization::bearer("hf_secret\nx").unwrap_err();
+        assert!(!format!("{error:?}").contains("hf_secret"));
+    }
+}
