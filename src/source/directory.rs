@@ -7,7 +7,8 @@
 //!
 //! Nobody vouches that the tree stands still, so each file's locator carries the [`Stamp`] it was listed with
 //! (size, times of modification and change, inode) and a file that no longer bears it is `SOURCE_CHANGED`. The revision is a
-//! digest over all paths, stamps and link targets: it is met again only if nothing was touched.
+//! digest over all paths, stamps and link targets: it is met again only if nothing was touched. Kernels before 6.13 count
+//! times in ticks of some milliseconds: there a write of equal length within the tick of the listing goes unseen.
 //!
 //! The walk is iterative, in the order of names, and bounded by `limits`; one descriptor is open at a time.
 

@@ -33,7 +33,6 @@ use crate::error::{Error, Result};
 use crate::names::EntryPath;
 
 pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
-pub use egress::{Cidr, EgressPolicy};
 pub use http::{HttpClient, HttpSettings};
 pub use spec::{Credentials, SourceKind, SourceSpec};
 
