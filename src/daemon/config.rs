@@ -11,7 +11,7 @@ use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::source::Cidr;
+use crate::source::egress::Cidr;
 
 /// Where the packaged service keeps its configuration.
 pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";

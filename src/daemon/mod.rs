@@ -22,7 +22,8 @@ use crate::control::{self, Facts, Floors};
 use crate::error::{Error, Result};
 use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
-use crate::source::{self, Credentials, EgressPolicy, HttpSettings, SourceContext, SourceSpec};
+use crate::source::egress::EgressPolicy;
+use crate::source::{self, Credentials, HttpSettings, SourceContext, SourceSpec};
 use crate::store::Store;
 use config::Config;
 
