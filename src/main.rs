@@ -133,6 +133,8 @@ fn check_config(file: Option<PathBuf>) -> Result<()> {
             println!("the configuration is right");
             Ok(())
         }
-        count => Err(Error::invalid("BAD_CONFIG", format!("the configuration has {count} problems")).remedy("mend them")),
+        count => {
+            Err(Error::invalid("BAD_CONFIG", format!("the configuration has {count} problems")).remedy("mend them"))
+        }
     }
 }

@@ -79,10 +79,7 @@ fn blob_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<BlobRow> {
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn begin_publishing<'a>(
-    tx: &Connection,
-    files: impl Iterator<Item = (&'a Digest, &'a str, u64)>,
-) -> Result<()> {
+pub fn begin_publishing<'a>(tx: &Connection, files: impl Iterator<Item = (&'a Digest, &'a str, u64)>) -> Result<()> {
     let mut insert = tx
         .prepare_cached("INSERT OR REPLACE INTO publishing (digest, flight, number) VALUES (?, ?, ?)")
         .map_err(catalog_error)?;
@@ -298,7 +295,9 @@ pub fn condemn(tx: &Connection, candidates: &[i64]) -> Result<Condemned> {
 /// Those of the catalog.
 pub fn doomed(tx: &Connection) -> Result<Vec<BlobRow>> {
     let read = || -> rusqlite::Result<Vec<BlobRow>> {
-        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed'")?.query_map([], blob_row)?.collect()
+        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed'")?
+            .query_map([], blob_row)?
+            .collect()
     };
     read().map_err(catalog_error)
 }

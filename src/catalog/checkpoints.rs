@@ -174,7 +174,8 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
 
 fn parse(raw: Raw) -> Result<Record> {
     let damaged = |error: serde_json::Error| {
-        Error::corrupt("CATALOG_DAMAGED", format!("the record of checkpoint {} is damaged", raw.record.id)).because(error)
+        Error::corrupt("CATALOG_DAMAGED", format!("the record of checkpoint {} is damaged", raw.record.id))
+            .because(error)
     };
     let failure = raw.failure.as_deref().map(serde_json::from_str).transpose().map_err(damaged)?;
     Ok(Record {
@@ -197,7 +198,8 @@ fn select(tx: &Connection, condition: &str, arguments: impl rusqlite::Params) ->
 /// # Errors
 /// Those of the catalog.
 pub fn insert(tx: &Connection, record: &Record) -> Result<()> {
-    let source = serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
+    let source =
+        serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
     tx.prepare_cached(
         "INSERT INTO checkpoints (id, name, owner, public, state, source, revision, files, logical_bytes, created_ms)
          VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

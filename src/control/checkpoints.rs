@@ -34,8 +34,11 @@ impl Service {
         let wanted = request.source.unwrap_or_default();
         let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
         if matches!(kind, SourceKind::Directory | SourceKind::Upload) {
-            return Err(Error::invalid("UNKNOWN_SOURCE_TYPE", format!("checkpoints of type `{kind}` are not made with create"))
-                .remedy("use `ckptctl capture` or `ckptctl upload`"));
+            return Err(Error::invalid(
+                "UNKNOWN_SOURCE_TYPE",
+                format!("checkpoints of type `{kind}` are not made with create"),
+            )
+            .remedy("use `ckptctl capture` or `ckptctl upload`"));
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
         source::check_uri(kind, &uri)?;
@@ -56,8 +59,11 @@ impl Service {
     async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
         let job = JobId::new(request.job)?;
         if !request.directory.starts_with('/') {
-            return Err(Error::invalid("PATH_NOT_ABSOLUTE", format!("the directory `{}` is not an absolute path", request.directory))
-                .remedy("give a path that begins with `/`"));
+            return Err(Error::invalid(
+                "PATH_NOT_ABSOLUTE",
+                format!("the directory `{}` is not an absolute path", request.directory),
+            )
+            .remedy("give a path that begins with `/`"));
         }
         let metadata = std::fs::metadata(&request.directory)
             .map_err(|error| Error::io("capturing", &request.directory, error).remedy("check the path"))?;
@@ -74,11 +80,8 @@ impl Service {
         } else {
             request.name
         };
-        let origin = Origin {
-            kind: SourceKind::Directory.to_string(),
-            uri: request.directory,
-            options: Default::default(),
-        };
+        let origin =
+            Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options: Default::default() };
         let record = new_record(request.id, name, request.owner, false, origin)?;
         let (record, is_new) = insert(&self.floors, record).await?;
         if is_new {
@@ -141,7 +144,10 @@ impl Service {
         Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
     }
 
-    async fn watch(&self, request: wire::WatchCheckpointsRequest) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
+    async fn watch(
+        &self,
+        request: wire::WatchCheckpointsRequest,
+    ) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
         let changes = self.floors.ingests.changes();
         let only = match request.checkpoint.as_str() {
             "" => None,
@@ -204,7 +210,8 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         OwnerId::new(owner.clone())?;
     }
     if public && !owner.is_empty() {
-        return Err(Error::invalid("PUBLIC_HAS_NO_OWNER", "a checkpoint is either public or somebody's").remedy("give one of the two"));
+        return Err(Error::invalid("PUBLIC_HAS_NO_OWNER", "a checkpoint is either public or somebody's")
+            .remedy("give one of the two"));
     }
     Ok(Record {
         id: id.to_string(),
@@ -265,7 +272,12 @@ pub(super) async fn insert(floors: &Floors, record: Record) -> Result<(Record, b
 type Watcher = mpsc::Sender<Result<wire::Checkpoint, Status>>;
 
 /// Sends one record until it is decided.
-async fn watch_one(floors: &Floors, id: &str, mut changes: broadcast::Receiver<String>, watcher: &Watcher) -> Result<()> {
+async fn watch_one(
+    floors: &Floors,
+    id: &str,
+    mut changes: broadcast::Receiver<String>,
+    watcher: &Watcher,
+) -> Result<()> {
     let mut last = None;
     loop {
         let key = id.to_owned();

@@ -17,10 +17,13 @@ pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool
     let mut found = checkpoints::matching(tx, reference, owner, public)?;
     if found.len() > 1 {
         let ids: Vec<_> = found.iter().map(|record| record.id.as_str()).collect();
-        return Err(Error::invalid("AMBIGUOUS_NAME", format!("{} checkpoints are called `{reference}`: {}", ids.len(), ids.join(", ")))
-            .fact("name", reference)
-            .fact("ids", ids.join(","))
-            .remedy("use one of the ids"));
+        return Err(Error::invalid(
+            "AMBIGUOUS_NAME",
+            format!("{} checkpoints are called `{reference}`: {}", ids.len(), ids.join(", ")),
+        )
+        .fact("name", reference)
+        .fact("ids", ids.join(","))
+        .remedy("use one of the ids"));
     }
     found.pop().ok_or_else(|| {
         let what = if public { "public checkpoint" } else { "checkpoint" };
@@ -52,8 +55,11 @@ impl Floors {
                 State::Ready => return Ok(record),
                 State::Failed => return Err(failed(&record)),
                 State::Evicted => {
-                    return Err(Error::wrong_state("CHECKPOINT_EVICTED", format!("the bytes of `{}` were given up", record.name))
-                        .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
+                    return Err(Error::wrong_state(
+                        "CHECKPOINT_EVICTED",
+                        format!("the bytes of `{}` were given up", record.name),
+                    )
+                    .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
                 }
                 State::New | State::Filling | State::Removing => {}
             }

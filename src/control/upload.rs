@@ -46,8 +46,10 @@ async fn next(messages: &mut Streaming<wire::UploadCheckpointRequest>) -> Result
     match messages.message().await {
         Ok(Some(request)) => request.message.map(Some).ok_or_else(|| protocol("a message is empty")),
         Ok(None) => Ok(None),
-        Err(status) => Err(Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {}", status.message()))
-            .remedy("upload it again")),
+        Err(status) => {
+            Err(Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {}", status.message()))
+                .remedy("upload it again"))
+        }
     }
 }
 

@@ -109,15 +109,15 @@ fn require_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err(Error::denied("NOT_ROOT", "ckptd mounts file systems for other processes, which needs root").remedy("run it as root"))
+    Err(Error::denied("NOT_ROOT", "ckptd mounts file systems for other processes, which needs root")
+        .remedy("run it as root"))
 }
 
 /// Every open blob is a descriptor, here and in the kernel: take what the hard limit gives. Less is a warning, not a failure.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
-    });
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
     if let Err(errno) = raised {
         tracing::warn!(%errno, "the limit of open files stays as it is");
     }
@@ -141,5 +141,7 @@ pub fn stop_signal() -> Result<impl Future<Output = ()>> {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }

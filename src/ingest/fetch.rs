@@ -86,6 +86,12 @@ impl Bounds {
         self.streams.clone().acquire_owned().await.map_err(|_| closed())
     }
 
+    /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
+    /// keep the others from being read.
+    async fn large(&self) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        Ok((self.stream().await?, self.claim(2 * WRITE_BYTES as u64).await?))
+    }
+
     pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
         self.cores.clone().acquire_owned().await.map_err(|_| closed())
     }
@@ -109,17 +115,21 @@ impl Shared {
 
 /// Runs blocking work on a thread of its own.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
 /// Fetches and seals a file of at most one fill unit.
 pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let size = file.file.size.unwrap_or(0);
     let shared = &flying.shared;
-    let memory = shared.bounds.claim(size * 2).await?;
-    let bytes = match flying.source.open_local(&file.file)? {
-        Some(_) => None,
-        None => Some(small_from_stream(&flying, &file, size).await?),
+    let (bytes, memory) = match flying.source.open_local(&file.file)? {
+        Some(_) => (None, shared.bounds.claim(size).await?),
+        None => {
+            let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
+            (Some(bytes), memory)
+        }
     };
     let core = shared.bounds.core().await?;
     let (work, flight) = (file.clone(), flying.clone());
@@ -146,10 +156,7 @@ fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8
         .open_local(file)?
         .ok_or_else(|| Error::internal("a file of this host cannot be opened as one any more"))?;
     let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-    (&opened)
-        .take(size + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| Error::io("reading", &file.locator, error))?;
+    (&opened).take(size + 1).read_to_end(&mut bytes).map_err(|error| Error::io("reading", &file.locator, error))?;
     source.check_unchanged(file, &opened)?;
     if bytes.len() as u64 != size {
         return Err(changed(&file.locator));
@@ -162,12 +169,17 @@ pub(super) fn changed(what: &str) -> Error {
         .remedy("let it come to rest, then retry")
 }
 
-async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Vec<u8>> {
-    let _stream = flying.shared.bounds.stream().await?;
+/// The bytes, and the permit for the memory they are in.
+async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<(Vec<u8>, OwnedSemaphorePermit)> {
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
-        match small_once(flying, file, size).await {
-            Ok(bytes) => return Ok(bytes),
+        let fetched = {
+            let _stream = flying.shared.bounds.stream().await?;
+            let memory = flying.shared.bounds.claim(size * 2).await?;
+            small_once(flying, file, size).await.map(|bytes| (bytes, memory))
+        };
+        match fetched {
+            Ok(fetched) => return Ok(fetched),
             Err(error) => ladder.wait(error.during(format!("fetching `{}`", file.path))).await?,
         }
     }
@@ -224,7 +236,8 @@ async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: std::fs::Fil
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
     let stopped = Arc::new(AtomicBool::new(false));
     let _give_up = GiveUp(filling.clone(), stopped.clone());
-    let layout = seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
+    let layout =
+        seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
     let _core = flying.shared.bounds.core().await?;
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
@@ -233,8 +246,7 @@ async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: std::fs::Fil
     let copier = {
         let (flying, filling, file) = (flying.clone(), filling.clone(), file.file.clone());
         blocking(move || {
-            let copied = copy_here(&opened, &filling, size, &flying.progress, &stopped)
-                .map_err(|error| Error::io("copying", &file.locator, error))
+            let copied = copy_here(&opened, &filling, &file, &flying.progress, &stopped)
                 .and_then(|()| flying.source.check_unchanged(&file, &opened))
                 .and_then(|()| filling.flush().map(|_| ()));
             copied.inspect_err(|_| filling.give_up())
@@ -258,10 +270,11 @@ async fn join_fill<A>(
 fn copy_here(
     from: &std::fs::File,
     filling: &Filling,
-    size: u64,
+    file: &File,
     progress: &Progress,
     stopped: &AtomicBool,
-) -> std::io::Result<()> {
+) -> Result<()> {
+    let size = file.size.unwrap_or(0);
     if crate::disk::clone_file(from.as_fd(), filling.file(), size) {
         let units = filling.units();
         (0..units.units()).for_each(|unit| filling.complete(unit));
@@ -271,10 +284,14 @@ fn copy_here(
     let mut at = 0;
     while at < size {
         if stopped.load(Ordering::Relaxed) {
-            return Err(std::io::Error::from(std::io::ErrorKind::Interrupted));
+            return Err(Error::new(Kind::Cancelled, "FILL_GIVEN_UP", "the fill was given up"));
         }
         let want = usize::try_from(size - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
-        copy_piece(from, filling.file(), at, want)?;
+        filling.check_room(want as u64)?;
+        copy_piece(from, filling.file(), at, want).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => changed(&file.locator),
+            _ => Error::io("copying", &file.locator, error),
+        })?;
         let end = at + want as u64;
         (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| filling.complete(unit));
         progress.arrived(want as u64);
@@ -406,13 +423,14 @@ fn group(units: &[u64], most: u64) -> Vec<Range<u64>> {
 }
 
 async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>, units: Range<u64>) -> Result<()> {
-    let _stream = flying.shared.bounds.stream().await?;
-    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let mut next = units.start;
     loop {
         let before = next;
-        let fetched = fetch_units(flying, file, filling, &mut next, units.end).await;
+        let fetched = {
+            let _permits = flying.shared.bounds.large().await?;
+            fetch_units(flying, file, filling, &mut next, units.end).await
+        };
         let Err(error) = fetched else { return Ok(()) };
         if !file.file.ranges {
             next = units.start;
@@ -473,6 +491,7 @@ async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()
     let filling = filling.clone();
     blocking(move || {
         let mut at = at;
+        filling.check_room(pieces.iter().map(|piece| piece.len() as u64).sum())?;
         for piece in pieces {
             filling.write_at(&piece, at)?;
             at += piece.len() as u64;
@@ -511,11 +530,13 @@ async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>
 async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let disk = flying.shared.store.disk().clone();
     let filling = Arc::new(Filling::open_unsized(disk, &flying.key, file.number)?);
-    let _stream = flying.shared.bounds.stream().await?;
-    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let size = loop {
-        match fetch_unsized(&flying, &file, &filling).await {
+        let fetched = {
+            let _permits = flying.shared.bounds.large().await.map_err(|error| error.during("fetching"))?;
+            fetch_unsized(&flying, &file, &filling).await
+        };
+        match fetched {
             Ok(size) => break size,
             Err((arrived, error)) => {
                 flying.progress.take_back(arrived);
@@ -540,6 +561,10 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     while let Some(piece) = stream.try_next().await.map_err(|error| (at, error))? {
         let length = piece.len() as u64;
         plan::check_limit(at + length, flying.shared.settings.checkpoint_bytes).map_err(|error| (at, error))?;
+        if at / UNIT_BYTES != (at + length) / UNIT_BYTES {
+            let available = flying.shared.available_bytes().await.map_err(|error| (at, error))?;
+            plan::admit(UNIT_BYTES, available).map_err(|error| (at, error))?;
+        }
         write(filling, vec![piece], at).await.map_err(|error| (at, error))?;
         at += length;
         flying.progress.arrived(length);

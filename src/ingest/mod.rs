@@ -38,6 +38,9 @@ use crate::units::now_unix_ms;
 use flight::Flight;
 use progress::{Progress, Reading};
 
+/// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
+const RECORD_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Makes a source of what a request asks for; tests and other processes give their own.
 pub type Connector = Arc<dyn Fn(&SourceSpec, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
 
@@ -115,7 +118,12 @@ impl Ingests {
     ///
     /// # Errors
     /// What the stream or the store failed with; the record is then `failed`.
-    pub async fn fill_from_stream(&self, record: &Record, entries: Box<dyn EntryStream>, bytes_total: u64) -> Result<()> {
+    pub async fn fill_from_stream(
+        &self,
+        record: &Record,
+        entries: Box<dyn EntryStream>,
+        bytes_total: u64,
+    ) -> Result<()> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let shared = self.0.clone();
         let record = record.clone();
@@ -275,8 +283,12 @@ impl Shared {
         };
         if let Err(error) = result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
-            if let Err(second) = self.make_failed(record, &error).await {
+            if error.kind() == Kind::NoSpace {
+                self.give_back(record).await;
+            }
+            while let Err(second) = self.make_failed(record, &error).await {
                 tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
+                tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             }
         }
         let _ = self.changes.send(record.id.clone());
@@ -291,17 +303,33 @@ impl Shared {
     ) -> Result<()> {
         let id = record.id.clone();
         let own_flight = flight.as_ref().map_or_else(|| record.id.clone(), |flight| flight.key().to_owned());
-        let message = format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
+        let message =
+            format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
         self.store
             .catalog()
             .write(move |tx| {
                 let digest = manifest.digest();
                 checkpoints::set_ready(tx, &id, &revision, &manifest, &digest)?;
-                let event = NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
+                let event =
+                    NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
                 events::record(tx, now_unix_ms(), &event)
             })
             .await?;
         self.drop_flight_if_unneeded(own_flight).await
+    }
+
+    /// What a checkpoint that did not fit had filled goes, so that something smaller can come.
+    async fn give_back(&self, record: &Record) {
+        let id = record.id.clone();
+        let flight = self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await;
+        let given_back = match flight {
+            Ok(flight) if !flight.is_empty() => self.store.remove_flight(&flight).await.map(|_| ()),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = given_back {
+            tracing::warn!(checkpoint = record.id, error = %error.report(), "giving back what was filled failed");
+        }
     }
 
     async fn make_failed(&self, record: &Record, error: &Error) -> Result<()> {

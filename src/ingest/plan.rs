@@ -30,7 +30,11 @@ impl Sizes {
         if listing.entries.len() > limits::CHECKPOINT_ENTRIES {
             return Err(Error::no_space(
                 "TOO_MANY_ENTRIES",
-                format!("the source has {} entries, at most {} are allowed", listing.entries.len(), limits::CHECKPOINT_ENTRIES),
+                format!(
+                    "the source has {} entries, at most {} are allowed",
+                    listing.entries.len(),
+                    limits::CHECKPOINT_ENTRIES
+                ),
             ));
         }
         let files = listing.entries.iter().filter_map(|entry| match &entry.what {
@@ -173,13 +177,8 @@ mod tests {
     use crate::source::{Expected, Listed};
 
     fn listed(path: &str, size: Option<u64>) -> Listed {
-        let file = File {
-            locator: path.to_owned(),
-            size,
-            executable: false,
-            ranges: true,
-            expected: Expected::default(),
-        };
+        let file =
+            File { locator: path.to_owned(), size, executable: false, ranges: true, expected: Expected::default() };
         Listed { path: EntryPath::new(path.as_bytes()).unwrap(), what: What::File(file) }
     }
 
@@ -202,7 +201,8 @@ mod tests {
     #[test]
     fn sealed_files_are_settled_and_durable_units_are_kept() {
         let big = 3 * limits::UNIT_BYTES;
-        let listing = listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
+        let listing =
+            listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
         let plan = plan(&listing, vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)]);
         assert_eq!(plan.settled.len(), 1);
         assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);

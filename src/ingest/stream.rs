@@ -9,11 +9,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 
+use super::Shared;
 use super::fetch::blocking;
 use super::plan;
 use super::progress::Progress;
 use super::seal::{self, Digested};
-use super::Shared;
 use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
@@ -38,7 +38,10 @@ pub(super) async fn fill(
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
         if entries.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
-            return Err(Error::no_space("TOO_MANY_ENTRIES", format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES)));
+            return Err(Error::no_space(
+                "TOO_MANY_ENTRIES",
+                format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES),
+            ));
         }
         let file = match listed.what {
             What::Directory => {
@@ -83,7 +86,8 @@ struct Taken {
 
 impl Taker<'_> {
     async fn take(&self, stream: &mut dyn EntryStream, path: EntryPath, file: &File, number: u64) -> Result<Taken> {
-        let size = file.size.ok_or_else(|| Error::invalid("SIZE_MISSING", format!("`{path}` was sent without its size")))?;
+        let size =
+            file.size.ok_or_else(|| Error::invalid("SIZE_MISSING", format!("`{path}` was sent without its size")))?;
         plan::admit(size, self.shared.available_bytes().await?)?;
         let executable = file.executable;
         let (digested, synced) = if size <= UNIT_BYTES {
@@ -167,6 +171,7 @@ impl Taker<'_> {
         let end = at + piece.len() as u64;
         let target = filling.clone();
         blocking(move || {
+            target.check_room(piece.len() as u64)?;
             target.write_at(&piece, at)?;
             let map = target.units();
             (at / UNIT_BYTES..map.units())
@@ -207,10 +212,16 @@ impl Drop for GiveUp {
 
 fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
     if got > size {
-        return Err(Error::invalid("BODY_TOO_LONG", format!("more than the {size} bytes announced were sent for `{path}`")));
+        return Err(Error::invalid(
+            "BODY_TOO_LONG",
+            format!("more than the {size} bytes announced were sent for `{path}`"),
+        ));
     }
     if ended && got < size {
-        return Err(Error::invalid("BODY_TOO_SHORT", format!("{got} of {size} bytes announced were sent for `{path}`")));
+        return Err(Error::invalid(
+            "BODY_TOO_SHORT",
+            format!("{got} of {size} bytes announced were sent for `{path}`"),
+        ));
     }
     Ok(())
 }

@@ -261,8 +261,11 @@ impl Attachments {
     fn target_of(&self, wanted: &Wanted) -> Result<(PathBuf, bool)> {
         match &wanted.target {
             Some(target) if target.is_absolute() => Ok((target.clone(), false)),
-            Some(target) => Err(Error::invalid("TARGET_NOT_ABSOLUTE", format!("the target {} is not an absolute path", target.display()))
-                .remedy("give a path that begins with `/`")),
+            Some(target) => Err(Error::invalid(
+                "TARGET_NOT_ABSOLUTE",
+                format!("the target {} is not an absolute path", target.display()),
+            )
+            .remedy("give a path that begins with `/`")),
             None if wanted.pid != 0 => Ok((PathBuf::from(CONTAINER_TARGET), false)),
             None => Ok((self.0.jobs_dir.join(wanted.job.as_str()).join("checkpoint"), true)),
         }
@@ -333,7 +336,8 @@ impl Attachments {
     }
 
     async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
-        let digest = record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
+        let digest =
+            record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
         let reader = self.0.store.reader(digest).await?;
         let config = SessionConfig {
@@ -385,7 +389,8 @@ impl Attachments {
             let target = PathBuf::from(&row.target);
             blocking(move || super::unmount_stale(&target).map(|_| ())).await?;
         }
-        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok()) {
+        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok())
+        {
             blocking(move || super::detach(&mounted)).await?;
         }
         let leases = row.leases.clone();
@@ -398,7 +403,10 @@ impl Attachments {
                     .into_iter()
                     .map(|lease| {
                         let record = checkpoints::get(tx, &lease.checkpoint)?.ok_or_else(|| {
-                            Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{}`", lease.checkpoint))
+                            Error::not_found(
+                                "NO_SUCH_CHECKPOINT",
+                                format!("there is no checkpoint `{}`", lease.checkpoint),
+                            )
                         })?;
                         Ok((record, lease.subdir))
                     })
@@ -432,9 +440,9 @@ fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
     let mut trees = Vec::new();
     for served in served {
         let session = lock(&served.session);
-        let session = session
-            .as_ref()
-            .ok_or_else(|| Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again"))?;
+        let session = session.as_ref().ok_or_else(|| {
+            Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again")
+        })?;
         trees.push(session.tree()?);
     }
     if let [subdir] = subdirs
@@ -443,9 +451,10 @@ fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
     {
         return Ok(Views::One(tree));
     }
-    let named = trees.into_iter().zip(subdirs).map(|(tree, subdir)| {
-        Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree })
-    });
+    let named = trees
+        .into_iter()
+        .zip(subdirs)
+        .map(|(tree, subdir)| Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree }));
     named.collect::<Result<_>>().map(Views::Several)
 }
 
@@ -458,7 +467,11 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
         return Err(Error::new(
             Kind::NoSpace,
             "TOO_MANY_CHECKPOINTS",
-            format!("the job asks for {} checkpoints, at most {} are allowed", wanted.len(), limits::CHECKPOINTS_PER_JOB),
+            format!(
+                "the job asks for {} checkpoints, at most {} are allowed",
+                wanted.len(),
+                limits::CHECKPOINTS_PER_JOB
+            ),
         ));
     }
     let alone = wanted.len() == 1;
@@ -473,9 +486,12 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
             EntryName::new(subdir.as_bytes())?;
         }
         if leases.iter().any(|lease| lease.subdir == subdir) {
-            return Err(Error::invalid("DUPLICATE_DIRECTORY", format!("two checkpoints would both be at `{subdir}` below the target"))
-                .fact("directory", subdir)
-                .remedy("give one of them another `subdir`, or rename one"));
+            return Err(Error::invalid(
+                "DUPLICATE_DIRECTORY",
+                format!("two checkpoints would both be at `{subdir}` below the target"),
+            )
+            .fact("directory", subdir)
+            .remedy("give one of them another `subdir`, or rename one"));
         }
         leases.push(Lease { checkpoint: record.id.clone(), subdir });
     }
@@ -498,14 +514,20 @@ fn has_others(row: &JobRow) -> Error {
 }
 
 fn attached_elsewhere(row: &JobRow) -> Error {
-    Error::new(Kind::AlreadyExists, "JOB_ATTACHED_ELSEWHERE", format!("the job {} is attached at {} already", row.job, row.target))
-        .fact("job", &row.job)
-        .fact("target", &row.target)
-        .remedy(format!("`ckptctl detach {}` first", row.job))
+    Error::new(
+        Kind::AlreadyExists,
+        "JOB_ATTACHED_ELSEWHERE",
+        format!("the job {} is attached at {} already", row.job, row.target),
+    )
+    .fact("job", &row.job)
+    .fact("target", &row.target)
+    .remedy(format!("`ckptctl detach {}` first", row.job))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

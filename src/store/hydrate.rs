@@ -49,7 +49,12 @@ impl Store {
         let disk = self.disk().clone();
         let stored = tokio::task::spawn_blocking(move || {
             for borrow in &missing {
-                disk.bring_home(&blob.digest, borrow.start..borrow.start + borrow.len, &borrow.home, borrow.home_start)?;
+                disk.bring_home(
+                    &blob.digest,
+                    borrow.start..borrow.start + borrow.len,
+                    &borrow.home,
+                    borrow.home_start,
+                )?;
             }
             disk.sync_blob(&blob.digest)?;
             disk.stored_bytes(&blob.digest)

@@ -163,7 +163,10 @@ fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
     })?;
     let on_disk = disk.flights()?;
     let needed = catalog.write_blocking(move |tx| {
-        on_disk.into_iter().map(|flight| Ok((checkpoints::flight_is_needed(tx, &flight)?, flight))).collect::<Result<Vec<_>>>()
+        on_disk
+            .into_iter()
+            .map(|flight| Ok((checkpoints::flight_is_needed(tx, &flight)?, flight)))
+            .collect::<Result<Vec<_>>>()
     })?;
     for (_, flight) in needed.into_iter().filter(|(needed, _)| !needed) {
         disk.end_flight(&flight)?;

@@ -162,10 +162,7 @@ impl Publisher {
 
     /// Step 4.
     fn enter(&self, batch: &Arc<Vec<Sealing>>, fresh: Vec<usize>) -> Result<Vec<Sealed>> {
-        let stored = fresh
-            .iter()
-            .map(|at| self.disk.stored_bytes(&batch[*at].digest))
-            .collect::<Result<Vec<_>>>()?;
+        let stored = fresh.iter().map(|at| self.disk.stored_bytes(&batch[*at].digest)).collect::<Result<Vec<_>>>()?;
         let batch = batch.clone();
         let reflink = self.disk.reflink();
         self.catalog.write_blocking(move |tx| {
@@ -211,8 +208,9 @@ impl Publisher {
         if changed.is_empty() {
             return Ok(());
         }
-        self.catalog
-            .write_blocking(move |tx| changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored)))
+        self.catalog.write_blocking(move |tx| {
+            changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored))
+        })
     }
 }
 
