@@ -327,6 +327,31 @@ pub fn unnamed(tx: &Connection) -> Result<Vec<i64>> {
     read().map_err(catalog_error)
 }
 
+/// Blobs that seem to occupy more than what they do not borrow, with the ranges they borrow and need not have.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn unpunched(tx: &Connection) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u64>>)>> {
+    let read = || -> rusqlite::Result<Vec<BlobRow>> {
+        tx.prepare_cached(
+            "SELECT b.id, b.digest, b.size FROM blobs b JOIN borrows r ON r.blob = b.id WHERE b.state = 'sealed' AND NOT r.filled
+             GROUP BY b.id HAVING b.stored_bytes > b.size - SUM(r.len) + 16384 * COUNT(*)",
+        )?
+        .query_map([], blob_row)?
+        .collect()
+    };
+    let blobs = read().map_err(catalog_error)?;
+    blobs
+        .into_iter()
+        .map(|blob| {
+            let borrows = borrows_of(tx, blob.id)?;
+            let ranges =
+                borrows.iter().filter(|borrow| !borrow.filled).map(|borrow| borrow.start..borrow.start + borrow.len);
+            Ok((blob, ranges.collect()))
+        })
+        .collect()
+}
+
 /// Bytes of the store: unique, physical, hydrated duplicates.
 ///
 /// # Errors

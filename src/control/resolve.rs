@@ -33,6 +33,17 @@ pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool
     })
 }
 
+/// [`record`] for a removal: also one by id that is being removed, so that a removal that broke off can be asked for again.
+///
+/// # Errors
+/// As [`record`].
+pub(super) fn removable(tx: &Connection, reference: &str) -> Result<Record> {
+    match checkpoints::get(tx, reference)? {
+        Some(removing) if removing.state == State::Removing => Ok(removing),
+        _ => record(tx, reference, "", false),
+    }
+}
+
 impl Floors {
     /// [`record`] in a transaction of its own.
     pub(super) async fn find(&self, reference: String) -> Result<Record> {

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
@@ -92,16 +92,34 @@ impl Disk {
         Ok(done)
     }
 
-    /// Brings the bytes of `range` back into a blob from `home_start` of its home: shared extents where possible, else copied. Not durable
-    /// before [`Disk::sync_blob`].
+    /// Opens a sealed blob that is to be made whole.
+    ///
+    /// # Errors
+    /// Poisoned store, the I/O error.
+    pub fn open_sealed(&self, digest: &Digest) -> Result<SealedFile> {
+        self.check_healthy()?;
+        let (file, path) = self.open_to_change(digest)?;
+        Ok(SealedFile { file, path })
+    }
+}
+
+/// A sealed blob that is being made whole: the file that was opened, whatever bears its name by now.
+#[derive(Debug)]
+pub struct SealedFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl SealedFile {
+    /// Brings the bytes of `range` back from `home_start` of its home: shared extents where possible, else copied. Not durable
+    /// before [`SealedFile::flush`].
     ///
     /// # Errors
     /// The I/O error; the blob still reads right through its row, since the range is still borrowed.
-    pub fn bring_home(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<()> {
-        self.check_healthy()?;
-        let (file, path) = self.open_to_change(digest)?;
-        let home_file = self.open_blob(home)?;
-        if self.reflink && range.start % DISK_BLOCK_BYTES == home_start % DISK_BLOCK_BYTES {
+    pub fn bring_home(&self, disk: &Disk, range: Range<u64>, home: &Digest, home_start: u64) -> Result<()> {
+        disk.check_room(range.end - range.start)?;
+        let home_file = disk.open_blob(home)?;
+        if disk.reflink && range.start % DISK_BLOCK_BYTES == home_start % DISK_BLOCK_BYTES {
             let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
             let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
             let call = FileCloneRange {
@@ -111,11 +129,21 @@ impl Disk {
                 dest_offset: start,
             };
             // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
-            if start < end && unsafe { ficlonerange(file.as_raw_fd(), &raw const call) }.is_ok() {
+            if start < end && unsafe { ficlonerange(self.file.as_raw_fd(), &raw const call) }.is_ok() {
                 return Ok(());
             }
         }
-        copy_range(&home_file, home_start, &file, range).map_err(|error| Error::io("hydrating", &path, error))
+        copy_range(&home_file, home_start, &self.file, range).map_err(|error| Error::io("hydrating", &self.path, error))
+    }
+
+    /// Makes it durable; the bytes it occupies now.
+    ///
+    /// # Errors
+    /// The I/O error, after which the disk is poisoned.
+    pub fn flush(&self, disk: &Disk) -> Result<u64> {
+        disk.sync_file(&self.file, &self.path)?;
+        let metadata = self.file.metadata().map_err(|error| Error::io("examining", &self.path, error))?;
+        Ok(metadata.blocks() * 512)
     }
 }
 

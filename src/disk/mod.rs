@@ -35,7 +35,7 @@ use crate::error::{Error, Result};
 use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
 use crate::units::show_bytes;
 
-pub use extents::clone_file;
+pub use extents::{SealedFile, clone_file};
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;
@@ -67,7 +67,7 @@ impl Disk {
             make_directory(&root.join(format!("blobs/{byte:02x}")))?;
         }
         let root_handle = File::open(root).map_err(|error| Error::io("opening", root, error))?;
-        let reflink = extents::probe_reflink(root)?;
+        let reflink = extents::probe_reflink(root).unwrap_or(false);
         let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison: OnceLock::new() };
         disk.sync_filesystem()?;
         Ok(disk)
@@ -218,6 +218,26 @@ impl Disk {
         remove_file(&self.filling_path(flight, number))
     }
 
+    /// Removes the files of a flight whose numbers are not among `kept`.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn clear_flight(&self, flight: &str, kept: &[u64]) -> Result<()> {
+        let path = self.root.join("filling").join(flight);
+        let entries = match fs::read_dir(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(|error| Error::io("listing", &path, error))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| Error::io("listing", &path, error))?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+            if number.is_none_or(|number| !kept.contains(&number)) {
+                remove_file(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes everything a flight has filled; gone already is fine.
     ///
     /// # Errors
@@ -272,9 +292,8 @@ impl Disk {
         prefixes.dedup();
         for prefix in prefixes {
             let path = self.root.join(format!("blobs/{prefix:02x}"));
-            File::open(&path)
-                .and_then(|directory| directory.sync_all())
-                .map_err(|error| self.poisoned_by(Error::io("flushing", &path, error)))?;
+            let directory = File::open(&path).map_err(|error| Error::io("opening", &path, error))?;
+            directory.sync_all().map_err(|error| self.poisoned_by(Error::io("flushing", &path, error)))?;
         }
         Ok(())
     }
@@ -359,15 +378,6 @@ impl Disk {
                 .map_err(|errno| Error::io("punching", &path, errno.into()))?;
         }
         Ok(())
-    }
-
-    /// Flushes a sealed blob that was changed.
-    ///
-    /// # Errors
-    /// The I/O error, after which the disk is poisoned.
-    pub fn sync_blob(&self, digest: &Digest) -> Result<()> {
-        let (file, path) = self.open_to_change(digest)?;
-        self.sync_file(&file, &path)
     }
 
     /// Moves a sealed blob out of sight for examination.

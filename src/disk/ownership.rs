@@ -25,10 +25,11 @@ pub(super) fn take_lock(root: &Path) -> Result<Flock<File>> {
         .map_err(|error| Error::io("opening", &path, error))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => {
+            // For people who look; a full disk must not keep the daemon from starting.
             let pid = format!("{}\n", std::process::id());
-            lock.set_len(0)
-                .and_then(|()| lock.write_all_at(pid.as_bytes(), 0))
-                .map_err(|error| Error::io("writing", &path, error))?;
+            if let Err(error) = lock.set_len(0).and_then(|()| lock.write_all_at(pid.as_bytes(), 0)) {
+                tracing::warn!(%error, path = %path.display(), "the pid could not be noted");
+            }
             Ok(lock)
         }
         Err((_, Errno::EWOULDBLOCK)) => {
@@ -65,7 +66,7 @@ pub(super) fn check_version(root: &Path) -> Result<()> {
             let others = fs::read_dir(root)
                 .map_err(|error| Error::io("listing", root, error))?
                 .flatten()
-                .any(|entry| entry.file_name() != "lock" && entry.file_name() != "lost+found");
+                .any(|entry| !["lock", "lost+found", "version.new"].iter().any(|own| entry.file_name() == *own));
             if others {
                 return Err(foreign(root, "it is not empty and has no file `version`"));
             }

@@ -104,12 +104,21 @@ fn closed() -> Error {
 impl Shared {
     /// Bytes that may be filled now: what the filesystem and the configured capacity leave.
     pub(super) async fn available_bytes(&self) -> Result<u64> {
-        let available = self.store.available_bytes()?;
+        let available = self.store.available_bytes()?.saturating_sub(self.promised_bytes());
         if self.settings.capacity_bytes == 0 {
             return Ok(available);
         }
         let (_, physical, _) = self.store.catalog().read(crate::catalog::blobs::totals).await?;
         Ok(available.min(self.settings.capacity_bytes.saturating_sub(physical)))
+    }
+}
+
+impl Shared {
+    /// Bytes that flights under way still have to write: promised to them, though not taken yet.
+    fn promised_bytes(&self) -> u64 {
+        let flights = super::lock(&self.flights);
+        let readings = flights.values().filter_map(std::sync::Weak::upgrade).map(|flight| flight.progress().reading());
+        readings.map(|reading| reading.bytes_total.saturating_sub(reading.bytes_done)).sum()
     }
 }
 
@@ -431,7 +440,11 @@ async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>
             let _permits = flying.shared.bounds.large().await?;
             fetch_units(flying, file, filling, &mut next, units.end).await
         };
+        // A stream that breaks behind its last byte has given everything.
         let Err(error) = fetched else { return Ok(()) };
+        if next == units.end {
+            return Ok(());
+        }
         if !file.file.ranges {
             next = units.start;
         } else if next > before {

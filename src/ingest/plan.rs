@@ -97,8 +97,8 @@ pub struct Plan {
 }
 
 /// Compares a listing with the rows of its flight. Rows belong to the same revision, so equal path and size mean equal bytes.
-pub fn plan(listing: &Listing, rows: Vec<FillRow>) -> Plan {
-    let mut next_number = rows.iter().map(|row| row.number + 1).max().unwrap_or(0);
+/// `next_number` gives numbers for files that have none.
+pub fn plan(listing: &Listing, rows: Vec<FillRow>, mut next_number: impl FnMut() -> u64) -> Plan {
     let mut rows: HashMap<Vec<u8>, FillRow> = rows.into_iter().map(|row| (row.path.clone(), row)).collect();
     let mut plan = Plan::default();
     for listed in &listing.entries {
@@ -118,8 +118,7 @@ pub fn plan(listing: &Listing, rows: Vec<FillRow>) -> Plan {
             plan.settle_file(listed.path.clone(), size, file.executable, digest);
             continue;
         }
-        let number = row.as_ref().map_or(next_number, |row| row.number);
-        next_number = next_number.max(number + 1);
+        let number = row.as_ref().map_or_else(&mut next_number, |row| row.number);
         let units = row.and_then(|row| file.size.map(|size| UnitMap::from_bytes(size, &row.units)));
         plan.add(ToFill { path: listed.path.clone(), file: file.clone(), number, units });
     }
@@ -203,7 +202,9 @@ mod tests {
         let big = 3 * limits::UNIT_BYTES;
         let listing =
             listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
-        let plan = plan(&listing, vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)]);
+        let mut numbers = 5..;
+        let rows = vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)];
+        let plan = plan(&listing, rows, || numbers.next().unwrap());
         assert_eq!(plan.settled.len(), 1);
         assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);
         assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);

@@ -5,6 +5,7 @@
 //! `failed`; nothing of it becomes visible.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
@@ -29,12 +30,11 @@ pub(super) async fn fill(
     mut stream: Box<dyn EntryStream>,
     progress: &Arc<Progress>,
 ) -> Result<(String, Manifest)> {
-    shared.store.remove_flight(flight).await?;
+    shared.store.disk().clear_flight(flight, &[])?;
     shared.store.disk().begin_flight(flight)?;
     let taker = Taker { shared, flight, progress };
     let mut entries = Vec::new();
     let mut sealing = FuturesUnordered::new();
-    let mut number = 0;
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
         if entries.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
@@ -56,8 +56,8 @@ pub(super) async fn fill(
         };
         bytes = bytes.saturating_add(file.size.unwrap_or(0));
         plan::check_limit(bytes, shared.settings.checkpoint_bytes)?;
+        let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
         let taken = taker.take(&mut *stream, listed.path, &file, number).await?;
-        number += 1;
         sealing.push(taker.publish(taken));
         while sealing.len() >= limits::PUBLISH_BATCH_FILES {
             entries.extend(sealing.next().await.transpose()?);
@@ -88,7 +88,7 @@ impl Taker<'_> {
     async fn take(&self, stream: &mut dyn EntryStream, path: EntryPath, file: &File, number: u64) -> Result<Taken> {
         let size =
             file.size.ok_or_else(|| Error::invalid("SIZE_MISSING", format!("`{path}` was sent without its size")))?;
-        plan::admit(size, self.shared.available_bytes().await?)?;
+        plan::admit(size, self.shared.store.available_bytes()?)?;
         let executable = file.executable;
         let (digested, synced) = if size <= UNIT_BYTES {
             (self.take_small(stream, &path, size, number, &file.expected).await?, false)

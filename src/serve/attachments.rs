@@ -132,7 +132,7 @@ impl Attachments {
             created_ms: now_unix_ms(),
             leases,
         };
-        self.put(&row).await?;
+        self.put_checked(&row).await?;
         Ok(row)
     }
 
@@ -150,11 +150,12 @@ impl Attachments {
                 return Err(has_others(row));
             }
             if row.state == JobState::Attached {
-                return if row.target == target.to_string_lossy() && row.pid == wanted.pid {
-                    Ok(row.clone())
-                } else {
-                    Err(attached_elsewhere(row))
-                };
+                if row.target != target.to_string_lossy() || row.pid != wanted.pid {
+                    return Err(attached_elsewhere(row));
+                }
+                if stands(row).await? {
+                    return Ok(row.clone());
+                }
             }
         }
         let row = JobRow {
@@ -170,7 +171,7 @@ impl Attachments {
         if made {
             std::fs::create_dir_all(&target).map_err(|error| Error::io("creating the target", &target, error))?;
         }
-        self.put(&row).await?;
+        self.put_checked(&row).await?;
         match self.mount(&row, &wanted.checkpoints).await {
             Ok(row) => Ok(row),
             Err(error) => {
@@ -257,6 +258,11 @@ impl Attachments {
         self.0.store.catalog().write(move |tx| jobs::put(tx, &row)).await
     }
 
+    async fn put_checked(&self, row: &JobRow) -> Result<()> {
+        let row = row.clone();
+        self.0.store.catalog().write(move |tx| jobs::put_checked(tx, &row)).await
+    }
+
     /// The target, and whether it is ours to make.
     fn target_of(&self, wanted: &Wanted) -> Result<(PathBuf, bool)> {
         match &wanted.target {
@@ -279,8 +285,16 @@ impl Attachments {
         let place = Place { target: PathBuf::from(&row.target), pid: (row.pid != 0).then_some(row.pid) };
         let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
         let reserved = self.0.sessions_dir.clone();
-        let mounted = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
-        let mounted = serde_json::to_string(&mounted)
+        let view = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
+        let noted = self.note_mounted(row, &view).await;
+        if noted.is_err() {
+            blocking(move || super::detach(&view)).await?;
+        }
+        noted
+    }
+
+    async fn note_mounted(&self, row: &JobRow, mounted: &super::Mounted) -> Result<JobRow> {
+        let mounted = serde_json::to_string(mounted)
             .map_err(|error| Error::internal("encoding what was mounted").because(error))?;
         let row = JobRow { state: JobState::Attached, mounted: Some(mounted), ..row.clone() };
         self.put(&row).await?;
@@ -339,7 +353,8 @@ impl Attachments {
         let digest =
             record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
-        let reader = self.0.store.reader(digest).await?;
+        let manifest = Arc::new(manifest);
+        let reader = self.0.store.reader(digest, manifest.clone()).await?;
         let config = SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
             passthrough: self.0.passthrough,
@@ -347,8 +362,7 @@ impl Attachments {
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         };
         let content = Arc::new(StoredContent(reader.clone()));
-        let session =
-            blocking(move || Session::start(config, Arc::new(Tree::new(Arc::new(manifest))), content)).await?;
+        let session = blocking(move || Session::start(config, Arc::new(Tree::new(manifest)), content)).await?;
         let store = self.0.store.clone();
         let id = record.id.clone();
         tokio::spawn(async move {
@@ -433,6 +447,15 @@ impl Attachments {
                 events::record(tx, now_unix_ms(), &event)
             })
             .await
+    }
+}
+
+/// Whether the view of a row is still there: somebody may have unmounted it.
+async fn stands(row: &JobRow) -> Result<bool> {
+    let mounted = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok());
+    match mounted {
+        Some(mounted) => blocking(move || super::standing(&mounted)).await,
+        None => Ok(false),
     }
 }
 

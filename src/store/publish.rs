@@ -17,7 +17,7 @@ use crate::catalog::blobs::{self, ChunkRow, Home};
 use crate::catalog::{Catalog, fills};
 use crate::digest::Digest;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::names::EntryPath;
 
@@ -94,6 +94,21 @@ impl Publisher {
         if batch.is_empty() {
             return;
         }
+        let (batch, missing): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .partition(|pending| self.disk.filling_path(&pending.sealing.flight, pending.sealing.number).exists());
+        // Files of a flight that was removed meanwhile; the others must not suffer for them.
+        for pending in missing {
+            let gone = Error::new(
+                Kind::Cancelled,
+                "FLIGHT_REMOVED",
+                format!("`{}` was removed while it was sealed", pending.sealing.path),
+            );
+            let _ = pending.answer.send(Err(gone));
+        }
+        if batch.is_empty() {
+            return;
+        }
         let (sealings, answers): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|pending| (pending.sealing, pending.answer)).unzip();
         let outcome = self.publish(sealings);
@@ -107,6 +122,7 @@ impl Publisher {
         let batch = Arc::new(batch);
         let fresh = self.announce(&batch)?;
         self.make_durable(&batch, &fresh)?;
+        // Only now: a rename may take the place of a remnant that others borrow from, so the new bytes must be durable before it.
         for &at in &fresh {
             let sealing = &batch[at];
             self.disk.publish(&sealing.flight, sealing.number, &sealing.digest)?;
@@ -147,10 +163,10 @@ impl Publisher {
         fresh.iter().filter(|at| !batch[**at].synced).count() >= limits::SYNCFS_FROM_FILES
     }
 
-    /// Step 1 for files that were not flushed while they filled; many at once are left to the `syncfs` after the renames.
+    /// Step 1 for files that were not flushed while they filled: each, or all at once where there are many.
     fn make_durable(&self, batch: &[Sealing], fresh: &[usize]) -> Result<()> {
         if self.needs_syncfs(batch, fresh) {
-            return Ok(());
+            return self.disk.sync_filesystem();
         }
         for sealing in fresh.iter().map(|at| &batch[*at]).filter(|sealing| !sealing.synced) {
             let path = self.disk.filling_path(&sealing.flight, sealing.number);
