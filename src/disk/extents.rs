@@ -165,7 +165,7 @@ fn copy_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io:
 pub(super) fn probe_reflink(root: &Path) -> Result<bool> {
     let (from, to) = (root.join("filling/.probe-a"), root.join("filling/.probe-b"));
     let probe = || -> io::Result<bool> {
-        fs::write(&from, [1_u8; DISK_BLOCK_BYTES as usize])?;
+        fs::write(&from, [1_u8; 4096])?;
         let source = File::open(&from)?;
         let target = File::create(&to)?;
         let call =

@@ -11,6 +11,7 @@
 //! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
+mod copy;
 mod fetch;
 mod flight;
 pub mod plan;

@@ -113,7 +113,7 @@ impl Publisher {
             batch.into_iter().map(|pending| (pending.sealing, pending.answer)).unzip();
         let outcome = self.publish(sealings);
         for answer in answers {
-            let _ = answer.send(outcome.as_ref().map(|()| ()).map_err(Error::share));
+            let _ = answer.send(outcome.as_ref().copied().map_err(Error::share));
         }
     }
 

@@ -93,8 +93,8 @@ impl Reader {
         let file = self.open_file(digest)?;
         let mut homes: HashMap<Digest, File> = HashMap::new();
         for borrow in borrows.iter() {
-            if !homes.contains_key(&borrow.home) {
-                homes.insert(borrow.home, self.open_file(&borrow.home)?);
+            if let std::collections::hash_map::Entry::Vacant(home) = homes.entry(borrow.home) {
+                home.insert(self.open_file(&borrow.home)?);
             }
         }
         Ok(OpenBlob { file, size, borrows, homes, digest: *digest })
