@@ -39,6 +39,7 @@ pub mod catalog;
 pub mod store;
 
 // 3: sources.
+pub mod archive;
 pub mod source;
 
 // 4: work.

@@ -86,3 +86,22 @@ pub const EVENTS_KEPT: u64 = 10_000;
 
 /// Checkpoints in one attachment.
 pub const CHECKPOINTS_PER_JOB: usize = 64;
+
+/// Bytes out for one byte in above which an archive is a bomb, once it has given [`ARCHIVE_RATIO_FROM_BYTES`]. Nothing
+/// that is worth keeping compresses so well throughout.
+pub const ARCHIVE_RATIO: u64 = 1000;
+
+/// What an archive may give before its ratio is looked at: one tensor of zeros is no bomb.
+pub const ARCHIVE_RATIO_FROM_BYTES: u64 = 1 << 30;
+
+/// Memory that the dictionary of a compressed archive may claim: what `xz -9` (65 MiB) and `zstd --ultra -22` (128 MiB) need.
+pub const ARCHIVE_DICTIONARY_BYTES: u64 = 128 << 20;
+
+/// One extended header of a tar (long names, attributes, maps of sparse files).
+pub const ARCHIVE_HEADER_BYTES: u64 = 8 << 20;
+
+/// Pieces of one sparse file in a tar: 4 MiB of map.
+pub const ARCHIVE_SPARSE_PIECES: usize = 1 << 18;
+
+/// Bytes of names and link targets remembered of one archive: what its manifest could hold anyway.
+pub const ARCHIVE_NAMES_BYTES: usize = MANIFEST_BYTES;

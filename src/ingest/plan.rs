@@ -37,9 +37,12 @@ impl Sizes {
                 ),
             ));
         }
+        if let Some(link) = listing.entries.iter().find(|entry| matches!(entry.what, What::SameAs(_))) {
+            return Err(Error::internal(format!("the listing has the hard link `{}`", link.path)));
+        }
         let files = listing.entries.iter().filter_map(|entry| match &entry.what {
             What::File(file) => Some(file.size.unwrap_or(0)),
-            What::Directory | What::Symlink(_) => None,
+            What::Directory | What::Symlink(_) | What::SameAs(_) => None,
         });
         let mut sizes = Self { files: 0, known_bytes: 0 };
         for size in files {
@@ -107,6 +110,8 @@ pub fn plan(listing: &Listing, rows: Vec<FillRow>, mut next_number: impl FnMut()
                 plan.settle(listed.path.clone(), EntryKind::Directory);
                 continue;
             }
+            // Refused when the listing was counted.
+            What::SameAs(_) => continue,
             What::Symlink(target) => {
                 plan.settle(listed.path.clone(), EntryKind::Symlink { target: target.clone() });
                 continue;

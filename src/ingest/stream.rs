@@ -1,9 +1,11 @@
-//! Filling from a stream of entries: uploads now, archives later.
+//! Filling from a stream of entries: uploads and archives.
 //!
 //! Bytes come in the sender's order, so files are taken one after the other: a small one in memory, a large one into a
-//! filling file whose sealer follows. Sealing of small files overlaps with what comes next. A stream that breaks leaves the record
-//! `failed`; nothing of it becomes visible.
+//! filling file whose sealer follows; one of unknown size is held in memory until it proves large, and then sealed after its end.
+//! Sealing of small files overlaps with what comes next. Hard links are resolved when all files are sealed. A stream that breaks
+//! leaves the record `failed`; nothing of it becomes visible.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -23,6 +25,9 @@ use crate::source::{EntryStream, Expected, File, What};
 use crate::store::Sealing;
 use crate::store::filling::{Filling, UnitMap};
 
+/// Space that must be left before a file of unknown size grows by as much.
+const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
+
 /// Takes everything; returns the revision and the manifest.
 pub(super) async fn fill(
     shared: &Arc<Shared>,
@@ -34,10 +39,11 @@ pub(super) async fn fill(
     shared.store.disk().begin_flight(flight)?;
     let taker = Taker { shared, flight, progress };
     let mut entries = Vec::new();
+    let mut links = Vec::new();
     let mut sealing = FuturesUnordered::new();
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
-        if entries.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
+        if entries.len() + links.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
             return Err(Error::no_space(
                 "TOO_MANY_ENTRIES",
                 format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES),
@@ -52,12 +58,15 @@ pub(super) async fn fill(
                 entries.push(Entry { path: listed.path, kind: EntryKind::Symlink { target } });
                 continue;
             }
+            What::SameAs(earlier) => {
+                links.push((listed.path, earlier));
+                continue;
+            }
             What::File(file) => file,
         };
-        bytes = bytes.saturating_add(file.size.unwrap_or(0));
-        plan::check_limit(bytes, shared.settings.checkpoint_bytes)?;
         let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
-        let taken = taker.take(&mut *stream, listed.path, &file, number).await?;
+        let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
+        bytes += taken.size;
         sealing.push(taker.publish(taken));
         while sealing.len() >= limits::PUBLISH_BATCH_FILES {
             entries.extend(sealing.next().await.transpose()?);
@@ -66,7 +75,33 @@ pub(super) async fn fill(
     while let Some(entry) = sealing.next().await {
         entries.push(entry?);
     }
+    resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?;
     Ok((stream.revision(), Manifest::new(entries)?))
+}
+
+/// Makes files of hard links, in the order they came, so that one may lead to another. `bytes` came before.
+fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: u64, limit_bytes: u64) -> Result<()> {
+    if links.is_empty() {
+        return Ok(());
+    }
+    let files = entries.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
+    let mut files: HashMap<_, _> = files.map(|entry| (entry.path.clone(), entry.kind.clone())).collect();
+    let mut bytes = bytes;
+    for (path, earlier) in links {
+        let kind = files.get(&earlier).cloned().ok_or_else(|| {
+            Error::invalid(
+                "NO_SUCH_ENTRY",
+                format!("the hard link `{path}` leads to `{earlier}`, which was not sent before"),
+            )
+        })?;
+        if let EntryKind::File { size, .. } = kind {
+            bytes = bytes.saturating_add(size);
+            plan::check_limit(bytes, limit_bytes)?;
+        }
+        files.insert(path.clone(), kind.clone());
+        entries.push(Entry { path, kind });
+    }
+    Ok(())
 }
 
 struct Taker<'a> {
@@ -85,9 +120,19 @@ struct Taken {
 }
 
 impl Taker<'_> {
-    async fn take(&self, stream: &mut dyn EntryStream, path: EntryPath, file: &File, number: u64) -> Result<Taken> {
-        let size =
-            file.size.ok_or_else(|| Error::invalid("SIZE_MISSING", format!("`{path}` was sent without its size")))?;
+    /// Takes one file; `before` bytes came before it.
+    async fn take(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: EntryPath,
+        file: &File,
+        number: u64,
+        before: u64,
+    ) -> Result<Taken> {
+        let Some(size) = file.size else {
+            return self.take_unsized(stream, path, file, number, before).await;
+        };
+        plan::check_limit(before.saturating_add(size), self.shared.settings.checkpoint_bytes)?;
         plan::admit(size, self.shared.store.available_bytes()?)?;
         let executable = file.executable;
         let (digested, synced) = if size <= UNIT_BYTES {
@@ -113,6 +158,10 @@ impl Taker<'_> {
         }
         check_length(path, bytes.len() as u64, size, true)?;
         self.progress.arrived(size);
+        self.seal_small(bytes, path, number, expected).await
+    }
+
+    async fn seal_small(&self, bytes: Vec<u8>, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {
         let (disk, flight) = (self.shared.store.disk().clone(), self.flight.to_owned());
         let (path, expected) = (path.clone(), expected.clone());
         blocking(move || {
@@ -148,6 +197,60 @@ impl Taker<'_> {
         let (filled, sealed) = tokio::join!(filler, sealer);
         filled?;
         sealed
+    }
+
+    /// Takes a file whose end alone tells its size.
+    async fn take_unsized(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: EntryPath,
+        file: &File,
+        number: u64,
+        before: u64,
+    ) -> Result<Taken> {
+        let executable = file.executable;
+        let mut bytes = Vec::new();
+        let mut ended = false;
+        while !ended && bytes.len() as u64 <= UNIT_BYTES {
+            match stream.next_bytes().await? {
+                Some(piece) => bytes.extend_from_slice(&piece),
+                None => ended = true,
+            }
+        }
+        let mut size = bytes.len() as u64;
+        self.check_growth(0, size, before).await?;
+        self.progress.arrived(size);
+        if size <= UNIT_BYTES {
+            let digested = self.seal_small(bytes, &path, number, &file.expected).await?;
+            return Ok(Taken { path, number, size, executable, digested, synced: false });
+        }
+        let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);
+        append(&filling, bytes.into(), 0).await?;
+        while let Some(piece) = stream.next_bytes().await? {
+            let end = size + piece.len() as u64;
+            self.check_growth(size, end, before).await?;
+            append(&filling, piece, size).await?;
+            self.progress.arrived(end - size);
+            size = end;
+        }
+        let (own, expected) = (path.clone(), file.expected.clone());
+        let digested = blocking(move || {
+            filling.set_complete(size)?;
+            filling.flush()?;
+            seal::follow(&filling, &own, &expected, seal::LayoutFrom::Filling)
+        })
+        .await?;
+        Ok(Taken { path, number, size, executable, digested, synced: true })
+    }
+
+    /// Checks the limit for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
+    async fn check_growth(&self, from: u64, to: u64, before: u64) -> Result<()> {
+        plan::check_limit(before.saturating_add(to), self.shared.settings.checkpoint_bytes)?;
+        if from.div_ceil(ADMIT_BYTES) < to.div_ceil(ADMIT_BYTES) {
+            let ahead = if to <= UNIT_BYTES { to } else { ADMIT_BYTES };
+            plan::admit(ahead, self.shared.available_bytes().await?)?;
+        }
+        Ok(())
     }
 
     async fn write_all(
@@ -200,6 +303,11 @@ impl Taker<'_> {
         self.progress.sealed();
         Ok(Entry { path, kind: EntryKind::File { size, executable, digest } })
     }
+}
+
+async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
+    let filling = filling.clone();
+    blocking(move || filling.write_at(&piece, at)).await
 }
 
 struct GiveUp(Arc<Filling>);

@@ -54,7 +54,10 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
     match spec.kind {
         SourceKind::HuggingFace => connect_hugging_face(spec, credentials, context),
         SourceKind::Web => connect_web(spec, credentials, context),
-        SourceKind::Directory if context.host_directories => Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri)))),
+        SourceKind::Directory if context.host_directories => {
+            let extract = spec.option("extract") != Some("false");
+            Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
+        }
         SourceKind::Directory => {
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))

@@ -10,6 +10,8 @@
 //! digest over all paths, stamps and link targets: it is met again only if nothing was touched. Kernels before 6.13 count
 //! times in ticks of some milliseconds: there a write of equal length within the tick of the listing goes unseen.
 //!
+//! A root that is one archive file is streamed member by member, unless it is to be kept as it is.
+//!
 //! The walk is iterative, in the order of names, and bounded by `limits`; one descriptor is open at a time.
 
 use std::ffi::OsStr;
@@ -33,7 +35,9 @@ use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2, re
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
+use super::archived::ArchivedEntries;
 use super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
+use crate::archive::Format;
 use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::limits;
@@ -49,14 +53,16 @@ const HERE: &str = ".";
 #[derive(Debug)]
 pub(super) struct DirectorySource {
     path: PathBuf,
+    /// Whether a root that is an archive is taken apart.
+    extract: bool,
     root: Mutex<Option<Arc<Root>>>,
 }
 
 impl DirectorySource {
-    /// The tree at the absolute `path`; nothing is touched before it is opened.
-    pub(super) fn new(path: &Path) -> Self {
+    /// The tree at the absolute `path`, or in the archive that it names if `extract`; nothing is touched before it is opened.
+    pub(super) fn new(path: &Path, extract: bool) -> Self {
         // By components, since a `/` at the end would follow a link in spite of `O_NOFOLLOW`.
-        Self { path: path.components().collect(), root: Mutex::default() }
+        Self { path: path.components().collect(), extract, root: Mutex::default() }
     }
 
     /// The root as it was opened for listing, or opened now by a process that resumes without listing.
@@ -69,13 +75,17 @@ impl DirectorySource {
 #[async_trait]
 impl Source for DirectorySource {
     async fn open(&self) -> Result<Opened> {
-        let path = self.path.clone();
-        let (root, listing) = unblocked(move || {
+        let (path, extract) = (self.path.clone(), self.extract);
+        let (root, listing, archive) = unblocked(move || {
             let root = Root::open(&path)?;
             let listing = list(&root)?;
-            Ok((root, listing))
+            let archive = if extract { open_archive(&root, &listing)? } else { None };
+            Ok((root, listing, archive))
         })
         .await?;
+        if let Some(archive) = archive {
+            return Ok(Opened::Streamed(Box::new(archive.read()?)));
+        }
         *self.root.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(root));
         Ok(Opened::Listed(listing))
     }
@@ -296,6 +306,39 @@ impl Reading {
             Err(error) => Err(Error::io("reading", shown(), error)),
         }
     }
+}
+
+/// A root that is an archive, opened.
+struct Archive {
+    opened: OpenFile,
+    name: EntryName,
+    format: Format,
+    revision: String,
+    locator: Locator,
+    shown: PathBuf,
+}
+
+impl Archive {
+    /// Begins to read the members. Needs a runtime.
+    fn read(self) -> Result<ArchivedEntries> {
+        let Self { opened, name, format, revision, locator, shown } = self;
+        let check = Box::new(move |opened: &OpenFile| check_stamp(&locator, opened, &shown));
+        ArchivedEntries::read(opened, name, format, revision, check)
+    }
+}
+
+/// The one file that was listed, if its name is that of an archive.
+fn open_archive(root: &Root, listing: &Listing) -> Result<Option<Archive>> {
+    let Some(name) = &root.only else { return Ok(None) };
+    let (Some(format), [Listed { what: What::File(file), .. }]) = (Format::of_name(name), listing.entries.as_slice())
+    else {
+        return Ok(None);
+    };
+    let locator: Locator = file.locator.parse()?;
+    let opened = root.open_file(&locator)?;
+    let shown = root.shown(&locator.path);
+    let revision = listing.revision.replacen("directory:", "archive:", 1);
+    Ok(Some(Archive { opened, name: name.clone(), format, revision, locator, shown }))
 }
 
 /// Everything below `root`.

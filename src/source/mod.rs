@@ -14,6 +14,7 @@
 //! the ladder of its own) and hold no lock over an await. Errors say whether trying again can help by their kind:
 //! [`Kind::Unavailable`](crate::error::Kind::Unavailable) is retried, everything else is final.
 
+mod archived;
 mod connect;
 mod directory;
 pub mod egress;
@@ -110,6 +111,8 @@ pub enum What {
     Symlink(Box<[u8]>),
     /// A regular file.
     File(File),
+    /// The bytes and the executable bit of the regular file that came earlier under this path (a hard link). In streams only.
+    SameAs(EntryPath),
 }
 
 /// A regular file at a source.

@@ -1,0 +1,246 @@
+//! The bytes of an archive, decompressed, with a bound on what a few bytes may become.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufReader, Read};
+use std::os::unix::fs::FileExt as _;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use liblzma::stream::{CONCATENATED, Stream};
+
+use super::damaged;
+use crate::error::{Error, Result};
+use crate::limits::{self, ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
+
+/// Bytes handed on at a time.
+pub(super) const PIECE_BYTES: usize = 512 << 10;
+
+/// Bytes read from the file at a time.
+const READ_BYTES: usize = 128 << 10;
+
+/// How bytes are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coding {
+    /// Not at all.
+    Plain,
+    /// Raw deflate, inside zips.
+    Deflate,
+    /// gzip, several members in a row.
+    Gzip,
+    /// bzip2, several streams in a row.
+    Bzip2,
+    /// xz, several streams in a row.
+    Xz,
+    /// Zstandard, several frames in a row.
+    Zstd,
+}
+
+impl Coding {
+    /// What the first bytes say.
+    pub(super) fn of_content(start: &[u8]) -> Option<Self> {
+        match start {
+            [0x1f, 0x8b, 8, ..] => Some(Self::Gzip),
+            [b'B', b'Z', b'h', b'1'..=b'9', ..] => Some(Self::Bzip2),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Self::Xz),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+
+    fn open<'a>(self, reader: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+        let reader = BufReader::with_capacity(READ_BYTES, reader);
+        Ok(match self {
+            Self::Plain => Box::new(reader),
+            Self::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(reader)),
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
+            Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
+            Self::Xz => {
+                let stream = Stream::new_stream_decoder(limits::ARCHIVE_DICTIONARY_BYTES, CONCATENATED)?;
+                Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
+            }
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(reader)?;
+                decoder.window_log_max(limits::ARCHIVE_DICTIONARY_BYTES.ilog2())?;
+                Box::new(decoder)
+            }
+        })
+    }
+}
+
+/// What an archive took from its file and what it gave for it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Meter(Rc<Figures>);
+
+#[derive(Debug, Default)]
+struct Figures {
+    taken: Cell<u64>,
+    given: Cell<u64>,
+}
+
+impl Meter {
+    fn take(&self, bytes: usize) {
+        self.0.taken.set(self.0.taken.get().saturating_add(count(bytes)));
+    }
+
+    /// Counts bytes given.
+    ///
+    /// # Errors
+    /// `ARCHIVE_BOMB` once they are too many for what was taken.
+    pub(super) fn give(&self, bytes: u64) -> Result<()> {
+        let given = self.0.given.get().saturating_add(bytes);
+        self.0.given.set(given);
+        let taken = self.0.taken.get();
+        if given <= ARCHIVE_RATIO_FROM_BYTES || given / ARCHIVE_RATIO <= taken {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "ARCHIVE_BOMB",
+            format!("its first {taken} bytes give more than {given} bytes, over {ARCHIVE_RATIO} for each"),
+        )
+        .remedy("pack it again without what has no content"))
+    }
+}
+
+/// Decompressed bytes.
+pub(super) struct Input<'a> {
+    reader: Box<dyn Read + 'a>,
+    meter: Meter,
+}
+
+impl<'a> Input<'a> {
+    /// All of `file`.
+    pub(super) fn whole(file: &'a File, coding: Coding) -> Result<Self> {
+        Self::range(file, 0, u64::MAX, coding, Meter::default())
+    }
+
+    /// `length` bytes of `file` from `start`.
+    pub(super) fn range(file: &'a File, start: u64, length: u64, coding: Coding, meter: Meter) -> Result<Self> {
+        let range = FileRange::new(file, start, length, meter.clone());
+        Ok(Self { reader: coding.open(range).map_err(fault)?, meter })
+    }
+
+    /// What was taken and given so far.
+    pub(super) fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// Fills `buffer` as far as there are bytes; returns how far.
+    pub(super) fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let mut length = 0;
+        while length < buffer.len() {
+            match self.reader.read(&mut buffer[length..]) {
+                Ok(0) => break,
+                Ok(more) => {
+                    length += more;
+                    self.meter.give(count(more))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(fault(error)),
+            }
+        }
+        Ok(length)
+    }
+
+    /// Fills `buffer` wholly.
+    ///
+    /// # Errors
+    /// `ARCHIVE_DAMAGED` where it ends before.
+    pub(super) fn fill_all(&mut self, buffer: &mut [u8]) -> Result<()> {
+        if self.fill(buffer)? < buffer.len() { Err(truncated()) } else { Ok(()) }
+    }
+
+    /// Up to `most` bytes; none only at the end.
+    pub(super) fn piece(&mut self, most: u64) -> Result<Bytes> {
+        let mut buffer = vec![0; usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES)];
+        let length = self.fill(&mut buffer)?;
+        buffer.truncate(length);
+        Ok(buffer.into())
+    }
+
+    /// Exactly `length` bytes, in pieces.
+    ///
+    /// # Errors
+    /// `ARCHIVE_DAMAGED` where it ends before; what `each` says.
+    pub(super) fn pieces(&mut self, length: u64, mut each: impl FnMut(Bytes) -> Result<()>) -> Result<()> {
+        let mut left = length;
+        while left > 0 {
+            let piece = self.piece(left)?;
+            if piece.is_empty() {
+                return Err(truncated());
+            }
+            left -= count(piece.len());
+            each(piece)?;
+        }
+        Ok(())
+    }
+
+    /// Reads to the end: what checks the compression's own sums.
+    pub(super) fn drain(&mut self) -> Result<()> {
+        let mut buffer = vec![0; PIECE_BYTES];
+        while self.fill(&mut buffer)? > 0 {}
+        Ok(())
+    }
+}
+
+/// A range of a file, read without a position of its own.
+pub(super) struct FileRange<'a> {
+    file: &'a File,
+    at: u64,
+    end: u64,
+    meter: Meter,
+}
+
+impl<'a> FileRange<'a> {
+    /// `length` bytes of `file` from `start`, or to its end.
+    pub(super) fn new(file: &'a File, start: u64, length: u64, meter: Meter) -> Self {
+        Self { file, at: start, end: start.saturating_add(length), meter }
+    }
+}
+
+impl Read for FileRange<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(buffer.len());
+        let length = self.file.read_at(&mut buffer[..most], self.at)?;
+        self.at += count(length);
+        self.meter.take(length);
+        Ok(length)
+    }
+}
+
+/// A length as a count of bytes.
+pub(super) fn count(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}
+
+/// It ends before its end.
+pub(super) fn truncated() -> Error {
+    damaged("it is truncated: it ends in the middle")
+}
+
+/// What a failed read means: the disk's fault or the archive's.
+pub(super) fn fault(error: io::Error) -> Error {
+    if error.raw_os_error().is_some() {
+        Error::io("reading", "the archive", error)
+    } else if error.kind() == io::ErrorKind::UnexpectedEof {
+        truncated()
+    } else {
+        damaged("its compressed bytes cannot be read").because(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn much_from_little_is_a_bomb_and_zeros_alone_are_not() {
+        let meter = Meter::default();
+        meter.take(1000);
+        assert!(meter.give(ARCHIVE_RATIO_FROM_BYTES).is_ok());
+        assert_eq!(meter.give(1).unwrap_err().reason(), "ARCHIVE_BOMB");
+        let fair = Meter::default();
+        fair.take(2 << 20);
+        assert!(fair.give(ARCHIVE_RATIO_FROM_BYTES + 1).is_ok());
+    }
+}

@@ -1,0 +1,82 @@
+//! Where members go: past the gate into the channel. Blocks while the channel is full.
+
+use bytes::Bytes;
+use tokio::sync::mpsc::Sender;
+
+use super::gate::Gate;
+use super::{Member, What};
+use crate::error::{Error, Kind, Result};
+
+/// What passes the channel.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// The next member.
+    Member(Member),
+    /// Bytes of the present file.
+    Bytes(Bytes),
+    /// The archive is whole.
+    End,
+}
+
+/// The channel's inner end.
+pub(super) struct Sink {
+    sender: Sender<Result<Message>>,
+    gate: Gate,
+}
+
+impl Sink {
+    pub(super) fn new(sender: Sender<Result<Message>>) -> Self {
+        Self { sender, gate: Gate::default() }
+    }
+
+    /// A directory; the root itself is not handed on.
+    pub(super) fn directory(&mut self, name: &[u8]) -> Result<()> {
+        match self.gate.directory(name)? {
+            Some(path) => self.member(path, What::Directory),
+            None => Ok(()),
+        }
+    }
+
+    /// A regular file; its bytes are to follow.
+    pub(super) fn file(&mut self, name: &[u8], size: Option<u64>, executable: bool) -> Result<()> {
+        let path = self.gate.file(name)?;
+        self.member(path, What::File { size, executable })
+    }
+
+    /// A symbolic link.
+    pub(super) fn symlink(&mut self, name: &[u8], target: &[u8]) -> Result<()> {
+        let path = self.gate.symlink(name, target)?;
+        self.member(path, What::Symlink(target.into()))
+    }
+
+    /// A hard link to a file that came before.
+    pub(super) fn same_as(&mut self, name: &[u8], target: &[u8]) -> Result<()> {
+        let (path, target) = self.gate.hard_link(name, target)?;
+        self.member(path, What::SameAs(target))
+    }
+
+    /// Bytes of the present file.
+    pub(super) fn bytes(&mut self, bytes: Bytes) -> Result<()> {
+        self.send(Message::Bytes(bytes))
+    }
+
+    /// The archive is read to its end: the last judgement.
+    pub(super) fn end(&mut self) -> Result<()> {
+        self.gate.end()?;
+        self.send(Message::End)
+    }
+
+    /// The archive is at fault; whether anybody still listens does not matter.
+    pub(super) fn fail(self, error: Error) {
+        let _ = self.sender.blocking_send(Err(error));
+    }
+
+    fn member(&mut self, path: crate::names::EntryPath, what: What) -> Result<()> {
+        self.send(Message::Member(Member { path, what }))
+    }
+
+    fn send(&mut self, message: Message) -> Result<()> {
+        let gone = |_| Error::new(Kind::Cancelled, "ARCHIVE_GIVEN_UP", "nobody reads it any more");
+        self.sender.blocking_send(Ok(message)).map_err(gone)
+    }
+}

@@ -1,0 +1,82 @@
+//! An archive on this host as a stream of entries.
+//!
+//! The archive floor reads it; here its members become entries, and the file is held to the stamp it was opened with: what was written
+//! to while it was read is `SOURCE_CHANGED`, and not a damaged archive.
+
+use std::fs::File as OpenFile;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{EntryStream, Expected, File, Listed, What};
+use crate::archive::{self, Format, Member, Members};
+use crate::error::{Error, Kind, Result};
+use crate::names::{EntryName, show_bytes};
+
+/// Says whether the archive is still the file that was opened.
+type Check = Box<dyn Fn(&OpenFile) -> Result<()> + Send + Sync>;
+
+/// See the module's page.
+pub(super) struct ArchivedEntries {
+    members: Members,
+    opened: OpenFile,
+    check: Check,
+    revision: String,
+}
+
+impl ArchivedEntries {
+    /// Begins to read `opened`, called `name`; `check` is asked at the end, and on any fault.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub(super) fn read(
+        opened: OpenFile,
+        name: EntryName,
+        format: Format,
+        revision: String,
+        check: Check,
+    ) -> Result<Self> {
+        let reading = opened.try_clone().map_err(|error| Error::io("opening", show_bytes(name.as_bytes()), error))?;
+        Ok(Self { members: Members::read(reading, name, format), opened, check, revision })
+    }
+
+    /// `error`, unless the file changed, which explains it.
+    fn explain(&self, error: Error) -> Error {
+        match error.kind() {
+            Kind::Cancelled => error,
+            _ => (self.check)(&self.opened).err().unwrap_or(error),
+        }
+    }
+}
+
+#[async_trait]
+impl EntryStream for ArchivedEntries {
+    async fn next_entry(&mut self) -> Result<Option<Listed>> {
+        match self.members.next().await {
+            Ok(Some(member)) => Ok(Some(listed(member))),
+            Ok(None) => (self.check)(&self.opened).map(|()| None),
+            Err(error) => Err(self.explain(error)),
+        }
+    }
+
+    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+        let bytes = self.members.next_bytes().await;
+        bytes.map_err(|error| self.explain(error))
+    }
+
+    fn revision(&self) -> String {
+        self.revision.clone()
+    }
+}
+
+fn listed(member: Member) -> Listed {
+    let what = match member.what {
+        archive::What::Directory => What::Directory,
+        archive::What::Symlink(target) => What::Symlink(target),
+        archive::What::SameAs(path) => What::SameAs(path),
+        archive::What::File { size, executable } => {
+            What::File(File { locator: String::new(), size, executable, ranges: false, expected: Expected::default() })
+        }
+    };
+    Listed { path: member.path, what }
+}
