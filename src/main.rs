@@ -104,7 +104,11 @@ fn run_serve(arguments: Serve) -> Result<()> {
     if let Some(runtime_dir) = arguments.runtime_dir {
         config.runtime_dir = absolute(runtime_dir)?;
     }
-    runtime()?.block_on(serve(config))
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve(config));
+    // Copies under way on blocking threads are nothing to wait for.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    outcome
 }
 
 async fn serve(config: Config) -> Result<()> {
@@ -133,6 +137,8 @@ fn check_config(file: Option<PathBuf>) -> Result<()> {
             println!("the configuration is right");
             Ok(())
         }
-        count => Err(Error::invalid("BAD_CONFIG", format!("the configuration has {count} problems")).remedy("mend them")),
+        count => {
+            Err(Error::invalid("BAD_CONFIG", format!("the configuration has {count} problems")).remedy("mend them"))
+        }
     }
 }

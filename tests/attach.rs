@@ -34,7 +34,7 @@ fn daemon_with(names: &[&str], env: &[(&'static str, &str)]) -> Daemon {
 }
 
 fn source(daemon: &Daemon, name: &str) -> PathBuf {
-    daemon.place().dir(&format!("source-{}", name.replace('/', "_")))
+    daemon.place().dir(&format!("source-{}", name.replace('/', "-slash-")))
 }
 
 #[test]

@@ -229,7 +229,7 @@ fn strange_mounts() -> Vec<String> {
 fn every_program_explains_itself() {
     let ctl = env!("CARGO_BIN_EXE_ckptctl");
     for (program, verbs) in [
-        (CKPTD, vec!["serve", "quickstart", "keeper", "check-config"]),
+        (CKPTD, vec!["serve", "quickstart", "check-config"]),
         (
             ctl,
             "create upload capture get list watch remove attach detach jobs reserve release usage status"

@@ -2,6 +2,8 @@
 //!
 //! Needs root, `/dev/fuse` and passthrough (Linux 6.9); without root the tests say so and pass over.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
+
 mod serve {
     pub mod fixture;
 

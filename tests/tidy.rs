@@ -27,6 +27,7 @@ const NEIGHBOURS: &[(&str, &str, &str)] = &[
     ("names", "error", "parsing a name fails with the one error"),
     ("names", "limits", "names are bounded"),
     ("units", "error", "parsing a size fails with the one error"),
+    ("daemon", "cli", "the quickstart drives its own instance as an operator would, and shows progress the same way"),
     ("store", "catalog", "a blob's state is its row: the store is the catalog's rows and the disk's files together"),
     ("source", "archive", "an archive at a source is opened into its entries"),
 ];

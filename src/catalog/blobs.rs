@@ -79,10 +79,7 @@ fn blob_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<BlobRow> {
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn begin_publishing<'a>(
-    tx: &Connection,
-    files: impl Iterator<Item = (&'a Digest, &'a str, u64)>,
-) -> Result<()> {
+pub fn begin_publishing<'a>(tx: &Connection, files: impl Iterator<Item = (&'a Digest, &'a str, u64)>) -> Result<()> {
     let mut insert = tx
         .prepare_cached("INSERT OR REPLACE INTO publishing (digest, flight, number) VALUES (?, ?, ?)")
         .map_err(catalog_error)?;
@@ -298,7 +295,9 @@ pub fn condemn(tx: &Connection, candidates: &[i64]) -> Result<Condemned> {
 /// Those of the catalog.
 pub fn doomed(tx: &Connection) -> Result<Vec<BlobRow>> {
     let read = || -> rusqlite::Result<Vec<BlobRow>> {
-        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed'")?.query_map([], blob_row)?.collect()
+        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed'")?
+            .query_map([], blob_row)?
+            .collect()
     };
     read().map_err(catalog_error)
 }
@@ -326,6 +325,31 @@ pub fn unnamed(tx: &Connection) -> Result<Vec<i64>> {
         .collect()
     };
     read().map_err(catalog_error)
+}
+
+/// Blobs that seem to occupy more than what they do not borrow, with the ranges they borrow and need not have.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn unpunched(tx: &Connection) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u64>>)>> {
+    let read = || -> rusqlite::Result<Vec<BlobRow>> {
+        tx.prepare_cached(
+            "SELECT b.id, b.digest, b.size FROM blobs b JOIN borrows r ON r.blob = b.id WHERE b.state = 'sealed' AND NOT r.filled
+             GROUP BY b.id HAVING b.stored_bytes > b.size - SUM(r.len) + 16384 * COUNT(*)",
+        )?
+        .query_map([], blob_row)?
+        .collect()
+    };
+    let blobs = read().map_err(catalog_error)?;
+    blobs
+        .into_iter()
+        .map(|blob| {
+            let borrows = borrows_of(tx, blob.id)?;
+            let ranges =
+                borrows.iter().filter(|borrow| !borrow.filled).map(|borrow| borrow.start..borrow.start + borrow.len);
+            Ok((blob, ranges.collect()))
+        })
+        .collect()
 }
 
 /// Bytes of the store: unique, physical, hydrated duplicates.

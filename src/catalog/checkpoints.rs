@@ -174,7 +174,8 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
 
 fn parse(raw: Raw) -> Result<Record> {
     let damaged = |error: serde_json::Error| {
-        Error::corrupt("CATALOG_DAMAGED", format!("the record of checkpoint {} is damaged", raw.record.id)).because(error)
+        Error::corrupt("CATALOG_DAMAGED", format!("the record of checkpoint {} is damaged", raw.record.id))
+            .because(error)
     };
     let failure = raw.failure.as_deref().map(serde_json::from_str).transpose().map_err(damaged)?;
     Ok(Record {
@@ -197,7 +198,8 @@ fn select(tx: &Connection, condition: &str, arguments: impl rusqlite::Params) ->
 /// # Errors
 /// Those of the catalog.
 pub fn insert(tx: &Connection, record: &Record) -> Result<()> {
-    let source = serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
+    let source =
+        serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
     tx.prepare_cached(
         "INSERT INTO checkpoints (id, name, owner, public, state, source, revision, files, logical_bytes, created_ms)
          VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -258,16 +260,53 @@ pub fn in_state(tx: &Connection, state: State) -> Result<Vec<Record>> {
     select(tx, "state = ?1", [state.as_str()])
 }
 
-/// Changes state and failure.
+/// Changes state and failure of a record that is not being removed; whether there was one.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn set_state(tx: &Connection, id: &str, state: State, failure: Option<&Failure>) -> Result<()> {
+pub fn set_state(tx: &Connection, id: &str, state: State, failure: Option<&Failure>) -> Result<bool> {
     let failure = failure
         .map(serde_json::to_string)
         .transpose()
         .map_err(|error| Error::internal("encoding a failure").because(error))?;
-    update(tx, "UPDATE checkpoints SET state = ?2, failure = ?3 WHERE id = ?1", params![id, state.as_str(), failure])
+    update(
+        tx,
+        "UPDATE checkpoints SET state = ?2, failure = ?3 WHERE id = ?1 AND state <> 'removing'",
+        params![id, state.as_str(), failure],
+    )
+}
+
+/// Moves a record on from `new` or `filling` to `filling`; whether it was in one of them.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn begin_filling(tx: &Connection, id: &str) -> Result<bool> {
+    update(
+        tx,
+        "UPDATE checkpoints SET state = 'filling', failure = NULL WHERE id = ?1 AND state IN ('new', 'filling')",
+        [id],
+    )
+}
+
+/// Notes that no flight fills a checkpoint any more.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn clear_flight(tx: &Connection, id: &str) -> Result<()> {
+    update(tx, "UPDATE checkpoints SET flight = '' WHERE id = ?1", [id]).map(|_| ())
+}
+
+/// Drops manifests that no record names: what a removal in the wrong moment left. Returns the blobs they named.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn drop_unnamed_manifests(tx: &Connection) -> Result<usize> {
+    let drop = || -> rusqlite::Result<usize> {
+        let unnamed = "SELECT m.digest FROM manifests m WHERE NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.manifest = m.digest)";
+        tx.execute(&format!("DELETE FROM manifest_blobs WHERE manifest IN ({unnamed})"), [])?;
+        tx.execute(&format!("DELETE FROM manifests WHERE digest IN ({unnamed})"), [])
+    };
+    drop().map_err(catalog_error)
 }
 
 /// Notes what the listing says, and the flight that fills the checkpoint. Returns the flight it had before.
@@ -285,9 +324,11 @@ pub fn set_listing(
     let before = flight_of(tx, id)?;
     update(
         tx,
-        "UPDATE checkpoints SET revision = ?2, flight = ?3, files = ?4, logical_bytes = ?5 WHERE id = ?1",
+        "UPDATE checkpoints SET revision = ?2, flight = ?3, files = ?4, logical_bytes = ?5
+         WHERE id = ?1 AND state <> 'removing'",
         params![id, revision, flight, to_sql(files), to_sql(logical_bytes)],
-    )?;
+    )
+    .and_then(still_there)?;
     Ok(before)
 }
 
@@ -317,7 +358,7 @@ pub fn flight_is_needed(tx: &Connection, flight: &str) -> Result<bool> {
 /// # Errors
 /// Those of the catalog.
 pub fn set_name(tx: &Connection, id: &str, name: &str) -> Result<()> {
-    update(tx, "UPDATE checkpoints SET name = ?2 WHERE id = ?1", params![id, name])
+    update(tx, "UPDATE checkpoints SET name = ?2 WHERE id = ?1", params![id, name]).map(|_| ())
 }
 
 /// Makes a checkpoint ready: the manifest, its blobs and the state in the caller's one transaction.
@@ -325,6 +366,14 @@ pub fn set_name(tx: &Connection, id: &str, name: &str) -> Result<()> {
 /// # Errors
 /// `MISSING_BLOB` (our bug) when a file of the manifest has no sealed blob; those of the catalog.
 pub fn set_ready(tx: &Connection, id: &str, revision: &str, manifest: &Manifest, digest: &Digest) -> Result<()> {
+    // First, so that a record that is gone or going takes nothing with it.
+    update(
+        tx,
+        "UPDATE checkpoints SET state = 'ready', failure = NULL, flight = '', revision = ?2, manifest = ?3, files = ?4,
+         logical_bytes = ?5 WHERE id = ?1 AND state <> 'removing'",
+        params![id, revision, digest.as_bytes(), to_sql(manifest.files()), to_sql(manifest.logical_bytes())],
+    )
+    .and_then(still_there)?;
     if tx
         .prepare_cached("INSERT OR IGNORE INTO manifests (digest, encoded) VALUES (?, ?)")
         .and_then(|mut insert| insert.execute(params![digest.as_bytes(), manifest.encode()]))
@@ -333,12 +382,15 @@ pub fn set_ready(tx: &Connection, id: &str, revision: &str, manifest: &Manifest,
     {
         link_blobs(tx, manifest, digest)?;
     }
-    update(
-        tx,
-        "UPDATE checkpoints SET state = 'ready', failure = NULL, flight = '', revision = ?2, manifest = ?3, files = ?4, logical_bytes = ?5
-         WHERE id = ?1 AND state <> 'removing'",
-        params![id, revision, digest.as_bytes(), to_sql(manifest.files()), to_sql(manifest.logical_bytes())],
-    )
+    Ok(())
+}
+
+/// A change of a record that must be there.
+fn still_there(changed: bool) -> Result<()> {
+    if changed {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Cancelled, "CHECKPOINT_REMOVED", "the checkpoint was removed meanwhile"))
 }
 
 fn link_blobs(tx: &Connection, manifest: &Manifest, digest: &Digest) -> Result<()> {
@@ -417,7 +469,9 @@ pub fn footprint(tx: &Connection, manifest: &Digest) -> Result<(u64, u64)> {
     .map_err(catalog_error)
 }
 
-fn update(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<()> {
-    tx.prepare_cached(statement).and_then(|mut update| update.execute(arguments)).map_err(catalog_error)?;
-    Ok(())
+/// Whether any row changed.
+fn update(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<bool> {
+    let changed =
+        tx.prepare_cached(statement).and_then(|mut update| update.execute(arguments)).map_err(catalog_error)?;
+    Ok(changed > 0)
 }

@@ -102,16 +102,3 @@ pub fn flights(tx: &Connection) -> Result<Vec<String>> {
     };
     read().map_err(catalog_error)
 }
-
-/// Whether a flight sealed anything that no manifest names.
-///
-/// # Errors
-/// Those of the catalog.
-pub fn has_unnamed(tx: &Connection, flight: &str) -> Result<bool> {
-    tx.prepare_cached(
-        "SELECT 1 FROM fills f WHERE f.flight = ? AND f.blob IS NOT NULL
-         AND NOT EXISTS (SELECT 1 FROM manifest_blobs m WHERE m.blob = f.blob)",
-    )
-    .and_then(|mut query| query.exists([flight]))
-    .map_err(catalog_error)
-}

@@ -107,6 +107,27 @@ pub fn put(tx: &Connection, row: &JobRow) -> Result<()> {
     write().map_err(catalog_error)
 }
 
+/// [`put`] for rights that are new: what they name must still be there, so that a removal and a lease never pass each other.
+///
+/// # Errors
+/// `NO_SUCH_CHECKPOINT`; those of the catalog.
+pub fn put_checked(tx: &Connection, row: &JobRow) -> Result<()> {
+    for lease in &row.leases {
+        let there = tx
+            .prepare_cached("SELECT 1 FROM checkpoints WHERE id = ? AND state <> 'removing'")
+            .and_then(|mut query| query.exists([&lease.checkpoint]))
+            .map_err(catalog_error)?;
+        if !there {
+            return Err(Error::not_found(
+                "NO_SUCH_CHECKPOINT",
+                format!("the checkpoint `{}` was removed meanwhile", lease.checkpoint),
+            )
+            .remedy("`ckptctl list` shows what there is"));
+        }
+    }
+    put(tx, row)
+}
+
 /// The row of a job.
 ///
 /// # Errors

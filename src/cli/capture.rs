@@ -27,7 +27,7 @@ pub(super) struct Capture {
     /// What people call the job [default: its id]
     #[arg(long)]
     job_name: Option<String>,
-    /// What to call the checkpoint [default: "Job - <job name>", with " Worker <n>" where there are several]
+    /// What to call the checkpoint (default: `Job - <job name>`, with ` Worker <n>` where there are several)
     #[arg(long)]
     name: Option<String>,
     /// Whose it is

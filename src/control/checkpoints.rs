@@ -34,8 +34,11 @@ impl Service {
         let wanted = request.source.unwrap_or_default();
         let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
         if matches!(kind, SourceKind::Directory | SourceKind::Upload) {
-            return Err(Error::invalid("UNKNOWN_SOURCE_TYPE", format!("checkpoints of type `{kind}` are not made with create"))
-                .remedy("use `ckptctl capture` or `ckptctl upload`"));
+            return Err(Error::invalid(
+                "UNKNOWN_SOURCE_TYPE",
+                format!("checkpoints of type `{kind}` are not made with create"),
+            )
+            .remedy("use `ckptctl capture` or `ckptctl upload`"));
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
         source::check_uri(kind, &uri)?;
@@ -46,18 +49,32 @@ impl Service {
             secrets.entry("password".into()).or_insert(password);
         }
         let record = new_record(request.id, request.name, request.owner, request.public, origin)?;
-        let (record, is_new) = insert(&self.floors, record).await?;
-        if is_new {
-            self.floors.ingests.start(&record, Credentials::new(secrets));
-        }
+        self.begin(record, Credentials::new(secrets)).await
+    }
+
+    /// Records and starts, in a task of its own: a caller that goes away must not leave a record that nobody fills.
+    async fn begin(&self, record: Record, credentials: Credentials) -> Result<wire::Checkpoint> {
+        let floors = self.floors.clone();
+        let record = tokio::spawn(async move {
+            let (record, _) = insert(&floors, record).await?;
+            if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
+                floors.ingests.start(&record, credentials);
+            }
+            Ok::<_, Error>(record)
+        })
+        .await
+        .map_err(|error| Error::internal("recording a checkpoint ended early").because(error))??;
         self.floors.show(record).await
     }
 
     async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
         let job = JobId::new(request.job)?;
         if !request.directory.starts_with('/') {
-            return Err(Error::invalid("PATH_NOT_ABSOLUTE", format!("the directory `{}` is not an absolute path", request.directory))
-                .remedy("give a path that begins with `/`"));
+            return Err(Error::invalid(
+                "PATH_NOT_ABSOLUTE",
+                format!("the directory `{}` is not an absolute path", request.directory),
+            )
+            .remedy("give a path that begins with `/`"));
         }
         let metadata = std::fs::metadata(&request.directory)
             .map_err(|error| Error::io("capturing", &request.directory, error).remedy("check the path"))?;
@@ -74,36 +91,26 @@ impl Service {
         } else {
             request.name
         };
-        let origin = Origin {
-            kind: SourceKind::Directory.to_string(),
-            uri: request.directory,
-            options: Default::default(),
-        };
+        let origin =
+            Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options: Default::default() };
         let record = new_record(request.id, name, request.owner, false, origin)?;
-        let (record, is_new) = insert(&self.floors, record).await?;
-        if is_new {
-            self.floors.ingests.start(&record, Credentials::default());
-        }
-        self.floors.show(record).await
+        self.begin(record, Credentials::default()).await
     }
 
     async fn retry(&self, request: wire::RetryCheckpointRequest) -> Result<wire::Checkpoint> {
-        let record = self.floors.find(request.checkpoint).await?;
-        match record.state {
-            State::Failed | State::Evicted if record.origin.kind != SourceKind::Upload.as_str() => {
-                let id = record.id.clone();
-                self.floors.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Filling, None)).await?;
-                let record = Record { state: State::Filling, failure: None, ..record };
-                self.floors.ingests.start(&record, Credentials::new(request.credentials.into_iter().collect()));
-                self.floors.show(record).await
+        let credentials = Credentials::new(request.credentials.into_iter().collect());
+        let floors = self.floors.clone();
+        let record = tokio::spawn(async move {
+            let record = floors.store.catalog().write(move |tx| mark_for_retry(tx, &request.checkpoint)).await?;
+            let idle = floors.ingests.progress(&record.id).is_none();
+            if record.state == State::Filling && (record.failure.is_some() || idle) {
+                floors.ingests.start(&record, credentials);
             }
-            State::Failed | State::Evicted => Err(Error::wrong_state(
-                "NOT_RETRIABLE",
-                format!("the checkpoint `{}` was uploaded: only the sender has its bytes", record.name),
-            )
-            .remedy("upload it again")),
-            State::New | State::Filling | State::Ready | State::Removing => self.floors.show(record).await,
-        }
+            Ok::<_, Error>(Record { failure: None, ..record })
+        })
+        .await
+        .map_err(|error| Error::internal("retrying ended early").because(error))??;
+        self.floors.show(record).await
     }
 
     async fn rename(&self, request: wire::RenameCheckpointRequest) -> Result<wire::Checkpoint> {
@@ -123,7 +130,7 @@ impl Service {
             .store
             .catalog()
             .write(move |tx| {
-                let record = resolve::record(tx, &reference, "", false)?;
+                let record = resolve::removable(tx, &reference)?;
                 let holders = jobs::holders(tx, &record.id)?;
                 if !holders.is_empty() {
                     return Err(in_use(&record, &holders));
@@ -133,7 +140,10 @@ impl Service {
                 Ok((record, flight))
             })
             .await?;
-        let freed_bytes = self.floors.remove_marked(&record, flight).await?;
+        let (floors, marked) = (self.floors.clone(), record.clone());
+        let freed_bytes = tokio::spawn(async move { floors.remove_marked(&marked, flight).await })
+            .await
+            .map_err(|error| Error::internal("removing ended early").because(error))??;
         let message = format!("`{}` was removed", record.name);
         self.floors
             .note(NewEvent { kind: "CHECKPOINT_REMOVED", checkpoint: record.id.clone(), message, ..Default::default() })
@@ -141,7 +151,10 @@ impl Service {
         Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
     }
 
-    async fn watch(&self, request: wire::WatchCheckpointsRequest) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
+    async fn watch(
+        &self,
+        request: wire::WatchCheckpointsRequest,
+    ) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
         let changes = self.floors.ingests.changes();
         let only = match request.checkpoint.as_str() {
             "" => None,
@@ -171,14 +184,27 @@ impl Floors {
         self.ingests.cancel(&record.id).await;
         let mut swept = self.store.remove_checkpoint(&record.id).await?.freed_bytes;
         if !flight.is_empty() {
-            let key = flight.clone();
-            let needed = self.store.catalog().read(move |tx| rows::flight_is_needed(tx, &key)).await?;
-            if !needed {
-                swept += self.store.remove_flight(&flight).await?.freed_bytes;
-            }
+            swept += self.store.remove_flight(&flight).await?.freed_bytes;
         }
         self.ingests.note_change(&record.id);
         Ok(swept)
+    }
+}
+
+/// Finds a record and, if it failed, makes it fill again; its old failure tells that it did.
+fn mark_for_retry(tx: &rusqlite::Connection, reference: &str) -> Result<Record> {
+    let record = resolve::record(tx, reference, "", false)?;
+    match record.state {
+        State::Failed | State::Evicted if record.origin.kind == SourceKind::Upload.as_str() => Err(Error::wrong_state(
+            "NOT_RETRIABLE",
+            format!("the checkpoint `{}` was uploaded: only the sender has its bytes", record.name),
+        )
+        .remedy("upload it again")),
+        State::Failed | State::Evicted => {
+            rows::set_state(tx, &record.id, State::Filling, None)?;
+            Ok(Record { state: State::Filling, ..record })
+        }
+        State::New | State::Filling | State::Ready | State::Removing => Ok(record),
     }
 }
 
@@ -204,7 +230,8 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         OwnerId::new(owner.clone())?;
     }
     if public && !owner.is_empty() {
-        return Err(Error::invalid("PUBLIC_HAS_NO_OWNER", "a checkpoint is either public or somebody's").remedy("give one of the two"));
+        return Err(Error::invalid("PUBLIC_HAS_NO_OWNER", "a checkpoint is either public or somebody's")
+            .remedy("give one of the two"));
     }
     Ok(Record {
         id: id.to_string(),
@@ -265,7 +292,12 @@ pub(super) async fn insert(floors: &Floors, record: Record) -> Result<(Record, b
 type Watcher = mpsc::Sender<Result<wire::Checkpoint, Status>>;
 
 /// Sends one record until it is decided.
-async fn watch_one(floors: &Floors, id: &str, mut changes: broadcast::Receiver<String>, watcher: &Watcher) -> Result<()> {
+async fn watch_one(
+    floors: &Floors,
+    id: &str,
+    mut changes: broadcast::Receiver<String>,
+    watcher: &Watcher,
+) -> Result<()> {
     let mut last = None;
     loop {
         let key = id.to_owned();

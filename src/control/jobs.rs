@@ -36,7 +36,9 @@ impl Service {
         let job = job.to_string();
         let find = move |tx: &rusqlite::Connection| {
             let Some(row) = rows::get(tx, &job)? else { return Ok(Vec::new()) };
-            let record = |lease: rows::Lease| Ok(checkpoint_rows::get(tx, &lease.checkpoint)?.map(|record| (record, lease.subdir)));
+            let record = |lease: rows::Lease| {
+                Ok(checkpoint_rows::get(tx, &lease.checkpoint)?.map(|record| (record, lease.subdir)))
+            };
             row.leases.into_iter().filter_map(|lease| record(lease).transpose()).collect()
         };
         self.floors.store.catalog().read(find).await
@@ -51,8 +53,12 @@ impl Service {
 
     async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
         if request.lazy {
-            return Err(Error::new(Kind::Unsupported, "LAZY_NOT_SUPPORTED", "attaching before all bytes are here is not built yet")
-                .remedy("attach without --lazy: it waits until the checkpoint is ready"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                "LAZY_NOT_SUPPORTED",
+                "attaching before all bytes are here is not built yet",
+            )
+            .remedy("attach without --lazy: it waits until the checkpoint is ready"));
         }
         let job = JobId::new(request.job)?;
         let named = if request.checkpoints.is_empty() {
@@ -155,7 +161,10 @@ impl wire::jobs_server::Jobs for Service {
         self.get(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
-    async fn list_jobs(&self, _request: Request<wire::ListJobsRequest>) -> Result<Response<wire::ListJobsResponse>, Status> {
+    async fn list_jobs(
+        &self,
+        _request: Request<wire::ListJobsRequest>,
+    ) -> Result<Response<wire::ListJobsResponse>, Status> {
         self.list().await.map(Response::new).map_err(status)
     }
 }

@@ -58,10 +58,9 @@ impl Service {
             floors.store.catalog().read(|tx| Ok((checkpoints::list(tx, "", false)?, blobs::totals(tx)?))).await?;
         let mut owners: BTreeMap<String, wire::OwnerUsage> = BTreeMap::new();
         for record in &records {
-            let usage = owners.entry(record.owner.clone()).or_insert_with(|| wire::OwnerUsage {
-                owner: record.owner.clone(),
-                ..Default::default()
-            });
+            let usage = owners
+                .entry(record.owner.clone())
+                .or_insert_with(|| wire::OwnerUsage { owner: record.owner.clone(), ..Default::default() });
             usage.checkpoints += 1;
             usage.logical_bytes += record.logical_bytes;
         }

@@ -17,10 +17,13 @@ pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool
     let mut found = checkpoints::matching(tx, reference, owner, public)?;
     if found.len() > 1 {
         let ids: Vec<_> = found.iter().map(|record| record.id.as_str()).collect();
-        return Err(Error::invalid("AMBIGUOUS_NAME", format!("{} checkpoints are called `{reference}`: {}", ids.len(), ids.join(", ")))
-            .fact("name", reference)
-            .fact("ids", ids.join(","))
-            .remedy("use one of the ids"));
+        return Err(Error::invalid(
+            "AMBIGUOUS_NAME",
+            format!("{} checkpoints are called `{reference}`: {}", ids.len(), ids.join(", ")),
+        )
+        .fact("name", reference)
+        .fact("ids", ids.join(","))
+        .remedy("use one of the ids"));
     }
     found.pop().ok_or_else(|| {
         let what = if public { "public checkpoint" } else { "checkpoint" };
@@ -28,6 +31,17 @@ pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool
             .fact("checkpoint", reference)
             .remedy("`ckptctl list` shows what there is")
     })
+}
+
+/// [`record`] for a removal: also one by id that is being removed, so that a removal that broke off can be asked for again.
+///
+/// # Errors
+/// As [`record`].
+pub(super) fn removable(tx: &Connection, reference: &str) -> Result<Record> {
+    match checkpoints::get(tx, reference)? {
+        Some(removing) if removing.state == State::Removing => Ok(removing),
+        _ => record(tx, reference, "", false),
+    }
 }
 
 impl Floors {
@@ -52,8 +66,11 @@ impl Floors {
                 State::Ready => return Ok(record),
                 State::Failed => return Err(failed(&record)),
                 State::Evicted => {
-                    return Err(Error::wrong_state("CHECKPOINT_EVICTED", format!("the bytes of `{}` were given up", record.name))
-                        .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
+                    return Err(Error::wrong_state(
+                        "CHECKPOINT_EVICTED",
+                        format!("the bytes of `{}` were given up", record.name),
+                    )
+                    .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
                 }
                 State::New | State::Filling | State::Removing => {}
             }

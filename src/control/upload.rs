@@ -7,7 +7,7 @@ use tonic::Streaming;
 use super::checkpoints::{insert, new_record};
 use super::wire::upload_checkpoint_request::Message;
 use super::{Floors, wire};
-use crate::catalog::checkpoints::{self as rows, Origin, State};
+use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
 use crate::ingest::plan;
@@ -25,12 +25,29 @@ pub(super) async fn receive(
     plan::admit(start.bytes_total, floors.store.available_bytes()?)?;
     let origin = Origin { kind: SourceKind::Upload.to_string(), uri: start.origin, options: Default::default() };
     let record = new_record(start.id, start.name, start.owner, start.public, origin)?;
+    // In a task of its own: a sender that goes away drops this call, and what it left must go all the same.
+    let floors = floors.clone();
+    tokio::spawn(async move { fill(&floors, record, messages, start.bytes_total).await })
+        .await
+        .map_err(|error| Error::internal("an upload ended early").because(error))?
+}
+
+async fn fill(
+    floors: &Floors,
+    record: Record,
+    messages: Streaming<wire::UploadCheckpointRequest>,
+    bytes_total: u64,
+) -> Result<wire::Checkpoint> {
     let (record, is_new) = insert(floors, record).await?;
     if !is_new {
-        return floors.show(record).await;
+        return match record.state {
+            State::Ready => floors.show(record).await,
+            _ => Err(Error::wrong_state("UPLOAD_UNDER_WAY", format!("`{}` is being uploaded already", record.name))
+                .remedy("wait for it, or remove it and upload it again")),
+        };
     }
     let sent = Sent { messages, present: None, sent: Digester::new() };
-    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), start.bytes_total).await;
+    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total).await;
     match outcome {
         Ok(()) => floors.show(floors.find(record.id).await?).await,
         Err(error) => {
@@ -46,8 +63,10 @@ async fn next(messages: &mut Streaming<wire::UploadCheckpointRequest>) -> Result
     match messages.message().await {
         Ok(Some(request)) => request.message.map(Some).ok_or_else(|| protocol("a message is empty")),
         Ok(None) => Ok(None),
-        Err(status) => Err(Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {}", status.message()))
-            .remedy("upload it again")),
+        Err(status) => {
+            Err(Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {}", status.message()))
+                .remedy("upload it again"))
+        }
     }
 }
 

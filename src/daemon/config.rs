@@ -78,8 +78,14 @@ const KEYS: &[Key] = &[
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
-    Key { name: "sources.inactivity_timeout_s", read: |config, value| set(&mut config.inactivity_timeout, seconds(value)) },
-    Key { name: "memory.budget", read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)) },
+    Key {
+        name: "sources.inactivity_timeout_s",
+        read: |config, value| set(&mut config.inactivity_timeout, seconds(value)),
+    },
+    Key {
+        name: "memory.budget",
+        read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)),
+    },
 ];
 
 /// A problem of a configuration.
@@ -124,7 +130,9 @@ pub fn examine(
         }
     }
     for (variable, text) in environment {
-        let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !NOT_KEYS.contains(&variable.as_str())) else { continue };
+        let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !NOT_KEYS.contains(&variable.as_str())) else {
+            continue;
+        };
         let name = name.to_ascii_lowercase().replace("__", ".");
         let value = text.parse::<Value>().unwrap_or(Value::String(text));
         if let Err(what) = apply(&mut config, &name, &value) {
@@ -145,12 +153,15 @@ fn read_file(text: &str, path: &Path, config: &mut Config, problems: &mut Vec<Pr
     };
     let mut leaves = Vec::new();
     flatten("", &table, &mut leaves);
+    let mut found = Vec::new();
     for (name, value) in leaves {
         if let Err(what) = apply(config, &name, value) {
-            let place = format!("{}:{}", path.display(), line_of(text, &name));
-            problems.push(Problem { place, what });
+            found.push((line_of(text, &name), what));
         }
     }
+    found.sort();
+    problems
+        .extend(found.into_iter().map(|(line, what)| Problem { place: format!("{}:{line}", path.display()), what }));
 }
 
 fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Value)>) {
@@ -214,7 +225,10 @@ fn bytes(value: &Value) -> std::result::Result<u64, String> {
 }
 
 fn at_least(value: &Value, least: u64) -> std::result::Result<u64, String> {
-    bytes(value).ok().filter(|number| *number >= least).ok_or_else(|| format!("must be a number of bytes, at least {least}"))
+    bytes(value)
+        .ok()
+        .filter(|number| *number >= least)
+        .ok_or_else(|| format!("must be a number of bytes, at least {least}"))
 }
 
 fn auto_or_never(value: &Value) -> std::result::Result<bool, String> {

@@ -14,7 +14,7 @@ mod recover;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::net::UnixListener;
 
@@ -26,6 +26,9 @@ use crate::source::egress::EgressPolicy;
 use crate::source::{self, Credentials, HttpSettings, SourceContext, SourceSpec};
 use crate::store::Store;
 use config::Config;
+
+/// How long calls under way may go on after a stop was asked for.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A composed daemon that has not answered anybody yet.
 pub struct Instance {
@@ -72,7 +75,20 @@ impl Instance {
     /// The listener failed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
         let attachments = self.floors.attachments.clone();
-        let outcome = control::serve(self.floors, self.listener, stop).await;
+        let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
+        let serving = control::serve(self.floors, self.listener, async move {
+            stop.await;
+            let _ = stopped.send(());
+        });
+        // Calls that only watch or wait would never end by themselves.
+        let patience = async {
+            let _ = stopping.await;
+            tokio::time::sleep(DRAIN_PATIENCE).await;
+        };
+        let outcome = tokio::select! {
+            outcome = serving => outcome,
+            () = patience => Ok(()),
+        };
         let _ = std::fs::remove_file(&self.socket);
         attachments.leave().await;
         outcome
@@ -109,15 +125,15 @@ fn require_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         return Ok(());
     }
-    Err(Error::denied("NOT_ROOT", "ckptd mounts file systems for other processes, which needs root").remedy("run it as root"))
+    Err(Error::denied("NOT_ROOT", "ckptd mounts file systems for other processes, which needs root")
+        .remedy("run it as root"))
 }
 
 /// Every open blob is a descriptor, here and in the kernel: take what the hard limit gives. Less is a warning, not a failure.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
-    });
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
     if let Err(errno) = raised {
         tracing::warn!(%errno, "the limit of open files stays as it is");
     }
@@ -141,5 +157,7 @@ pub fn stop_signal() -> Result<impl Future<Output = ()>> {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }

@@ -17,9 +17,9 @@ pub(super) async fn recover(floors: &Floors) -> Result<()> {
     let records = floors.store.catalog().read(|tx| checkpoints::list(tx, "", false)).await?;
     for record in records {
         match record.state {
-            State::Removing => finish_removal(floors, &record).await?,
+            State::Removing => finish_removal(floors, &record).await,
             State::New | State::Filling if record.origin.kind == SourceKind::Upload.as_str() => {
-                finish_removal(floors, &record).await?;
+                finish_removal(floors, &record).await;
             }
             State::New | State::Filling => floors.ingests.start(&record, Credentials::default()),
             State::Ready | State::Failed | State::Evicted => {}
@@ -40,8 +40,18 @@ pub(super) async fn recover(floors: &Floors) -> Result<()> {
     Ok(())
 }
 
-async fn finish_removal(floors: &Floors, record: &Record) -> Result<()> {
+/// A removal that fails again is left for the next start: the daemon must come up.
+async fn finish_removal(floors: &Floors, record: &Record) {
     let id = record.id.clone();
-    let flight = floors.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
-    floors.remove_marked(record, flight).await.map(|_| ())
+    let mark = move |tx: &rusqlite::Connection| {
+        checkpoints::set_state(tx, &id, State::Removing, None)?;
+        checkpoints::flight_of(tx, &id)
+    };
+    let removed = match floors.store.catalog().write(mark).await {
+        Ok(flight) => floors.remove_marked(record, flight).await.map(|_| ()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = removed {
+        tracing::warn!(checkpoint = record.id, error = %error.report(), "finishing a removal failed");
+    }
 }

@@ -8,7 +8,6 @@
 //! costs. Copies on this host are not recorded; copying again is as quick as checking.
 
 use std::ops::Range;
-use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,6 +17,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Shared;
+use super::copy;
 use super::plan::{self, ToFill};
 use super::progress::Progress;
 use super::retry::Ladder;
@@ -37,13 +37,10 @@ const UNITS_PER_RANGE: u64 = 8;
 const RANGES_PER_FILE: usize = 4;
 
 /// Bytes gathered before they are handed to a blocking thread to be written.
-const WRITE_BYTES: usize = 1 << 20;
+pub(super) const WRITE_BYTES: usize = 1 << 20;
 
 /// Longest time between two recordings of durable units while bytes arrive.
 const RECORD_EVERY: Duration = Duration::from_secs(1);
-
-/// Piece of a copy in the kernel.
-const COPY_BYTES: usize = 8 << 20;
 
 /// What a flight's fetchers share.
 pub(super) struct Flying {
@@ -86,6 +83,12 @@ impl Bounds {
         self.streams.clone().acquire_owned().await.map_err(|_| closed())
     }
 
+    /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
+    /// keep the others from being read.
+    async fn large(&self) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        Ok((self.stream().await?, self.claim(2 * WRITE_BYTES as u64).await?))
+    }
+
     pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
         self.cores.clone().acquire_owned().await.map_err(|_| closed())
     }
@@ -98,7 +101,7 @@ fn closed() -> Error {
 impl Shared {
     /// Bytes that may be filled now: what the filesystem and the configured capacity leave.
     pub(super) async fn available_bytes(&self) -> Result<u64> {
-        let available = self.store.available_bytes()?;
+        let available = self.store.available_bytes()?.saturating_sub(self.promised_bytes());
         if self.settings.capacity_bytes == 0 {
             return Ok(available);
         }
@@ -107,19 +110,32 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Bytes that flights under way still have to write: promised to them, though not taken yet.
+    fn promised_bytes(&self) -> u64 {
+        let flights = super::lock(&self.flights);
+        let readings = flights.values().filter_map(std::sync::Weak::upgrade).map(|flight| flight.progress().reading());
+        readings.map(|reading| reading.bytes_total.saturating_sub(reading.bytes_done)).sum()
+    }
+}
+
 /// Runs blocking work on a thread of its own.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
 /// Fetches and seals a file of at most one fill unit.
 pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let size = file.file.size.unwrap_or(0);
     let shared = &flying.shared;
-    let memory = shared.bounds.claim(size * 2).await?;
-    let bytes = match flying.source.open_local(&file.file)? {
-        Some(_) => None,
-        None => Some(small_from_stream(&flying, &file, size).await?),
+    let (bytes, memory) = match flying.source.open_local(&file.file)? {
+        Some(_) => (None, shared.bounds.claim(size).await?),
+        None => {
+            let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
+            (Some(bytes), memory)
+        }
     };
     let core = shared.bounds.core().await?;
     let (work, flight) = (file.clone(), flying.clone());
@@ -146,10 +162,7 @@ fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8
         .open_local(file)?
         .ok_or_else(|| Error::internal("a file of this host cannot be opened as one any more"))?;
     let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-    (&opened)
-        .take(size + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|error| Error::io("reading", &file.locator, error))?;
+    (&opened).take(size + 1).read_to_end(&mut bytes).map_err(|error| Error::io("reading", &file.locator, error))?;
     source.check_unchanged(file, &opened)?;
     if bytes.len() as u64 != size {
         return Err(changed(&file.locator));
@@ -162,12 +175,17 @@ pub(super) fn changed(what: &str) -> Error {
         .remedy("let it come to rest, then retry")
 }
 
-async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Vec<u8>> {
-    let _stream = flying.shared.bounds.stream().await?;
+/// The bytes, and the permit for the memory they are in.
+async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<(Vec<u8>, OwnedSemaphorePermit)> {
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
-        match small_once(flying, file, size).await {
-            Ok(bytes) => return Ok(bytes),
+        let fetched = {
+            let _stream = flying.shared.bounds.stream().await?;
+            let memory = flying.shared.bounds.claim(size * 2).await?;
+            small_once(flying, file, size).await.map(|bytes| (bytes, memory))
+        };
+        match fetched {
+            Ok(fetched) => return Ok(fetched),
             Err(error) => ladder.wait(error.during(format!("fetching `{}`", file.path))).await?,
         }
     }
@@ -200,7 +218,7 @@ fn too_long(size: u64) -> Error {
 /// Fetches and seals a large file, or one of unknown size.
 pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     if let Some(opened) = flying.source.open_local(&file.file)? {
-        return large_from_here(flying, file, opened).await;
+        return copy::large_from_here(flying, file, opened).await;
     }
     match file.file.size {
         Some(size) => large_from_ranges(flying, file, size).await,
@@ -209,7 +227,7 @@ pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
 }
 
 /// Ends the blocking side of a fill when the async side goes away.
-struct GiveUp(Arc<Filling>, Arc<AtomicBool>);
+pub(super) struct GiveUp(pub(super) Arc<Filling>, pub(super) Arc<AtomicBool>);
 
 impl Drop for GiveUp {
     fn drop(&mut self) {
@@ -218,110 +236,14 @@ impl Drop for GiveUp {
     }
 }
 
-async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: std::fs::File) -> Result<Entry> {
-    let size = file.file.size.unwrap_or(0);
-    let disk = flying.shared.store.disk().clone();
-    let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
-    let stopped = Arc::new(AtomicBool::new(false));
-    let _give_up = GiveUp(filling.clone(), stopped.clone());
-    let layout = seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
-    let _core = flying.shared.bounds.core().await?;
-    let sealer = {
-        let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
-        blocking(move || seal::follow(&filling, &path, &expected, layout))
-    };
-    let copier = {
-        let (flying, filling, file) = (flying.clone(), filling.clone(), file.file.clone());
-        blocking(move || {
-            let copied = copy_here(&opened, &filling, size, &flying.progress, &stopped)
-                .map_err(|error| Error::io("copying", &file.locator, error))
-                .and_then(|()| flying.source.check_unchanged(&file, &opened))
-                .and_then(|()| filling.flush().map(|_| ()));
-            copied.inspect_err(|_| filling.give_up())
-        })
-    };
-    let digested = join_fill(copier, sealer).await?;
-    publish(&flying, file, size, digested, true).await
-}
-
 /// Waits for both; the copier's error explains the sealer's.
-async fn join_fill<A>(
+pub(super) async fn join_fill<A>(
     filler: impl Future<Output = Result<A>>,
     sealer: impl Future<Output = Result<Digested>>,
 ) -> Result<Digested> {
     let (filled, sealed) = tokio::join!(filler, sealer);
     filled?;
     sealed
-}
-
-/// Shares extents where the filesystem can, else copies in the kernel, unit by unit.
-fn copy_here(
-    from: &std::fs::File,
-    filling: &Filling,
-    size: u64,
-    progress: &Progress,
-    stopped: &AtomicBool,
-) -> std::io::Result<()> {
-    if crate::disk::clone_file(from.as_fd(), filling.file(), size) {
-        let units = filling.units();
-        (0..units.units()).for_each(|unit| filling.complete(unit));
-        progress.arrived(size);
-        return Ok(());
-    }
-    let mut at = 0;
-    while at < size {
-        if stopped.load(Ordering::Relaxed) {
-            return Err(std::io::Error::from(std::io::ErrorKind::Interrupted));
-        }
-        let want = usize::try_from(size - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
-        copy_piece(from, filling.file(), at, want)?;
-        let end = at + want as u64;
-        (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| filling.complete(unit));
-        progress.arrived(want as u64);
-        at = end;
-    }
-    Ok(())
-}
-
-fn copy_piece(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) -> std::io::Result<()> {
-    let mut from_at = i64::try_from(at).map_err(|_| std::io::Error::from(std::io::ErrorKind::FileTooLarge))?;
-    let mut to_at = from_at;
-    let mut left = length;
-    while left > 0 {
-        // SAFETY: both descriptors are open and both offsets are live locals for the time of the call.
-        let copied = unsafe {
-            libc::copy_file_range(from.as_raw_fd(), &raw mut from_at, to.as_raw_fd(), &raw mut to_at, left, 0)
-        };
-        match usize::try_from(copied) {
-            Ok(0) => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof)),
-            Ok(copied) => left -= copied,
-            Err(_) => {
-                let error = std::io::Error::last_os_error();
-                match error.raw_os_error() {
-                    Some(libc::EXDEV | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => {
-                        let done = (length - left) as u64;
-                        return copy_by_hand(from, to, at + done, left);
-                    }
-                    Some(libc::EINTR) => {}
-                    _ => return Err(error),
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn copy_by_hand(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) -> std::io::Result<()> {
-    use std::os::unix::fs::FileExt as _;
-    let mut buffer = vec![0; length.min(WRITE_BYTES)];
-    let mut done = 0;
-    while done < length {
-        let want = (length - done).min(buffer.len());
-        from.read_exact_at(&mut buffer[..want], at + done as u64)?;
-        to.write_all_at(&buffer[..want], at + done as u64)?;
-        done += want;
-    }
-    Ok(())
 }
 
 async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Result<Entry> {
@@ -384,7 +306,7 @@ async fn fetch_ranges(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling
     } else if missing.is_empty() {
         Vec::new()
     } else {
-        vec![0..filling.units().units()]
+        std::iter::once(0..filling.units().units()).collect()
     };
     futures_util::stream::iter(ranges)
         .map(|units| fetch_range(flying, file, filling, units))
@@ -406,14 +328,19 @@ fn group(units: &[u64], most: u64) -> Vec<Range<u64>> {
 }
 
 async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>, units: Range<u64>) -> Result<()> {
-    let _stream = flying.shared.bounds.stream().await?;
-    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let mut next = units.start;
     loop {
         let before = next;
-        let fetched = fetch_units(flying, file, filling, &mut next, units.end).await;
+        let fetched = {
+            let _permits = flying.shared.bounds.large().await?;
+            fetch_units(flying, file, filling, &mut next, units.end).await
+        };
+        // A stream that breaks behind its last byte has given everything.
         let Err(error) = fetched else { return Ok(()) };
+        if next == units.end {
+            return Ok(());
+        }
         if !file.file.ranges {
             next = units.start;
         } else if next > before {
@@ -473,6 +400,7 @@ async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()
     let filling = filling.clone();
     blocking(move || {
         let mut at = at;
+        filling.check_room(pieces.iter().map(|piece| piece.len() as u64).sum())?;
         for piece in pieces {
             filling.write_at(&piece, at)?;
             at += piece.len() as u64;
@@ -511,11 +439,13 @@ async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>
 async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let disk = flying.shared.store.disk().clone();
     let filling = Arc::new(Filling::open_unsized(disk, &flying.key, file.number)?);
-    let _stream = flying.shared.bounds.stream().await?;
-    let _memory = flying.shared.bounds.claim(2 * WRITE_BYTES as u64).await?;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let size = loop {
-        match fetch_unsized(&flying, &file, &filling).await {
+        let fetched = {
+            let _permits = flying.shared.bounds.large().await.map_err(|error| error.during("fetching"))?;
+            fetch_unsized(&flying, &file, &filling).await
+        };
+        match fetched {
             Ok(size) => break size,
             Err((arrived, error)) => {
                 flying.progress.take_back(arrived);
@@ -540,6 +470,10 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     while let Some(piece) = stream.try_next().await.map_err(|error| (at, error))? {
         let length = piece.len() as u64;
         plan::check_limit(at + length, flying.shared.settings.checkpoint_bytes).map_err(|error| (at, error))?;
+        if at / UNIT_BYTES != (at + length) / UNIT_BYTES {
+            let available = flying.shared.available_bytes().await.map_err(|error| (at, error))?;
+            plan::admit(UNIT_BYTES, available).map_err(|error| (at, error))?;
+        }
         write(filling, vec![piece], at).await.map_err(|error| (at, error))?;
         at += length;
         flying.progress.arrived(length);
@@ -547,7 +481,13 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     Ok(at)
 }
 
-async fn publish(flying: &Arc<Flying>, file: ToFill, size: u64, digested: Digested, synced: bool) -> Result<Entry> {
+pub(super) async fn publish(
+    flying: &Arc<Flying>,
+    file: ToFill,
+    size: u64,
+    digested: Digested,
+    synced: bool,
+) -> Result<Entry> {
     let digest = digested.digest;
     let sealing = Sealing {
         flight: flying.key.clone(),

@@ -4,6 +4,7 @@
 //! large ones overlap a little, since each keeps a fetcher and a sealer busy.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
@@ -95,8 +96,13 @@ async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
     let key = flying.key.clone();
     let rows = shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;
     let sizes = plan::Sizes::of(&listing, shared.settings.checkpoint_bytes)?;
-    let Plan { settled: mut entries, small, large, here_bytes, missing_bytes } = plan::plan(&listing, rows);
+    let kept: Vec<u64> = rows.iter().map(|row| row.number).collect();
+    let number = || shared.next_number.fetch_add(1, Ordering::Relaxed);
+    let Plan { settled: mut entries, small, large, here_bytes, missing_bytes } = plan::plan(&listing, rows, number);
     drop(listing);
+    let _slot = shared.slot().await?;
+    // What an earlier run left without a row is of no use to anybody.
+    shared.store.disk().clear_flight(&flying.key, &kept)?;
     plan::admit(missing_bytes, shared.available_bytes().await?)?;
     flying.progress.expect(sizes.known_bytes, sizes.files);
     flying.progress.resume(here_bytes);

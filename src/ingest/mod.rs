@@ -11,6 +11,7 @@
 //! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
+mod copy;
 mod fetch;
 mod flight;
 pub mod plan;
@@ -20,6 +21,7 @@ mod seal;
 mod stream;
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Semaphore, broadcast};
@@ -27,7 +29,6 @@ use tokio::task::JoinHandle;
 
 use crate::catalog::checkpoints::{self, Failure, Record, State};
 use crate::catalog::events::{self, NewEvent};
-use crate::catalog::fills;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -37,6 +38,12 @@ use crate::units::now_unix_ms;
 
 use flight::Flight;
 use progress::{Progress, Reading};
+
+/// Reason of an ingest that found nothing to do.
+const NOT_WANTED: &str = "NOT_WANTED";
+
+/// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
+const RECORD_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Makes a source of what a request asks for; tests and other processes give their own.
 pub type Connector = Arc<dyn Fn(&SourceSpec, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
@@ -74,6 +81,8 @@ struct Shared {
     connect: Connector,
     settings: Settings,
     slots: Semaphore,
+    /// Numbers of filling files, never used again: a write that outlives its flight can hit nobody else's file.
+    next_number: AtomicU64,
     bounds: fetch::Bounds,
     tasks: Mutex<HashMap<String, Task>>,
     flights: Mutex<HashMap<String, Weak<Flight>>>,
@@ -94,6 +103,7 @@ impl Ingests {
             connect,
             settings,
             slots: Semaphore::new(limits::INGESTS_AT_A_TIME),
+            next_number: AtomicU64::new(u64::try_from(now_unix_ms()).unwrap_or(0) << 20),
             bounds: fetch::Bounds::new(settings.memory_budget_bytes),
             tasks: Mutex::default(),
             flights: Mutex::default(),
@@ -115,7 +125,12 @@ impl Ingests {
     ///
     /// # Errors
     /// What the stream or the store failed with; the record is then `failed`.
-    pub async fn fill_from_stream(&self, record: &Record, entries: Box<dyn EntryStream>, bytes_total: u64) -> Result<()> {
+    pub async fn fill_from_stream(
+        &self,
+        record: &Record,
+        entries: Box<dyn EntryStream>,
+        bytes_total: u64,
+    ) -> Result<()> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let shared = self.0.clone();
         let record = record.clone();
@@ -158,22 +173,45 @@ impl Ingests {
         W: FnOnce(Arc<Progress>) -> F,
         F: Future<Output = ()> + Send + 'static,
     {
-        let mut tasks = lock(&self.0.tasks);
-        if tasks.get(&id).is_some_and(|task| !task.join.is_finished()) {
-            return;
-        }
         let progress = Arc::new(Progress::default());
         let work = work(progress.clone());
         let shared = self.0.clone();
         let own = id.clone();
+        let mut tasks = lock(&self.0.tasks);
+        // One after the other: a task that finds its record decided already has nothing to do.
+        let before = tasks.remove(&id).map(|task| task.join);
+        let present = progress.clone();
         let join = tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = AbortOnDrop(before).await;
+            }
             work.await;
-            lock(&shared.tasks).remove(&own);
+            lock(&shared.tasks).retain(|id, task| *id != own || !Arc::ptr_eq(&task.progress, &present));
             let _ = shared.changes.send(own);
         });
         tasks.insert(id, Task { progress, join });
     }
 }
+
+/// A task that another waits for and that ends with it.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Future for AbortOnDrop {
+    type Output = ();
+
+    fn poll(mut self: std::pin::Pin<&mut Self>, context: &mut std::task::Context<'_>) -> std::task::Poll<()> {
+        std::pin::Pin::new(&mut self.0).poll(context).map(|_| ())
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// What filling gives: revision, tree, and the flight that must be kept until the record is decided.
+type Filled = (String, Manifest, Option<Arc<Flight>>);
 
 impl Shared {
     async fn fill_from_source(
@@ -181,9 +219,8 @@ impl Shared {
         record: &Record,
         credentials: &Credentials,
         progress: &Arc<Progress>,
-    ) -> Result<(String, Manifest, Option<Arc<Flight>>)> {
+    ) -> Result<Filled> {
         self.set_filling(record).await?;
-        let _slot = self.slots.acquire().await.map_err(|_| Error::internal("the ingest slots are closed"))?;
         let spec = SourceSpec {
             kind: record.origin.kind.parse()?,
             uri: record.origin.uri.clone(),
@@ -205,19 +242,29 @@ impl Shared {
         record: &Record,
         entries: Box<dyn EntryStream>,
         progress: &Arc<Progress>,
-    ) -> Result<(String, Manifest, Option<Arc<Flight>>)> {
+    ) -> Result<Filled> {
         self.set_filling(record).await?;
+        let _slot = self.slot().await?;
         let (id, flight) = (record.id.clone(), record.id.clone());
         self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
         Ok((revision, manifest, None))
     }
 
+    /// # Errors
+    /// `NOT_WANTED` for a record that is decided or gone: there is nothing to fill.
     async fn set_filling(&self, record: &Record) -> Result<()> {
         let id = record.id.clone();
-        self.store.catalog().write(move |tx| checkpoints::set_state(tx, &id, State::Filling, None)).await?;
+        if !self.store.catalog().write(move |tx| checkpoints::begin_filling(tx, &id)).await? {
+            return Err(Error::new(Kind::Cancelled, NOT_WANTED, "the checkpoint needs no filling"));
+        }
         let _ = self.changes.send(record.id.clone());
         Ok(())
+    }
+
+    /// A place among those that move bytes.
+    async fn slot(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
+        self.slots.acquire().await.map_err(|_| Error::internal("the ingest slots are closed"))
     }
 
     /// Joins the flight of these bytes for this owner, or starts it.
@@ -268,15 +315,22 @@ impl Shared {
         self.record_event("ENTRIES_SKIPPED", record, message).await
     }
 
-    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<(String, Manifest, Option<Arc<Flight>>)>) {
+    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) {
+        if outcome.as_ref().is_err_and(|error| error.reason() == NOT_WANTED) {
+            return;
+        }
         let result = match outcome {
             Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
-            if let Err(second) = self.make_failed(record, &error).await {
+            if error.kind() == Kind::NoSpace {
+                self.give_back(record).await;
+            }
+            while let Err(second) = self.make_failed(record, &error).await {
                 tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
+                tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             }
         }
         let _ = self.changes.send(record.id.clone());
@@ -291,17 +345,37 @@ impl Shared {
     ) -> Result<()> {
         let id = record.id.clone();
         let own_flight = flight.as_ref().map_or_else(|| record.id.clone(), |flight| flight.key().to_owned());
-        let message = format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
+        let message =
+            format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
         self.store
             .catalog()
             .write(move |tx| {
                 let digest = manifest.digest();
                 checkpoints::set_ready(tx, &id, &revision, &manifest, &digest)?;
-                let event = NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
+                let event =
+                    NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
                 events::record(tx, now_unix_ms(), &event)
             })
             .await?;
         self.drop_flight_if_unneeded(own_flight).await
+    }
+
+    /// What a checkpoint that did not fit had filled goes, so that something smaller can come.
+    async fn give_back(&self, record: &Record) {
+        let id = record.id.clone();
+        let forget = move |tx: &rusqlite::Connection| {
+            let flight = checkpoints::flight_of(tx, &id)?;
+            checkpoints::clear_flight(tx, &id).map(|()| flight)
+        };
+        let flight = self.store.catalog().write(forget).await;
+        let given_back = match flight {
+            Ok(flight) if !flight.is_empty() => self.store.remove_flight(&flight).await.map(|_| ()),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = given_back {
+            tracing::warn!(checkpoint = record.id, error = %error.report(), "giving back what was filled failed");
+        }
     }
 
     async fn make_failed(&self, record: &Record, error: &Error) -> Result<()> {
@@ -315,8 +389,10 @@ impl Shared {
         self.store
             .catalog()
             .write(move |tx| {
-                checkpoints::set_state(tx, &id, State::Failed, Some(&failure))?;
-                events::record(tx, now_unix_ms(), &event)
+                if checkpoints::set_state(tx, &id, State::Failed, Some(&failure))? {
+                    events::record(tx, now_unix_ms(), &event)?;
+                }
+                Ok(())
             })
             .await
     }
@@ -328,24 +404,7 @@ impl Shared {
 
     /// Forgets a flight that no record needs: rows and files, and what only it had sealed.
     async fn drop_flight_if_unneeded(&self, flight: String) -> Result<()> {
-        let key = flight.clone();
-        let needed = self.store.catalog().read(move |tx| checkpoints::flight_is_needed(tx, &key)).await?;
-        if needed {
-            return Ok(());
-        }
-        // What the flight sealed is named by the manifest now, so usually only rows and an empty directory go.
-        let rows = flight.clone();
-        let has_unnamed = self.store.catalog().read(move |tx| fills::has_unnamed(tx, &rows)).await?;
-        if has_unnamed {
-            self.store.remove_flight(&flight).await?;
-            return Ok(());
-        }
-        let rows = flight.clone();
-        self.store.catalog().write(move |tx| fills::delete(tx, &rows).map(|_| ())).await?;
-        let disk = self.store.disk().clone();
-        tokio::task::spawn_blocking(move || disk.end_flight(&flight))
-            .await
-            .map_err(|error| Error::internal("removing a flight's directory").because(error))?
+        self.store.remove_flight(&flight).await.map(|_| ())
     }
 }
 

@@ -30,7 +30,11 @@ impl Sizes {
         if listing.entries.len() > limits::CHECKPOINT_ENTRIES {
             return Err(Error::no_space(
                 "TOO_MANY_ENTRIES",
-                format!("the source has {} entries, at most {} are allowed", listing.entries.len(), limits::CHECKPOINT_ENTRIES),
+                format!(
+                    "the source has {} entries, at most {} are allowed",
+                    listing.entries.len(),
+                    limits::CHECKPOINT_ENTRIES
+                ),
             ));
         }
         if let Some(link) = listing.entries.iter().find(|entry| matches!(entry.what, What::SameAs(_))) {
@@ -96,8 +100,8 @@ pub struct Plan {
 }
 
 /// Compares a listing with the rows of its flight. Rows belong to the same revision, so equal path and size mean equal bytes.
-pub fn plan(listing: &Listing, rows: Vec<FillRow>) -> Plan {
-    let mut next_number = rows.iter().map(|row| row.number + 1).max().unwrap_or(0);
+/// `next_number` gives numbers for files that have none.
+pub fn plan(listing: &Listing, rows: Vec<FillRow>, mut next_number: impl FnMut() -> u64) -> Plan {
     let mut rows: HashMap<Vec<u8>, FillRow> = rows.into_iter().map(|row| (row.path.clone(), row)).collect();
     let mut plan = Plan::default();
     for listed in &listing.entries {
@@ -119,8 +123,7 @@ pub fn plan(listing: &Listing, rows: Vec<FillRow>) -> Plan {
             plan.settle_file(listed.path.clone(), size, file.executable, digest);
             continue;
         }
-        let number = row.as_ref().map_or(next_number, |row| row.number);
-        next_number = next_number.max(number + 1);
+        let number = row.as_ref().map_or_else(&mut next_number, |row| row.number);
         let units = row.and_then(|row| file.size.map(|size| UnitMap::from_bytes(size, &row.units)));
         plan.add(ToFill { path: listed.path.clone(), file: file.clone(), number, units });
     }
@@ -178,13 +181,8 @@ mod tests {
     use crate::source::{Expected, Listed};
 
     fn listed(path: &str, size: Option<u64>) -> Listed {
-        let file = File {
-            locator: path.to_owned(),
-            size,
-            executable: false,
-            ranges: true,
-            expected: Expected::default(),
-        };
+        let file =
+            File { locator: path.to_owned(), size, executable: false, ranges: true, expected: Expected::default() };
         Listed { path: EntryPath::new(path.as_bytes()).unwrap(), what: What::File(file) }
     }
 
@@ -207,8 +205,11 @@ mod tests {
     #[test]
     fn sealed_files_are_settled_and_durable_units_are_kept() {
         let big = 3 * limits::UNIT_BYTES;
-        let listing = listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
-        let plan = plan(&listing, vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)]);
+        let listing =
+            listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
+        let mut numbers = 5..;
+        let rows = vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)];
+        let plan = plan(&listing, rows, || numbers.next().unwrap());
         assert_eq!(plan.settled.len(), 1);
         assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);
         assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);

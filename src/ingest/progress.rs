@@ -72,7 +72,8 @@ impl Progress {
 
     /// Takes back bytes that were counted and turned out wrong.
     pub fn take_back(&self, bytes: u64) {
-        let _ = self.bytes_done.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |done| Some(done.saturating_sub(bytes)));
+        let _ =
+            self.bytes_done.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |done| Some(done.saturating_sub(bytes)));
     }
 
     /// Counts a sealed file.
@@ -95,7 +96,11 @@ impl Progress {
         Reading {
             bytes_done: self.bytes_done.load(Ordering::Relaxed),
             bytes_total: self.bytes_total.load(Ordering::Relaxed),
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and far below 2^63")]
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a rate is positive and far below 2^63"
+            )]
             rate_bytes_per_s: rate as u64,
             files_done: self.files_done.load(Ordering::Relaxed),
             files_total: self.files_total.load(Ordering::Relaxed),

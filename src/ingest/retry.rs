@@ -72,7 +72,10 @@ impl Ladder {
 ///
 /// # Errors
 /// The last one.
-pub(super) async fn until_it_works<T, F: Future<Output = Result<T>>>(attempts: u32, mut work: impl FnMut() -> F) -> Result<T> {
+pub(super) async fn until_it_works<T, F: Future<Output = Result<T>>>(
+    attempts: u32,
+    mut work: impl FnMut() -> F,
+) -> Result<T> {
     let mut ladder = Ladder::new(attempts);
     loop {
         match work().await {

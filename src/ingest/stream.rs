@@ -7,15 +7,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 
+use super::Shared;
 use super::fetch::blocking;
 use super::plan;
 use super::progress::Progress;
 use super::seal::{self, Digested};
-use super::Shared;
 use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
@@ -34,17 +35,19 @@ pub(super) async fn fill(
     mut stream: Box<dyn EntryStream>,
     progress: &Arc<Progress>,
 ) -> Result<(String, Manifest)> {
-    shared.store.remove_flight(flight).await?;
+    shared.store.disk().clear_flight(flight, &[])?;
     shared.store.disk().begin_flight(flight)?;
     let taker = Taker { shared, flight, progress };
     let mut entries = Vec::new();
     let mut links = Vec::new();
     let mut sealing = FuturesUnordered::new();
-    let mut number = 0;
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
         if entries.len() + links.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
-            return Err(Error::no_space("TOO_MANY_ENTRIES", format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES)));
+            return Err(Error::no_space(
+                "TOO_MANY_ENTRIES",
+                format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES),
+            ));
         }
         let file = match listed.what {
             What::Directory => {
@@ -61,9 +64,9 @@ pub(super) async fn fill(
             }
             What::File(file) => file,
         };
+        let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
         let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
         bytes += taken.size;
-        number += 1;
         sealing.push(taker.publish(taken));
         while sealing.len() >= limits::PUBLISH_BATCH_FILES {
             entries.extend(sealing.next().await.transpose()?);
@@ -86,7 +89,10 @@ fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: 
     let mut bytes = bytes;
     for (path, earlier) in links {
         let kind = files.get(&earlier).cloned().ok_or_else(|| {
-            Error::invalid("NO_SUCH_ENTRY", format!("the hard link `{path}` leads to `{earlier}`, which was not sent before"))
+            Error::invalid(
+                "NO_SUCH_ENTRY",
+                format!("the hard link `{path}` leads to `{earlier}`, which was not sent before"),
+            )
         })?;
         if let EntryKind::File { size, .. } = kind {
             bytes = bytes.saturating_add(size);
@@ -127,7 +133,7 @@ impl Taker<'_> {
             return self.take_unsized(stream, path, file, number, before).await;
         };
         plan::check_limit(before.saturating_add(size), self.shared.settings.checkpoint_bytes)?;
-        plan::admit(size, self.shared.available_bytes().await?)?;
+        plan::admit(size, self.shared.store.available_bytes()?)?;
         let executable = file.executable;
         let (digested, synced) = if size <= UNIT_BYTES {
             (self.take_small(stream, &path, size, number, &file.expected).await?, false)
@@ -268,6 +274,7 @@ impl Taker<'_> {
         let end = at + piece.len() as u64;
         let target = filling.clone();
         blocking(move || {
+            target.check_room(piece.len() as u64)?;
             target.write_at(&piece, at)?;
             let map = target.units();
             (at / UNIT_BYTES..map.units())
@@ -313,10 +320,16 @@ impl Drop for GiveUp {
 
 fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
     if got > size {
-        return Err(Error::invalid("BODY_TOO_LONG", format!("more than the {size} bytes announced were sent for `{path}`")));
+        return Err(Error::invalid(
+            "BODY_TOO_LONG",
+            format!("more than the {size} bytes announced were sent for `{path}`"),
+        ));
     }
     if ended && got < size {
-        return Err(Error::invalid("BODY_TOO_SHORT", format!("{got} of {size} bytes announced were sent for `{path}`")));
+        return Err(Error::invalid(
+            "BODY_TOO_SHORT",
+            format!("{got} of {size} bytes announced were sent for `{path}`"),
+        ));
     }
     Ok(())
 }

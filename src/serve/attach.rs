@@ -120,10 +120,13 @@ pub fn detach(mounted: &Mounted) -> Result<Detached> {
                 .remedy("unmount what covers it, then detach again"));
         };
         // By descriptor: the path may lead elsewhere by now.
-        nix::unistd::fchdir(&root)
-            .map_err(io::Error::from)
-            .and_then(|()| mount_calls::unmount_here())
-            .map_err(|error| Error::io("unmounting the view at", &path, error))?;
+        let unmounted = match nix::unistd::fchdir(&root) {
+            Ok(()) => mount_calls::unmount_here(),
+            // Nobody can enter the root of a dead connection; its path is all there is.
+            Err(Errno::ENOTCONN) => mount_calls::unmount_at(&path),
+            Err(errno) => Err(io::Error::from(errno)),
+        };
+        unmounted.map_err(|error| Error::io("unmounting the view at", &path, error))?;
         Ok(Detached::Removed)
     })
 }

@@ -132,7 +132,7 @@ impl Attachments {
             created_ms: now_unix_ms(),
             leases,
         };
-        self.put(&row).await?;
+        self.put_checked(&row).await?;
         Ok(row)
     }
 
@@ -150,11 +150,12 @@ impl Attachments {
                 return Err(has_others(row));
             }
             if row.state == JobState::Attached {
-                return if row.target == target.to_string_lossy() && row.pid == wanted.pid {
-                    Ok(row.clone())
-                } else {
-                    Err(attached_elsewhere(row))
-                };
+                if row.target != target.to_string_lossy() || row.pid != wanted.pid {
+                    return Err(attached_elsewhere(row));
+                }
+                if stands(row).await? {
+                    return Ok(row.clone());
+                }
             }
         }
         let row = JobRow {
@@ -170,7 +171,7 @@ impl Attachments {
         if made {
             std::fs::create_dir_all(&target).map_err(|error| Error::io("creating the target", &target, error))?;
         }
-        self.put(&row).await?;
+        self.put_checked(&row).await?;
         match self.mount(&row, &wanted.checkpoints).await {
             Ok(row) => Ok(row),
             Err(error) => {
@@ -257,12 +258,20 @@ impl Attachments {
         self.0.store.catalog().write(move |tx| jobs::put(tx, &row)).await
     }
 
+    async fn put_checked(&self, row: &JobRow) -> Result<()> {
+        let row = row.clone();
+        self.0.store.catalog().write(move |tx| jobs::put_checked(tx, &row)).await
+    }
+
     /// The target, and whether it is ours to make.
     fn target_of(&self, wanted: &Wanted) -> Result<(PathBuf, bool)> {
         match &wanted.target {
             Some(target) if target.is_absolute() => Ok((target.clone(), false)),
-            Some(target) => Err(Error::invalid("TARGET_NOT_ABSOLUTE", format!("the target {} is not an absolute path", target.display()))
-                .remedy("give a path that begins with `/`")),
+            Some(target) => Err(Error::invalid(
+                "TARGET_NOT_ABSOLUTE",
+                format!("the target {} is not an absolute path", target.display()),
+            )
+            .remedy("give a path that begins with `/`")),
             None if wanted.pid != 0 => Ok((PathBuf::from(CONTAINER_TARGET), false)),
             None => Ok((self.0.jobs_dir.join(wanted.job.as_str()).join("checkpoint"), true)),
         }
@@ -276,8 +285,16 @@ impl Attachments {
         let place = Place { target: PathBuf::from(&row.target), pid: (row.pid != 0).then_some(row.pid) };
         let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
         let reserved = self.0.sessions_dir.clone();
-        let mounted = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
-        let mounted = serde_json::to_string(&mounted)
+        let view = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
+        let noted = self.note_mounted(row, &view).await;
+        if noted.is_err() {
+            blocking(move || super::detach(&view)).await?;
+        }
+        noted
+    }
+
+    async fn note_mounted(&self, row: &JobRow, mounted: &super::Mounted) -> Result<JobRow> {
+        let mounted = serde_json::to_string(mounted)
             .map_err(|error| Error::internal("encoding what was mounted").because(error))?;
         let row = JobRow { state: JobState::Attached, mounted: Some(mounted), ..row.clone() };
         self.put(&row).await?;
@@ -333,9 +350,11 @@ impl Attachments {
     }
 
     async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
-        let digest = record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
+        let digest =
+            record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
-        let reader = self.0.store.reader(digest).await?;
+        let manifest = Arc::new(manifest);
+        let reader = self.0.store.reader(digest, manifest.clone()).await?;
         let config = SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
             passthrough: self.0.passthrough,
@@ -343,8 +362,7 @@ impl Attachments {
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         };
         let content = Arc::new(StoredContent(reader.clone()));
-        let session =
-            blocking(move || Session::start(config, Arc::new(Tree::new(Arc::new(manifest))), content)).await?;
+        let session = blocking(move || Session::start(config, Arc::new(Tree::new(manifest)), content)).await?;
         let store = self.0.store.clone();
         let id = record.id.clone();
         tokio::spawn(async move {
@@ -385,7 +403,8 @@ impl Attachments {
             let target = PathBuf::from(&row.target);
             blocking(move || super::unmount_stale(&target).map(|_| ())).await?;
         }
-        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok()) {
+        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok())
+        {
             blocking(move || super::detach(&mounted)).await?;
         }
         let leases = row.leases.clone();
@@ -398,7 +417,10 @@ impl Attachments {
                     .into_iter()
                     .map(|lease| {
                         let record = checkpoints::get(tx, &lease.checkpoint)?.ok_or_else(|| {
-                            Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{}`", lease.checkpoint))
+                            Error::not_found(
+                                "NO_SUCH_CHECKPOINT",
+                                format!("there is no checkpoint `{}`", lease.checkpoint),
+                            )
                         })?;
                         Ok((record, lease.subdir))
                     })
@@ -428,13 +450,22 @@ impl Attachments {
     }
 }
 
+/// Whether the view of a row is still there: somebody may have unmounted it.
+async fn stands(row: &JobRow) -> Result<bool> {
+    let mounted = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok());
+    match mounted {
+        Some(mounted) => blocking(move || super::standing(&mounted)).await,
+        None => Ok(false),
+    }
+}
+
 fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
     let mut trees = Vec::new();
     for served in served {
         let session = lock(&served.session);
-        let session = session
-            .as_ref()
-            .ok_or_else(|| Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again"))?;
+        let session = session.as_ref().ok_or_else(|| {
+            Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again")
+        })?;
         trees.push(session.tree()?);
     }
     if let [subdir] = subdirs
@@ -443,9 +474,10 @@ fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
     {
         return Ok(Views::One(tree));
     }
-    let named = trees.into_iter().zip(subdirs).map(|(tree, subdir)| {
-        Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree })
-    });
+    let named = trees
+        .into_iter()
+        .zip(subdirs)
+        .map(|(tree, subdir)| Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree }));
     named.collect::<Result<_>>().map(Views::Several)
 }
 
@@ -458,7 +490,11 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
         return Err(Error::new(
             Kind::NoSpace,
             "TOO_MANY_CHECKPOINTS",
-            format!("the job asks for {} checkpoints, at most {} are allowed", wanted.len(), limits::CHECKPOINTS_PER_JOB),
+            format!(
+                "the job asks for {} checkpoints, at most {} are allowed",
+                wanted.len(),
+                limits::CHECKPOINTS_PER_JOB
+            ),
         ));
     }
     let alone = wanted.len() == 1;
@@ -473,9 +509,12 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
             EntryName::new(subdir.as_bytes())?;
         }
         if leases.iter().any(|lease| lease.subdir == subdir) {
-            return Err(Error::invalid("DUPLICATE_DIRECTORY", format!("two checkpoints would both be at `{subdir}` below the target"))
-                .fact("directory", subdir)
-                .remedy("give one of them another `subdir`, or rename one"));
+            return Err(Error::invalid(
+                "DUPLICATE_DIRECTORY",
+                format!("two checkpoints would both be at `{subdir}` below the target"),
+            )
+            .fact("directory", subdir)
+            .remedy("give one of them another `subdir`, or rename one"));
         }
         leases.push(Lease { checkpoint: record.id.clone(), subdir });
     }
@@ -498,14 +537,20 @@ fn has_others(row: &JobRow) -> Error {
 }
 
 fn attached_elsewhere(row: &JobRow) -> Error {
-    Error::new(Kind::AlreadyExists, "JOB_ATTACHED_ELSEWHERE", format!("the job {} is attached at {} already", row.job, row.target))
-        .fact("job", &row.job)
-        .fact("target", &row.target)
-        .remedy(format!("`ckptctl detach {}` first", row.job))
+    Error::new(
+        Kind::AlreadyExists,
+        "JOB_ATTACHED_ELSEWHERE",
+        format!("the job {} is attached at {} already", row.job, row.target),
+    )
+    .fact("job", &row.job)
+    .fact("target", &row.target)
+    .remedy(format!("`ckptctl detach {}` first", row.job))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal("a blocking task ended early").because(error))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -69,7 +69,7 @@ pub fn release_sessions_dir(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Mounts of ours below `under` whose connection is dead, the last mounted first.
+/// Mounts of ours at or below `under` whose connection is dead, the last mounted first.
 ///
 /// # Errors
 /// The list of mounts cannot be read.
@@ -78,7 +78,7 @@ pub fn stale_mounts(under: &Path) -> Result<Vec<StaleMount>> {
     Ok(lines.into_iter().rev().filter(is_dead).map(StaleMount::from).collect())
 }
 
-/// Unmounts the [`stale_mounts`] below `under` and says which they were.
+/// Unmounts the [`stale_mounts`] at or below `under` and says which they were.
 ///
 /// # Errors
 /// What the kernel says; the rest is left for the next time.
@@ -112,12 +112,7 @@ fn ours_below(under: &Path) -> Result<Vec<MountLine>> {
     // The list shows real paths.
     let under = fs::canonicalize(under).unwrap_or_else(|_| under.to_owned());
     let mut lines = namespace::mounts(&namespace::open_proc()?)?;
-    lines.retain(|line| {
-        line.source == "ckptd"
-            && line.kind.starts_with("fuse")
-            && line.target != under
-            && line.target.starts_with(&under)
-    });
+    lines.retain(|line| line.source == "ckptd" && line.kind.starts_with("fuse") && line.target.starts_with(&under));
     Ok(lines)
 }
 

@@ -8,7 +8,7 @@
 //! * [`Opened::Streamed`]: entries come one after the other and their bytes with them (uploads, tar streams, local
 //!   transfer).
 //!
-//! [`connect`] turns what was asked for into a source, and [`check_uri`] says whether it could, without connecting.
+//! [`mod@connect`] turns what was asked for into a source, and [`check_uri`] says whether it could, without connecting.
 //!
 //! Sources only talk to the outside. They never write to the store, never retry a whole file (the ingest does, with
 //! the ladder of its own) and hold no lock over an await. Errors say whether trying again can help by their kind:

@@ -178,9 +178,17 @@ impl Filling {
     /// Writes bytes; they count as here once their unit is completed.
     ///
     /// # Errors
-    /// The I/O error.
+    /// `NO_SPACE`, the I/O error.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_all_at(bytes, offset).map_err(|error| Error::io("writing", &self.path, error))
+    }
+
+    /// Refuses `bytes` more where the disk has no room for them.
+    ///
+    /// # Errors
+    /// `NO_SPACE`, the I/O error.
+    pub fn check_room(&self, bytes: u64) -> Result<()> {
+        self.disk.check_room(bytes)
     }
 
     /// Reads bytes behind the frontier.

@@ -11,8 +11,8 @@
 //! Removal is the reverse and runs on the same thread, so it never meets a publish half-way: `doomed` rows, unlink or punch, rows gone.
 //!
 //! **Reading** ([`read`]) never touches the catalog: what a checkpoint's blobs borrow is read once when it is opened. A home is never
-//! punched or unlinked while a row borrows from it. A blob that somebody holds open ([`read::Holds`]) is never punched, since
-//! the kernel may have been given it; unlinking it is harmless.
+//! punched or unlinked while a row borrows from it. The blobs of a served checkpoint and their homes are held ([`read::Holds`]) for as
+//! long as anything of its session lives, and what is held is never punched: the kernel may have been given it. Unlinking is harmless.
 //!
 //! **Dedup.** Equal files are one blob. Of a new file, every run of known chunks of at least `limits::BORROW_MIN_BYTES` is borrowed.
 
@@ -26,13 +26,14 @@ mod sweep;
 use std::path::Path;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::catalog::{Catalog, blobs, checkpoints, fills};
 use crate::digest::Digest;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::manifest::Manifest;
 
 pub use publish::Sealing;
 pub use sweep::Swept;
@@ -44,6 +45,7 @@ pub struct Store {
     catalog: Catalog,
     holds: read::Holds,
     publisher: mpsc::Sender<Command>,
+    hydrations: Arc<Semaphore>,
 }
 
 /// What the publisher thread is asked.
@@ -63,7 +65,7 @@ impl Store {
         let holds = read::Holds::default();
         recover(&disk, &catalog)?;
         let publisher = publish::start(disk.clone(), catalog.clone(), holds.clone())?;
-        Ok(Self { disk, catalog, holds, publisher })
+        Ok(Self { disk, catalog, holds, publisher, hydrations: Arc::new(Semaphore::new(1)) })
     }
 
     /// The catalog.
@@ -120,9 +122,9 @@ impl Store {
     ///
     /// # Errors
     /// Those of the catalog.
-    pub async fn reader(&self, manifest: Digest) -> Result<Arc<read::Reader>> {
-        let compact = self.catalog.read(move |tx| blobs::compact_blobs(tx, &manifest)).await?;
-        Ok(Arc::new(read::Reader::new(self.disk.clone(), self.holds.clone(), compact)))
+    pub async fn reader(&self, digest: Digest, manifest: Arc<Manifest>) -> Result<Arc<read::Reader>> {
+        let compact = self.catalog.read(move |tx| blobs::compact_blobs(tx, &digest)).await?;
+        Ok(Arc::new(read::Reader::new(self.disk.clone(), &self.holds, &manifest, compact)))
     }
 
     /// Bytes that may be taken from the filesystem now: what is free less the reserve.
@@ -142,15 +144,17 @@ fn stopped() -> Error {
 fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
     let interrupted = catalog.write_blocking(blobs::interrupted_publishing)?;
     for (digest, flight, number, has_row) in interrupted {
-        if !has_row {
-            disk.unpublish(&digest, &flight, number)?;
+        if !has_row && disk.unpublish(&digest, &flight, number)? {
+            disk.sync_filesystem()?;
         }
         catalog.write_blocking(move |tx| blobs::end_publishing(tx, &digest))?;
     }
     for blob in catalog.write_blocking(blobs::doomed)? {
         disk.remove_blob(&blob.digest)?;
+        disk.sync_directories(std::iter::once(&blob.digest))?;
         catalog.write_blocking(move |tx| blobs::forget(tx, blob.id))?;
     }
+    catalog.write_blocking(|tx| checkpoints::drop_unnamed_manifests(tx).map(|_| ()))?;
     let abandoned = catalog.write_blocking(|tx| {
         let mut abandoned = Vec::new();
         for flight in fills::flights(tx)? {
@@ -163,7 +167,10 @@ fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
     })?;
     let on_disk = disk.flights()?;
     let needed = catalog.write_blocking(move |tx| {
-        on_disk.into_iter().map(|flight| Ok((checkpoints::flight_is_needed(tx, &flight)?, flight))).collect::<Result<Vec<_>>>()
+        on_disk
+            .into_iter()
+            .map(|flight| Ok((checkpoints::flight_is_needed(tx, &flight)?, flight)))
+            .collect::<Result<Vec<_>>>()
     })?;
     for (_, flight) in needed.into_iter().filter(|(needed, _)| !needed) {
         disk.end_flight(&flight)?;

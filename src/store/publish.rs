@@ -17,7 +17,7 @@ use crate::catalog::blobs::{self, ChunkRow, Home};
 use crate::catalog::{Catalog, fills};
 use crate::digest::Digest;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::names::EntryPath;
 
@@ -94,11 +94,26 @@ impl Publisher {
         if batch.is_empty() {
             return;
         }
+        let (batch, missing): (Vec<_>, Vec<_>) = batch
+            .into_iter()
+            .partition(|pending| self.disk.filling_path(&pending.sealing.flight, pending.sealing.number).exists());
+        // Files of a flight that was removed meanwhile; the others must not suffer for them.
+        for pending in missing {
+            let gone = Error::new(
+                Kind::Cancelled,
+                "FLIGHT_REMOVED",
+                format!("`{}` was removed while it was sealed", pending.sealing.path),
+            );
+            let _ = pending.answer.send(Err(gone));
+        }
+        if batch.is_empty() {
+            return;
+        }
         let (sealings, answers): (Vec<_>, Vec<_>) =
             batch.into_iter().map(|pending| (pending.sealing, pending.answer)).unzip();
         let outcome = self.publish(sealings);
         for answer in answers {
-            let _ = answer.send(outcome.as_ref().map(|()| ()).map_err(Error::share));
+            let _ = answer.send(outcome.as_ref().copied().map_err(Error::share));
         }
     }
 
@@ -107,6 +122,7 @@ impl Publisher {
         let batch = Arc::new(batch);
         let fresh = self.announce(&batch)?;
         self.make_durable(&batch, &fresh)?;
+        // Only now: a rename may take the place of a remnant that others borrow from, so the new bytes must be durable before it.
         for &at in &fresh {
             let sealing = &batch[at];
             self.disk.publish(&sealing.flight, sealing.number, &sealing.digest)?;
@@ -147,10 +163,10 @@ impl Publisher {
         fresh.iter().filter(|at| !batch[**at].synced).count() >= limits::SYNCFS_FROM_FILES
     }
 
-    /// Step 1 for files that were not flushed while they filled; many at once are left to the `syncfs` after the renames.
+    /// Step 1 for files that were not flushed while they filled: each, or all at once where there are many.
     fn make_durable(&self, batch: &[Sealing], fresh: &[usize]) -> Result<()> {
         if self.needs_syncfs(batch, fresh) {
-            return Ok(());
+            return self.disk.sync_filesystem();
         }
         for sealing in fresh.iter().map(|at| &batch[*at]).filter(|sealing| !sealing.synced) {
             let path = self.disk.filling_path(&sealing.flight, sealing.number);
@@ -162,10 +178,7 @@ impl Publisher {
 
     /// Step 4.
     fn enter(&self, batch: &Arc<Vec<Sealing>>, fresh: Vec<usize>) -> Result<Vec<Sealed>> {
-        let stored = fresh
-            .iter()
-            .map(|at| self.disk.stored_bytes(&batch[*at].digest))
-            .collect::<Result<Vec<_>>>()?;
+        let stored = fresh.iter().map(|at| self.disk.stored_bytes(&batch[*at].digest)).collect::<Result<Vec<_>>>()?;
         let batch = batch.clone();
         let reflink = self.disk.reflink();
         self.catalog.write_blocking(move |tx| {
@@ -211,8 +224,9 @@ impl Publisher {
         if changed.is_empty() {
             return Ok(());
         }
-        self.catalog
-            .write_blocking(move |tx| changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored)))
+        self.catalog.write_blocking(move |tx| {
+            changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored))
+        })
     }
 }
 

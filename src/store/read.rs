@@ -1,8 +1,8 @@
 //! Reading blobs, whole and compact, without the catalog.
 //!
 //! A [`Reader`] belongs to one served checkpoint and knows which of its blobs are compact. An [`OpenBlob`] reads through descriptors it
-//! holds: its own file for what is here, its homes' files for what is borrowed. While any `OpenBlob` of a blob lives, the blob
-//! is *held*: nothing punches it. A hydrated blob becomes whole for the next open; those open go on reading through their
+//! holds: its own file for what is here, its homes' files for what is borrowed. While a `Reader` lives, all blobs of its checkpoint
+//! and their homes are *held*: nothing punches them. A hydrated blob becomes whole for the next open; those open go on reading through their
 //! homes, which stay as long as the rows do.
 
 use std::collections::HashMap;
@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::catalog::blobs::{BlobRow, Borrow};
 use crate::digest::Digest;
 use crate::disk::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::manifest::{EntryKind, Manifest};
 
 /// Which blobs are held open, by number of holders.
 #[derive(Clone, Debug, Default)]
@@ -26,26 +27,30 @@ impl Holds {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(digest)
     }
 
-    fn hold(&self, digest: Digest) -> Hold {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(digest).or_insert(0) += 1;
-        Hold { holds: self.clone(), digest }
+    fn hold(&self, digests: Vec<Digest>) -> Hold {
+        let mut holds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        digests.iter().for_each(|digest| *holds.entry(*digest).or_insert(0) += 1);
+        drop(holds);
+        Hold { holds: self.clone(), digests }
     }
 }
 
-/// Keeps a blob from being punched.
+/// Keeps blobs from being punched.
 #[derive(Debug)]
 struct Hold {
     holds: Holds,
-    digest: Digest,
+    digests: Vec<Digest>,
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
         let mut holds = self.holds.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = holds.get_mut(&self.digest) {
-            *count -= 1;
-            if *count == 0 {
-                holds.remove(&self.digest);
+        for digest in &self.digests {
+            if let Some(count) = holds.get_mut(digest) {
+                *count -= 1;
+                if *count == 0 {
+                    holds.remove(digest);
+                }
             }
         }
     }
@@ -55,13 +60,19 @@ impl Drop for Hold {
 #[derive(Debug)]
 pub struct Reader {
     disk: Arc<Disk>,
-    holds: Holds,
+    _hold: Hold,
     /// Blobs with ranges that are not in them, and those ranges.
     compact: Mutex<HashMap<Digest, Arc<[Borrow]>>>,
 }
 
 impl Reader {
-    pub(super) fn new(disk: Arc<Disk>, holds: Holds, blobs: Vec<(BlobRow, Vec<Borrow>)>) -> Self {
+    pub(super) fn new(disk: Arc<Disk>, holds: &Holds, manifest: &Manifest, blobs: Vec<(BlobRow, Vec<Borrow>)>) -> Self {
+        let named = manifest.entries().iter().filter_map(|entry| match &entry.kind {
+            EntryKind::File { digest, .. } => Some(*digest),
+            EntryKind::Directory | EntryKind::Symlink { .. } => None,
+        });
+        let homes = blobs.iter().flat_map(|(_, borrows)| borrows.iter().map(|borrow| borrow.home));
+        let hold = holds.hold(named.chain(homes).collect());
         let compact = blobs
             .into_iter()
             .map(|(blob, mut borrows)| {
@@ -70,24 +81,30 @@ impl Reader {
             })
             .filter(|(_, borrows): &(_, Arc<[Borrow]>)| !borrows.is_empty())
             .collect();
-        Self { disk, holds, compact: Mutex::new(compact) }
+        Self { disk, _hold: hold, compact: Mutex::new(compact) }
     }
 
     /// Opens the blob of a file.
     ///
     /// # Errors
-    /// The I/O error; a blob that is missing is corrupt.
+    /// Corrupt for a blob that is missing, unavailable for anything else: the name is there, whatever became of the bytes.
     pub fn open(&self, digest: &Digest, size: u64) -> Result<OpenBlob> {
-        let hold = self.holds.hold(*digest);
         let borrows = self.borrows(digest);
-        let file = self.disk.open_blob(digest)?;
+        let file = self.open_file(digest)?;
         let mut homes: HashMap<Digest, File> = HashMap::new();
         for borrow in borrows.iter() {
-            if !homes.contains_key(&borrow.home) {
-                homes.insert(borrow.home, self.disk.open_blob(&borrow.home)?);
+            if let std::collections::hash_map::Entry::Vacant(home) = homes.entry(borrow.home) {
+                home.insert(self.open_file(&borrow.home)?);
             }
         }
-        Ok(OpenBlob { file, size, borrows, homes, digest: *digest, _hold: hold })
+        Ok(OpenBlob { file, size, borrows, homes, digest: *digest })
+    }
+
+    fn open_file(&self, digest: &Digest) -> Result<File> {
+        self.disk.open_blob(digest).map_err(|error| match error.kind() {
+            Kind::NotFound => Error::corrupt("BLOB_MISSING", format!("the blob {digest} is missing")).because(error),
+            _ => Error::unavailable("BLOB_UNREADABLE", format!("the blob {digest} cannot be opened")).because(error),
+        })
     }
 
     /// Whether all bytes of the blob are in it.
@@ -114,7 +131,6 @@ pub struct OpenBlob {
     borrows: Arc<[Borrow]>,
     homes: HashMap<Digest, File>,
     digest: Digest,
-    _hold: Hold,
 }
 
 impl OpenBlob {

@@ -64,10 +64,7 @@ mod tests {
         ];
         let runs = borrowable(&chunks);
         let shape: Vec<_> = runs.iter().map(|run| (run.start, run.len, run.home.blob, run.home.start)).collect();
-        assert_eq!(
-            shape,
-            [(40, 2 * MIB, 1, 0), (40 + 2 * MIB, MIB, 1, 9 * MIB), (40 + 3 * MIB, MIB, 2, 10 * MIB)]
-        );
+        assert_eq!(shape, [(40, 2 * MIB, 1, 0), (40 + 2 * MIB, MIB, 1, 9 * MIB), (40 + 3 * MIB, MIB, 2, 10 * MIB)]);
         assert!(!runs[0].is_congruent());
     }
 

@@ -8,7 +8,7 @@ use crate::error::Result;
 pub(super) enum Order {
     /// A checkpoint's record and what only it named.
     Checkpoint(String),
-    /// A flight's rows and files, and what only it had sealed.
+    /// A flight's rows and files, and what only it had sealed; nothing if a record needs it.
     Flight(String),
     /// Whatever nothing names.
     Unnamed,
@@ -35,19 +35,41 @@ pub(super) fn carry_out(publisher: &Publisher, order: &Order) -> Result<Swept> {
             })?
         }
         Order::Flight(flight) => {
+            let key = flight.clone();
+            let condemned = publisher.catalog.write_blocking(move |tx| {
+                if checkpoints::flight_is_needed(tx, &key)? {
+                    return Ok(None);
+                }
+                let candidates = fills::delete(tx, &key)?;
+                blobs::condemn(tx, &candidates).map(Some)
+            })?;
+            let Some(condemned) = condemned else { return Ok(Swept::default()) };
             publisher.disk.end_flight(flight)?;
-            let flight = flight.clone();
-            publisher.catalog.write_blocking(move |tx| {
-                let candidates = fills::delete(tx, &flight)?;
-                blobs::condemn(tx, &candidates)
-            })?
+            condemned
         }
         Order::Unnamed => publisher.catalog.write_blocking(|tx| {
             let candidates = blobs::unnamed(tx)?;
             blobs::condemn(tx, &candidates)
         })?,
     };
-    give_back(publisher, condemned)
+    let swept = give_back(publisher, condemned)?;
+    if matches!(order, Order::Unnamed) {
+        punch_again(publisher)?;
+    }
+    Ok(swept)
+}
+
+/// Punches what a crash between rows and punch (or a hydration that was cut short) left behind.
+fn punch_again(publisher: &Publisher) -> Result<()> {
+    for (blob, ranges) in publisher.catalog.write_blocking(blobs::unpunched)? {
+        if publisher.holds.is_held(&blob.digest) {
+            continue;
+        }
+        publisher.disk.punch(&blob.digest, &ranges)?;
+        let stored = publisher.disk.stored_bytes(&blob.digest)?;
+        publisher.catalog.write_blocking(move |tx| blobs::set_stored_bytes(tx, blob.id, stored))?;
+    }
+    Ok(())
 }
 
 fn give_back(publisher: &Publisher, condemned: blobs::Condemned) -> Result<Swept> {

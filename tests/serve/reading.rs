@@ -15,6 +15,7 @@ fn xattr(path: &Path, name: &str) -> Result<String, i32> {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
     let name = std::ffi::CString::new(name).unwrap();
     let mut room = [0_u8; 256];
+    // SAFETY: every pointer is to a live, NUL-terminated or sized buffer for the time of the call.
     let got = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
     match usize::try_from(got) {
         Ok(length) => Ok(String::from_utf8(room[..length].to_vec()).unwrap()),
@@ -169,9 +170,11 @@ fn nothing_can_be_written() {
     use nix::sys::stat::{Mode, SFlag, mknod};
     denied("mknod", mknod(&served.at("new"), SFlag::S_IFIFO, Mode::S_IRUSR, 0).unwrap_err().into());
     let path = std::ffi::CString::new(file.to_str().unwrap()).unwrap();
+    // SAFETY: every pointer is to a live, NUL-terminated or sized buffer for the time of the call.
     let set = unsafe { libc::setxattr(path.as_ptr(), c"user.x".as_ptr(), c"y".as_ptr().cast(), 1, 0) };
     assert_eq!(set, -1);
     denied("setxattr", std::io::Error::last_os_error());
+    // SAFETY: every pointer is to a live, NUL-terminated or sized buffer for the time of the call.
     let removed = unsafe { libc::removexattr(path.as_ptr(), c"user.ckptd.digest".as_ptr()) };
     assert_eq!(removed, -1);
     denied("removexattr", std::io::Error::last_os_error());
@@ -312,6 +315,7 @@ fn seeking_finds_all_of_a_file_to_be_data() {
     for passthrough in [true, false] {
         let served = ground.serve(&format!("p-{passthrough}"), |config| config.passthrough = passthrough);
         let file = File::open(served.at("model.safetensors")).unwrap();
+        // SAFETY: the descriptor is open; no memory is passed.
         let seek = |offset, whence| unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
         assert_eq!(seek(0, libc::SEEK_HOLE), 5_000_123);
         assert_eq!(seek(4096, libc::SEEK_DATA), 4096);

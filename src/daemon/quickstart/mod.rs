@@ -139,11 +139,9 @@ async fn follow(daemon: &Daemon, record: wire::Checkpoint) -> Result<wire::Check
     let mut updates = daemon.ask(daemon.checkpoints().watch_checkpoints(request)).await?;
     let mut progress = Progress::on_stderr();
     let mut last = record;
-    while let Some(update) = updates
-        .message()
-        .await
-        .map_err(|status| Error::unavailable("WATCH_BROKEN", format!("following `{}`: {}", last.name, status.message())))?
-    {
+    while let Some(update) = updates.message().await.map_err(|status| {
+        Error::unavailable("WATCH_BROKEN", format!("following `{}`: {}", last.name, status.message()))
+    })? {
         progress.update(&update);
         last = update;
     }
@@ -247,7 +245,8 @@ impl Home {
                 Ok(()) => return Ok(Self { path }),
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                 Err(error) => {
-                    return Err(Error::io("creating a private directory in", &parent, error).remedy("set TMPDIR to a writable directory"));
+                    return Err(Error::io("creating a private directory in", &parent, error)
+                        .remedy("set TMPDIR to a writable directory"));
                 }
             }
         }

@@ -25,7 +25,10 @@ fn write_weights(path: &Path) -> std::io::Result<()> {
     let tensors: Vec<String> = (0..TENSORS)
         .map(|at| {
             let (from, to) = (at * TENSOR_BYTES, (at + 1) * TENSOR_BYTES);
-            format!(r#""layers.{at}.weight":{{"dtype":"BF16","shape":[{}],"data_offsets":[{from},{to}]}}"#, TENSOR_BYTES / 2)
+            format!(
+                r#""layers.{at}.weight":{{"dtype":"BF16","shape":[{}],"data_offsets":[{from},{to}]}}"#,
+                TENSOR_BYTES / 2
+            )
         })
         .collect();
     let mut header = format!("{{{}}}", tensors.join(","));

@@ -40,7 +40,10 @@ pub(super) fn verify(root: &Path, state_dir: &Path) -> Result<Verified> {
             progress.transfer("the mount", "checking", done, bytes);
         })?;
         if digester.finish() != file.digest {
-            return Err(Error::corrupt("DIGEST_MISMATCH", format!("{} does not have the bytes its digest says", file.path.display())));
+            return Err(Error::corrupt(
+                "DIGEST_MISMATCH",
+                format!("{} does not have the bytes its digest says", file.path.display()),
+            ));
         }
     }
     drop(progress);

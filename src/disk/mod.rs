@@ -17,65 +17,28 @@
 //!
 //! Nothing here takes a lock or waits for anything but the disk; all of it blocks and belongs on blocking threads.
 
+mod extents;
+mod ownership;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, FlockArg};
+use nix::fcntl::{FallocateFlags, Flock};
 
 use crate::digest::Digest;
-use crate::error::{Error, Kind, Result};
-use crate::limits::DISK_BLOCK_BYTES;
+use crate::error::{Error, Result};
+use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
+use crate::units::show_bytes;
+
+pub use extents::{SealedFile, clone_file};
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;
-
-const VERSION_PREFIX: &str = "ckptd-state ";
-
-/// Bytes copied at a time where extents cannot be shared.
-const COPY_BYTES: usize = 1 << 20;
-
-nix::ioctl_write_ptr!(
-    /// `FICLONERANGE` of `linux/fs.h`.
-    ficlonerange, 0x94, 13, FileCloneRange
-);
-nix::ioctl_readwrite!(
-    /// `FIDEDUPERANGE` of `linux/fs.h`.
-    fideduperange, 0x94, 54, FileDedupeRange
-);
-
-#[repr(C)]
-#[derive(Debug)]
-struct FileCloneRange {
-    src_fd: i64,
-    src_offset: u64,
-    src_length: u64,
-    dest_offset: u64,
-}
-
-/// `file_dedupe_range` with exactly one destination.
-#[repr(C)]
-#[derive(Debug)]
-struct FileDedupeRange {
-    src_offset: u64,
-    src_length: u64,
-    dest_count: u16,
-    reserved1: u16,
-    reserved2: u32,
-    dest_fd: i64,
-    dest_offset: u64,
-    bytes_deduped: u64,
-    status: i32,
-    reserved: u32,
-}
-
-/// Bytes moved per `FIDEDUPERANGE`: filesystems cap a call at 16 MiB.
-const DEDUPE_BYTES: u64 = 16 << 20;
 
 /// The owned, locked state directory.
 #[derive(Debug)]
@@ -95,8 +58,8 @@ impl Disk {
     /// the I/O error with its path.
     pub fn open(root: &Path) -> Result<Self> {
         make_directory(root)?;
-        let lock = take_lock(root)?;
-        check_version(root)?;
+        let lock = ownership::take_lock(root)?;
+        ownership::check_version(root)?;
         for part in ["filling", "blobs", "quarantine"] {
             make_directory(&root.join(part))?;
         }
@@ -104,7 +67,7 @@ impl Disk {
             make_directory(&root.join(format!("blobs/{byte:02x}")))?;
         }
         let root_handle = File::open(root).map_err(|error| Error::io("opening", root, error))?;
-        let reflink = probe_reflink(root)?;
+        let reflink = extents::probe_reflink(root).unwrap_or(false);
         let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison: OnceLock::new() };
         disk.sync_filesystem()?;
         Ok(disk)
@@ -166,6 +129,23 @@ impl Disk {
         Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
     }
 
+    /// Refuses to write `bytes` more where that would touch the reserve: the catalog must always be able to commit.
+    ///
+    /// # Errors
+    /// `NO_SPACE` with the figures; the I/O error.
+    pub fn check_room(&self, bytes: u64) -> Result<()> {
+        let available = self.free_bytes()?.saturating_sub(DISK_RESERVE_BYTES);
+        if bytes <= available {
+            return Ok(());
+        }
+        Err(Error::no_space(
+            "NO_SPACE",
+            format!("the filesystem of {} is full ({} left to fill)", self.root.display(), show_bytes(available)),
+        )
+        .fact("available_bytes", available)
+        .remedy("free space or remove checkpoints, then retry"))
+    }
+
     /// Size of the filesystem in bytes.
     ///
     /// # Errors
@@ -215,6 +195,7 @@ impl Disk {
     /// The I/O error; the half-written file is removed.
     pub fn write_filling(&self, flight: &str, number: u64, bytes: &[u8]) -> Result<()> {
         self.check_healthy()?;
+        self.check_room(bytes.len() as u64)?;
         let path = self.filling_path(flight, number);
         let written = OpenOptions::new()
             .write(true)
@@ -235,6 +216,26 @@ impl Disk {
     /// The I/O error.
     pub fn remove_filling(&self, flight: &str, number: u64) -> Result<()> {
         remove_file(&self.filling_path(flight, number))
+    }
+
+    /// Removes the files of a flight whose numbers are not among `kept`.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn clear_flight(&self, flight: &str, kept: &[u64]) -> Result<()> {
+        let path = self.root.join("filling").join(flight);
+        let entries = match fs::read_dir(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(|error| Error::io("listing", &path, error))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| Error::io("listing", &path, error))?;
+            let number = entry.file_name().to_str().and_then(|name| name.parse::<u64>().ok());
+            if number.is_none_or(|number| !kept.contains(&number)) {
+                remove_file(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes everything a flight has filled; gone already is fine.
@@ -291,9 +292,8 @@ impl Disk {
         prefixes.dedup();
         for prefix in prefixes {
             let path = self.root.join(format!("blobs/{prefix:02x}"));
-            File::open(&path)
-                .and_then(|directory| directory.sync_all())
-                .map_err(|error| self.poisoned_by(Error::io("flushing", &path, error)))?;
+            let directory = File::open(&path).map_err(|error| Error::io("opening", &path, error))?;
+            directory.sync_all().map_err(|error| self.poisoned_by(Error::io("flushing", &path, error)))?;
         }
         Ok(())
     }
@@ -380,78 +380,6 @@ impl Disk {
         Ok(())
     }
 
-    /// Lets `range` of a blob share the extents of the equal bytes at `home_start` of its home, verified equal by the kernel.
-    /// Offsets must be congruent to the disk block. Returns the bytes shared; fewer than asked is no error.
-    ///
-    /// # Errors
-    /// The I/O error.
-    pub fn share(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<u64> {
-        self.check_healthy()?;
-        let (file, path) = self.open_to_change(digest)?;
-        let home_file = self.open_blob(home)?;
-        let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
-        let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
-        let shift = start - range.start;
-        let mut done = 0;
-        while start + done < end {
-            let mut call = FileDedupeRange {
-                src_offset: home_start + shift + done,
-                src_length: DEDUPE_BYTES.min(end - start - done),
-                dest_count: 1,
-                reserved1: 0,
-                reserved2: 0,
-                dest_fd: i64::from(file.as_raw_fd()),
-                dest_offset: start + done,
-                bytes_deduped: 0,
-                status: 0,
-                reserved: 0,
-            };
-            // SAFETY: `call` is a valid `file_dedupe_range` with one destination, alive during the call; both descriptors are open.
-            let outcome = unsafe { fideduperange(home_file.as_raw_fd(), &raw mut call) };
-            match outcome {
-                Ok(_) if call.status == 0 && call.bytes_deduped > 0 => done += call.bytes_deduped,
-                Ok(_) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => break,
-                Err(errno) => return Err(Error::io("sharing extents of", &path, errno.into())),
-            }
-        }
-        Ok(done)
-    }
-
-    /// Brings the bytes of `range` back into a blob from `home_start` of its home: shared extents where possible, else copied. Not durable
-    /// before [`Disk::sync_blob`].
-    ///
-    /// # Errors
-    /// The I/O error; the blob still reads right through its row, since the range is still borrowed.
-    pub fn bring_home(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<()> {
-        self.check_healthy()?;
-        let (file, path) = self.open_to_change(digest)?;
-        let home_file = self.open_blob(home)?;
-        if self.reflink && range.start % DISK_BLOCK_BYTES == home_start % DISK_BLOCK_BYTES {
-            let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
-            let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
-            let call = FileCloneRange {
-                src_fd: i64::from(home_file.as_raw_fd()),
-                src_offset: home_start + (start - range.start),
-                src_length: end.saturating_sub(start),
-                dest_offset: start,
-            };
-            // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
-            if start < end && unsafe { ficlonerange(file.as_raw_fd(), &raw const call) }.is_ok() {
-                return Ok(());
-            }
-        }
-        copy_range(&home_file, home_start, &file, range).map_err(|error| Error::io("hydrating", &path, error))
-    }
-
-    /// Flushes a sealed blob that was changed.
-    ///
-    /// # Errors
-    /// The I/O error, after which the disk is poisoned.
-    pub fn sync_blob(&self, digest: &Digest) -> Result<()> {
-        let (file, path) = self.open_to_change(digest)?;
-        self.sync_file(&file, &path)
-    }
-
     /// Moves a sealed blob out of sight for examination.
     ///
     /// # Errors
@@ -479,28 +407,18 @@ impl Disk {
     }
 }
 
-/// Copies `range.len()` bytes from `from` at `from_start` to the same-length `range` of `to`.
-fn copy_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io::Result<()> {
-    let mut buffer = vec![0; COPY_BYTES];
-    let mut at = range.start;
-    while at < range.end {
-        let want = usize::try_from(range.end - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
-        let piece = &mut buffer[..want];
-        from.read_exact_at(piece, from_start + (at - range.start))?;
-        to.write_all_at(piece, at)?;
-        at += want as u64;
-    }
-    Ok(())
-}
-
 fn offset(bytes: u64) -> Result<i64> {
-    i64::try_from(bytes).map_err(|_| Error::invalid("OFFSET_TOO_LARGE", format!("the offset {bytes} is beyond what files can have")))
+    i64::try_from(bytes)
+        .map_err(|_| Error::invalid("OFFSET_TOO_LARGE", format!("the offset {bytes} is beyond what files can have")))
 }
 
 fn make_directory(path: &Path) -> Result<()> {
     match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
         Ok(()) => Ok(()),
-        Err(error) => Err(Error::io("creating the directory", path, error).remedy("check that its parent is a writable directory")),
+        Err(error) => {
+            Err(Error::io("creating the directory", path, error)
+                .remedy("check that its parent is a writable directory"))
+        }
     }
 }
 
@@ -509,114 +427,6 @@ fn remove_file(path: &Path) -> Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("removing", path, error)),
         _ => Ok(()),
     }
-}
-
-fn take_lock(root: &Path) -> Result<Flock<File>> {
-    let path = root.join("lock");
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|error| Error::io("opening", &path, error))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => {
-            let pid = format!("{}\n", std::process::id());
-            lock.set_len(0)
-                .and_then(|()| lock.write_all_at(pid.as_bytes(), 0))
-                .map_err(|error| Error::io("writing", &path, error))?;
-            Ok(lock)
-        }
-        Err((_, Errno::EWOULDBLOCK)) => {
-            let holder = fs::read_to_string(&path).unwrap_or_default();
-            Err(Error::wrong_state(
-                "STATE_DIR_IN_USE",
-                format!("the state directory {} is held by another ckptd (pid {})", root.display(), holder.trim()),
-            )
-            .remedy("stop that daemon or give another --state-dir"))
-        }
-        Err((_, errno)) => Err(Error::io("locking", &path, errno.into())),
-    }
-}
-
-fn check_version(root: &Path) -> Result<()> {
-    let path = root.join("version");
-    match fs::read_to_string(&path) {
-        Ok(text) => {
-            let version = text.trim().strip_prefix(VERSION_PREFIX).and_then(|number| number.parse::<u32>().ok());
-            match version {
-                Some(version) if version <= STATE_VERSION => Ok(()),
-                Some(version) => Err(Error::wrong_state(
-                    "STATE_DIR_TOO_NEW",
-                    format!("the state directory {} is of version {version}, this ckptd knows {STATE_VERSION}", root.display()),
-                )
-                .remedy("run the newer ckptd or give another --state-dir")),
-                None => Err(foreign(root, "its file `version` is not ours")),
-            }
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let others = fs::read_dir(root)
-                .map_err(|error| Error::io("listing", root, error))?
-                .flatten()
-                .any(|entry| entry.file_name() != "lock" && entry.file_name() != "lost+found");
-            if others {
-                return Err(foreign(root, "it is not empty and has no file `version`"));
-            }
-            write_durably(root, &path, format!("{VERSION_PREFIX}{STATE_VERSION}\n").as_bytes())
-        }
-        Err(error) => Err(Error::io("reading", &path, error)),
-    }
-}
-
-fn foreign(root: &Path, why: &str) -> Error {
-    Error::new(
-        Kind::Invalid,
-        "STATE_DIR_FOREIGN",
-        format!("{} is not a state directory of ckptd: {why}", root.display()),
-    )
-    .remedy("give an empty directory as --state-dir")
-}
-
-/// Temp, write, sync, rename, sync parent.
-fn write_durably(parent: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("new");
-    let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        File::open(parent)?.sync_all()
-    };
-    write().map_err(|error| Error::io("writing", path, error))
-}
-
-/// Tries to share one block between two small files.
-fn probe_reflink(root: &Path) -> Result<bool> {
-    let (from, to) = (root.join("filling/.probe-a"), root.join("filling/.probe-b"));
-    let probe = || -> io::Result<bool> {
-        fs::write(&from, [1_u8; DISK_BLOCK_BYTES as usize])?;
-        let source = File::open(&from)?;
-        let target = File::create(&to)?;
-        let call = FileCloneRange { src_fd: i64::from(source.as_raw_fd()), src_offset: 0, src_length: 0, dest_offset: 0 };
-        // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
-        Ok(unsafe { ficlonerange(target.as_raw_fd(), &raw const call) }.is_ok())
-    };
-    let outcome = probe().map_err(|error| Error::io("probing", root, error));
-    remove_file(&from)?;
-    remove_file(&to)?;
-    outcome
-}
-
-/// Clones the whole of `source` into the empty file `target` on the same filesystem; `false` where that is not possible.
-pub fn clone_file(source: BorrowedFd<'_>, target: &File, size: u64) -> bool {
-    if size == 0 {
-        return false;
-    }
-    let call = FileCloneRange { src_fd: i64::from(source.as_raw_fd()), src_offset: 0, src_length: 0, dest_offset: 0 };
-    // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
-    unsafe { ficlonerange(target.as_raw_fd(), &raw const call) }.is_ok()
 }
 
 #[cfg(test)]
@@ -650,7 +460,7 @@ mod tests {
         disk.write_filling("f", 0, &bytes).unwrap();
         disk.publish("f", 0, &digest).unwrap();
         let before = disk.stored_bytes(&digest).unwrap();
-        disk.punch(&digest, &[100..40_000]).unwrap();
+        disk.punch(&digest, &[100..20_000, 20_000..40_000]).unwrap();
         assert!(disk.stored_bytes(&digest).unwrap() < before);
         let now = fs::read(disk.blob_path(&digest)).unwrap();
         assert!(now[..4096].iter().chain(&now[36_864..]).all(|byte| *byte == 7));

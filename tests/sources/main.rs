@@ -1,0 +1,160 @@
+//! Sources against a stand-in server and against directories of this host.
+//!
+//! `tests/fixtures/standin.py` (Python's standard library alone) is an odd web server and a hub; each test has its own.
+//! The directory tests run as root and plant links: every link leads into the test's own temporary directory, and
+//! nothing is ever written through one.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod directory;
+mod hub;
+mod web;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ckptd::error::{Error, Result};
+use ckptd::source::egress::EgressPolicy;
+use ckptd::source::{
+    Credentials, File, HttpSettings, Listing, Opened, Source, SourceContext, SourceKind, SourceSpec, What, connect,
+};
+use futures_util::StreamExt;
+
+/// The running stand-in; ends with the test, also with one that fails.
+struct Standin {
+    child: Child,
+    port: u16,
+}
+
+impl Standin {
+    fn start() -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/standin.py");
+        let mut child =
+            Command::new("python3").arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self { port: line.trim().parse().unwrap(), child }
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    /// What was asked so far, one line each.
+    fn requests(&self) -> Vec<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.write_all(b"GET /-/requests HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.split_once("\r\n\r\n").unwrap().1.lines().map(str::to_owned).collect()
+    }
+
+    fn asked(&self, start: &str) -> usize {
+        self.requests().iter().filter(|line| line.starts_with(start)).count()
+    }
+
+    fn web(&self, path: &str) -> Arc<dyn Source> {
+        web(&self.url(path), &[])
+    }
+
+    fn hub(&self, id: &str, branch: &str, token: Option<&str>) -> Arc<dyn Source> {
+        let options = [("endpoint", self.url("")), ("branch", branch.to_owned())];
+        let secrets: Vec<_> = token.iter().map(|token| ("token", *token)).collect();
+        source(SourceKind::HuggingFace, id, &options, &secrets, &loopback()).unwrap()
+    }
+}
+
+impl Drop for Standin {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const TOKEN: &str = "hf_secret_token";
+
+fn settings() -> HttpSettings {
+    HttpSettings {
+        connect_timeout: Duration::from_secs(5),
+        inactivity_timeout: Duration::from_millis(400),
+        environment_proxy: false,
+    }
+}
+
+fn loopback() -> SourceContext {
+    let allowed = vec!["127.0.0.0/8".parse().unwrap(), "::1".parse().unwrap()];
+    SourceContext::new(&settings(), EgressPolicy::new(allowed)).unwrap()
+}
+
+fn source(
+    kind: SourceKind,
+    uri: &str,
+    options: &[(&str, String)],
+    secrets: &[(&str, &str)],
+    context: &SourceContext,
+) -> Result<Arc<dyn Source>> {
+    let options = options.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    let secrets: BTreeMap<_, _> = secrets.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    connect(&SourceSpec { kind, uri: uri.to_owned(), options }, &Credentials::new(secrets), context)
+}
+
+fn web(url: &str, secrets: &[(&str, &str)]) -> Arc<dyn Source> {
+    source(SourceKind::Web, url, &[], secrets, &loopback()).unwrap()
+}
+
+fn directory(path: &Path) -> Arc<dyn Source> {
+    source(SourceKind::Directory, path.to_str().unwrap(), &[], &[], &loopback().with_host_directories()).unwrap()
+}
+
+async fn list(source: &Arc<dyn Source>) -> Result<Listing> {
+    match source.open().await? {
+        Opened::Listed(listing) => Ok(listing),
+        Opened::Streamed(_) => panic!("these sources list"),
+    }
+}
+
+async fn fault(source: &Arc<dyn Source>) -> Error {
+    let error = list(source).await.expect_err("opening should fail");
+    assert!(!format!("{error:?} {} {:?}", error.report(), error.facts()).contains("secret"), "{error:?}");
+    error
+}
+
+async fn read(source: &Arc<dyn Source>, file: &File, range: std::ops::Range<u64>) -> Result<Vec<u8>> {
+    let mut stream = source.read(file, range).await?;
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.next().await {
+        bytes.extend_from_slice(&piece?);
+    }
+    Ok(bytes)
+}
+
+fn file_of(listing: &Listing, path: &str) -> File {
+    let found = listing.entries.iter().find(|entry| entry.path.as_bytes() == path.as_bytes());
+    match &found.unwrap_or_else(|| panic!("{path} is not listed")).what {
+        What::File(file) => file.clone(),
+        other => panic!("{path} is {other:?}"),
+    }
+}
+
+fn paths(listing: &Listing) -> Vec<String> {
+    let mut paths: Vec<_> = listing.entries.iter().map(|entry| entry.path.to_string()).collect();
+    paths.sort();
+    paths
+}
+
+/// The only file of a listing, with its name.
+fn only(listing: &Listing) -> (String, File) {
+    assert_eq!(listing.entries.len(), 1);
+    let path = listing.entries[0].path.to_string();
+    let file = file_of(listing, &path);
+    (path, file)
+}
+
+/// What the stand-in serves.
+fn data() -> Vec<u8> {
+    (0..200_000usize).map(|i| u8::try_from((i * 7 + i / 251) % 256).unwrap()).collect()
+}
