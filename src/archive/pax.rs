@@ -138,12 +138,20 @@ fn each_record(mut records: &[u8], mut each: impl FnMut(&[u8], &[u8]) -> Result<
 mod tests {
     use super::*;
 
+    /// Records of `pairs`, each with its length in front.
+    fn records(pairs: &[(&str, &str)]) -> Vec<u8> {
+        let record = |(key, value): &(&str, &str)| {
+            let rest = format!(" {key}={value}\n");
+            let length = (1..).find(|length| length.to_string().len() + rest.len() == *length).unwrap();
+            format!("{length}{rest}")
+        };
+        pairs.iter().map(record).collect::<String>().into_bytes()
+    }
+
     #[test]
     fn records_are_counted_not_searched() {
         let mut extended = Extended::default();
-        extended.add(b"18 path=a=b\nsize=\n19 size=8589934592\n15 unknown=1 2\n").unwrap_err();
-        let mut extended = Extended::default();
-        extended.add(b"17 path=a\nsize=1\n19 size=8589934592\n16 unknown=1 2\n").unwrap();
+        extended.add(&records(&[("path", "a\nsize=1"), ("size", "8589934592"), ("unknown", "1 2")])).unwrap();
         assert_eq!(extended.path.as_deref(), Some(b"a\nsize=1".as_slice()));
         assert_eq!(extended.size, Some(8_589_934_592));
     }
@@ -155,23 +163,36 @@ mod tests {
             "5 a=b",
             "99 a=b\n",
             "0 a=b\n",
-            "3 a\n",
-            "6 ab\n",
+            "4 a\n",
+            "5 ab\n",
             "999999999999999999999 a=b\n",
-            "10 size=x\n",
-            "11 size=-1\n",
+            "9 size=x\n",
+            "10 size=-1\n",
         ] {
-            assert!(Extended::default().add(bad.as_bytes()).is_err(), "{bad:?}");
+            assert_eq!(Extended::default().add(bad.as_bytes()).unwrap_err().reason(), "ARCHIVE_DAMAGED", "{bad:?}");
         }
     }
 
     #[test]
     fn a_map_is_read_from_records() {
         let mut extended = Extended::default();
-        extended.add(b"25 GNU.sparse.map=0,5,9,1\n22 GNU.sparse.size=10\n21 GNU.sparse.name=n\n10 path=p\n").unwrap();
+        let said = [("GNU.sparse.map", "0,5,9,1"), ("GNU.sparse.size", "10"), ("GNU.sparse.name", "n"), ("path", "p")];
+        extended.add(&records(&said)).unwrap();
         assert_eq!(extended.sparse.map, [(0, 5), (9, 1)]);
         assert_eq!((extended.sparse.size, extended.take_path()), (Some(10), Some(b"n".to_vec())));
-        assert!(Extended::default().add(b"23 GNU.sparse.map=0,5,9\n").is_err());
-        assert!(Extended::default().add(b"22 GNU.sparse.major=2\n").is_err());
+        for (key, value) in [
+            ("GNU.sparse.map", "0,5,9"),
+            ("GNU.sparse.major", "2"),
+            ("GNU.sparse.numbytes", "1"),
+            ("GNU.sparse.new", ""),
+        ] {
+            assert!(Extended::default().add(&records(&[(key, value)])).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_global_header_speaks_only_of_what_can_be_ignored() {
+        assert!(check_global(&records(&[("comment", "0123abcd"), ("mtime", "1")])).is_ok());
+        assert_eq!(check_global(&records(&[("size", "1")])).unwrap_err().reason(), "ARCHIVE_UNSUPPORTED");
     }
 }

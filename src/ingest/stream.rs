@@ -333,3 +333,28 @@ fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+
+    fn path(text: &str) -> EntryPath {
+        EntryPath::new(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn hard_links_become_files_and_count() {
+        let kind = EntryKind::File { size: 10, executable: true, digest: Digest::of(b"0123456789") };
+        let sent = vec![Entry { path: path("a"), kind: kind.clone() }, Entry { path: path("d"), kind: EntryKind::Directory }];
+        let links = || vec![(path("b"), path("a")), (path("d/c"), path("b"))];
+        let mut entries = sent.clone();
+        resolve(&mut entries, links(), 10, 30).unwrap();
+        assert_eq!(entries[2..], [Entry { path: path("b"), kind: kind.clone() }, Entry { path: path("d/c"), kind }]);
+        assert_eq!(resolve(&mut sent.clone(), links(), 10, 29).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
+        for missing in ["x", "d"] {
+            let links = vec![(path("b"), path(missing))];
+            assert_eq!(resolve(&mut sent.clone(), links, 10, 99).unwrap_err().reason(), "NO_SUCH_ENTRY");
+        }
+    }
+}
