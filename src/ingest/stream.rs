@@ -346,7 +346,8 @@ mod tests {
     #[test]
     fn hard_links_become_files_and_count() {
         let kind = EntryKind::File { size: 10, executable: true, digest: Digest::of(b"0123456789") };
-        let sent = vec![Entry { path: path("a"), kind: kind.clone() }, Entry { path: path("d"), kind: EntryKind::Directory }];
+        let sent =
+            vec![Entry { path: path("a"), kind: kind.clone() }, Entry { path: path("d"), kind: EntryKind::Directory }];
         let links = || vec![(path("b"), path("a")), (path("d/c"), path("b"))];
         let mut entries = sent.clone();
         resolve(&mut entries, links(), 10, 30).unwrap();
