@@ -460,7 +460,7 @@ mod tests {
         disk.write_filling("f", 0, &bytes).unwrap();
         disk.publish("f", 0, &digest).unwrap();
         let before = disk.stored_bytes(&digest).unwrap();
-        disk.punch(&digest, &[100..20_000, 20_000..40_000]).unwrap();
+        disk.punch(&digest, std::slice::from_ref(&(100..40_000))).unwrap();
         assert!(disk.stored_bytes(&digest).unwrap() < before);
         let now = fs::read(disk.blob_path(&digest)).unwrap();
         assert!(now[..4096].iter().chain(&now[36_864..]).all(|byte| *byte == 7));
