@@ -2,10 +2,10 @@
 //!
 //! Needs root, `/dev/fuse` and passthrough (Linux 6.9); without root the tests say so and pass over.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod serve {
-    pub mod fixture;
+    mod fixture;
 
     mod attaching;
     mod reading;

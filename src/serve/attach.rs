@@ -250,3 +250,42 @@ fn make_directory(root: &OwnedFd, name: &EntryName) -> Result<CString> {
 fn fill(root: &OwnedFd, views: &[(CString, OwnedFd)]) -> io::Result<()> {
     views.iter().try_for_each(|(name, tree)| mount_calls::move_into(tree, root, name))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    /// A detached view whose directory `a` is still to be filled at `name`, as kernels before 6.15 leave it.
+    fn half_built(name: &CStr) -> Built {
+        let root = directory_mount(1).unwrap();
+        make_directory(&root, &EntryName::new(*b"a").unwrap()).unwrap();
+        mount_calls::make_private(&root, READ_ONLY).unwrap();
+        Built { root, left: vec![(name.to_owned(), directory_mount(7).unwrap())] }
+    }
+
+    fn put(built: &Built, target: &Path) -> Result<()> {
+        namespace::act(&Entrance::Here, || {
+            let directory = target::open(target, Whose::Host)?;
+            built.put(&directory).map_err(|error| Error::io("mounting at", target, error))
+        })
+    }
+
+    #[test]
+    fn what_cannot_be_filled_while_detached_is_filled_in_place_or_undone() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let target = tempfile::tempdir().unwrap();
+        let entries = || std::fs::read_dir(target.path()).unwrap().count();
+        put(&half_built(c"missing"), target.path()).unwrap_err();
+        assert_eq!(entries(), 0, "half a view stands");
+        put(&half_built(c"a"), target.path()).unwrap();
+        let inner = open(&target.path().join("a"), OFlag::O_PATH, Mode::empty()).unwrap();
+        let filled = mount_calls::standing(&inner).unwrap().is_mount_root;
+        mount_calls::unmount_at(target.path()).unwrap();
+        assert!(filled);
+        assert_eq!(entries(), 0);
+    }
+}

@@ -17,7 +17,7 @@ fn one(served: &Served) -> Views {
 }
 
 fn reason(ground: &Ground, place: &Place, served: &Served) -> String {
-    let error = attach(place, one(served), &ground.sessions()).expect_err("the target is wrong");
+    let error = attach(place, one(served), &ground.sessions()).unwrap_err();
     assert!(error.remedy_text().is_some(), "{error:?}");
     error.reason().to_owned()
 }
@@ -129,7 +129,12 @@ fn a_view_goes_into_the_namespace_of_a_process_and_nowhere_else() {
     let another = Mounted { pid: Some(4_194_303), ..recorded(&mounted) };
     assert_eq!(detach(&another).unwrap(), Detached::Removed);
     assert_eq!(fs::read_dir(holder.inside("/mnt/opt/ml/checkpoint")).unwrap().count(), 0);
-    let again = attach(&place("/mnt/opt/ml/checkpoint"), one(&served), &ground.sessions()).unwrap();
+    let views = Views::Several(vec![NamedView {
+        name: EntryName::new(*b"x").unwrap(),
+        tree: served.session().tree().unwrap(),
+    }]);
+    let again = attach(&place("/mnt/opt/ml/checkpoint"), views, &ground.sessions()).unwrap();
+    assert_eq!(config(&holder.inside("/mnt/opt/ml/checkpoint/x")), "a");
     holder.end();
     assert_eq!(detach(&again).unwrap(), Detached::AlreadyGone);
 }

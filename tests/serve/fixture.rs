@@ -18,10 +18,10 @@ use ckptd::serve::{
     Content, FileState, OpenFile, ReadBuffers, Resume, Session, SessionConfig, Stopped, prepare_sessions_dir,
 };
 
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether the machine can run these tests.
-pub fn can_mount() -> bool {
+pub(crate) fn can_mount() -> bool {
     let can = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
     if !can {
         eprintln!("passed over: needs root and /dev/fuse");
@@ -30,7 +30,7 @@ pub fn can_mount() -> bool {
 }
 
 /// Waits for a condition; panics with `what` when it does not come.
-pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < PATIENCE, "{what} did not happen");
@@ -39,7 +39,7 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// Bytes that differ everywhere.
-pub fn noise(length: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..length.div_ceil(8))
         .flat_map(|_| {
@@ -54,14 +54,14 @@ pub fn noise(length: usize, seed: u64) -> Vec<u8> {
 
 /// A store: files by digest in a directory, and switches for how they are here.
 #[derive(Default)]
-pub struct Directory {
+pub(crate) struct Directory {
     files: Mutex<HashMap<Digest, PathBuf>>,
-    pub reads: Arc<AtomicU64>,
-    pub compact: AtomicBool,
-    pub filling: Arc<AtomicBool>,
-    pub panics: Arc<AtomicBool>,
-    pub short: Arc<AtomicBool>,
-    pub waiting: Arc<Mutex<Vec<Resume>>>,
+    pub(crate) reads: Arc<AtomicU64>,
+    pub(crate) compact: AtomicBool,
+    pub(crate) filling: Arc<AtomicBool>,
+    pub(crate) panics: Arc<AtomicBool>,
+    pub(crate) short: Arc<AtomicBool>,
+    pub(crate) waiting: Arc<Mutex<Vec<Resume>>>,
 }
 
 struct DirectoryFile {
@@ -127,65 +127,65 @@ impl OpenFile for DirectoryFile {
 }
 
 /// One served checkpoint and where it came from.
-pub struct Served {
-    pub content: Arc<Directory>,
-    pub source: PathBuf,
-    pub session: Option<Session>,
-    pub manifest: Arc<Manifest>,
+pub(crate) struct Served {
+    pub(crate) content: Arc<Directory>,
+    pub(crate) source: PathBuf,
+    pub(crate) session: Option<Session>,
+    pub(crate) manifest: Arc<Manifest>,
 }
 
 impl Served {
-    pub fn at(&self, path: &str) -> PathBuf {
+    pub(crate) fn at(&self, path: &str) -> PathBuf {
         self.session.as_ref().unwrap().mountpoint().join(path)
     }
 
-    pub fn session(&self) -> &Session {
+    pub(crate) fn session(&self) -> &Session {
         self.session.as_ref().unwrap()
     }
 
-    pub fn stop(&mut self) -> Stopped {
+    pub(crate) fn stop(&mut self) -> Stopped {
         self.session.take().unwrap().stop(PATIENCE).unwrap()
     }
 
-    pub fn reads(&self) -> u64 {
+    pub(crate) fn reads(&self) -> u64 {
         self.content.reads.load(Ordering::SeqCst)
     }
 }
 
 /// A private place for one test: everything mounted below it goes away with it.
-pub struct Ground {
+pub(crate) struct Ground {
     dir: tempfile::TempDir,
-    pub buffers: Arc<ReadBuffers>,
+    pub(crate) buffers: Arc<ReadBuffers>,
 }
 
 impl Ground {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("ckptd-serve-").tempdir().unwrap();
         prepare_sessions_dir(&dir.path().join("sessions")).unwrap();
         Self { dir, buffers: Arc::default() }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         self.dir.path()
     }
 
-    pub fn sessions(&self) -> PathBuf {
+    pub(crate) fn sessions(&self) -> PathBuf {
         self.path("sessions")
     }
 
     /// An empty directory.
-    pub fn directory(&self, name: &str) -> PathBuf {
+    pub(crate) fn directory(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         fs::create_dir_all(&path).unwrap();
         path
     }
 
     /// A small checkpoint of every kind of entry.
-    pub fn serve(&self, name: &str, adjust: impl FnOnce(&mut SessionConfig)) -> Served {
+    pub(crate) fn serve(&self, name: &str, adjust: impl FnOnce(&mut SessionConfig)) -> Served {
         let source = self.directory(&format!("source-{name}"));
         fs::create_dir_all(source.join("deep/er")).unwrap();
         fs::create_dir_all(source.join("empty")).unwrap();
@@ -199,7 +199,12 @@ impl Ground {
     }
 
     /// Serves what is in `source`.
-    pub fn serve_directory(&self, name: &str, source: PathBuf, adjust: impl FnOnce(&mut SessionConfig)) -> Served {
+    pub(crate) fn serve_directory(
+        &self,
+        name: &str,
+        source: PathBuf,
+        adjust: impl FnOnce(&mut SessionConfig),
+    ) -> Served {
         let content = Arc::new(Directory::default());
         let mut entries = Vec::new();
         collect(&source, &source, &content, &mut entries);
@@ -245,17 +250,17 @@ fn collect(root: &Path, directory: &Path, content: &Directory, entries: &mut Vec
 }
 
 /// Mount points below `under`, in order of mounting.
-pub fn mounts_below(under: &Path) -> Vec<PathBuf> {
+pub(crate) fn mounts_below(under: &Path) -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let targets = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
     targets.filter(|target| target.starts_with(under)).collect()
 }
 
 /// A process that holds a mount namespace of its own, in which `/mnt` is a fresh tmpfs.
-pub struct Holder(Child);
+pub(crate) struct Holder(Child);
 
 impl Holder {
-    pub fn new(setup: &str) -> Self {
+    pub(crate) fn new(setup: &str) -> Self {
         let script = format!("mount -t tmpfs tmpfs /mnt && {setup} && echo ready && exec cat");
         let mut child = Command::new("unshare")
             .args(["-m", "--propagation", "private", "sh", "-c", &script])
@@ -269,15 +274,15 @@ impl Holder {
         Self(child)
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.0.id()
     }
 
-    pub fn inside(&self, path: &str) -> PathBuf {
+    pub(crate) fn inside(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.pid()))
     }
 
-    pub fn end(&mut self) {
+    pub(crate) fn end(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -137,3 +137,45 @@ fn a_killed_session_is_stale_and_removed() {
     assert!(!mounts_below(ground.root()).contains(&stale));
     assert!(live.at("run.sh").exists());
 }
+
+/// Set for the process that [`idle_sessions_take_little_memory`] starts, so that it has the allocator to itself.
+const MEASURE_IDLE: &str = "CKPTD_TEST_MEASURE_IDLE";
+
+fn resident_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Not a test of its own: the process that the next one starts.
+#[test]
+fn measure_idle_sessions() {
+    if std::env::var_os(MEASURE_IDLE).is_none() {
+        return;
+    }
+    let ground = Ground::new();
+    let source = ground.directory("source");
+    fs::write(source.join("file"), "x").unwrap();
+    let before = resident_kib();
+    let served: Vec<_> = (0..60).map(|n| ground.serve_directory(&n.to_string(), source.clone(), |_| {})).collect();
+    for one in &served {
+        assert_eq!(fs::read_to_string(one.at("file")).unwrap(), "x");
+    }
+    let grown = resident_kib() - before;
+    assert!(grown < 30 << 10, "60 idle sessions take {grown} KiB");
+}
+
+#[test]
+fn idle_sessions_take_little_memory() {
+    if !can_mount() {
+        return;
+    }
+    let ground = Ground::new();
+    let measured = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "serve::sessions::measure_idle_sessions"])
+        .env(MEASURE_IDLE, "1")
+        .env("TMPDIR", ground.root())
+        .output()
+        .unwrap();
+    assert!(measured.status.success(), "{}", String::from_utf8_lossy(&measured.stdout));
+}
