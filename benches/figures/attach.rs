@@ -17,8 +17,8 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     times.sort();
     let at = |per_cent: usize| times[(times.len() * per_cent / 100).min(times.len() - 1)];
     let detail = format!("{} checkpoints, {} attachments standing", scale.checkpoints, scale.attachments);
-    table.row("attach, p50", milliseconds(at(50)), "<= 10 ms", &detail);
-    table.row("attach, p99", milliseconds(at(99)), "<= 50 ms", &detail);
+    table.row("attach, p50", milliseconds(at(50)), "<= 3 ms", &detail);
+    table.row("attach, p99", milliseconds(at(99)), "<= 15 ms", &detail);
 }
 
 /// A daemon with so many small checkpoints, `k0` and on.

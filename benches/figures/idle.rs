@@ -19,11 +19,11 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     // Threads that end meanwhile have woken once to do so; threads that are new have woken as often as they say.
     let woken = |(thread, count): (String, u32)| count - before.get(&thread).copied().unwrap_or(0).min(count);
     let switched: u32 = switches(daemon.pid()).into_iter().map(woken).sum();
-    table.row("idle memory", format!("{} MiB", memory_kib(daemon.pid(), "VmRSS") / 1024), "", &detail);
+    table.row("idle memory", format!("{} MiB", memory_kib(daemon.pid(), "VmRSS") / 1024), "<= 64 MiB", &detail);
     table.row(
         "idle wake-ups",
         format!("{:.1} a second", f64::from(switched) / Duration::from_secs(scale.idle_s).as_secs_f64()),
-        "",
+        "none",
         format!("voluntary context switches of all threads in {} s; {detail}", scale.idle_s),
     );
 }
