@@ -4,11 +4,13 @@
 //! domain types at the door and errors become statuses on the way out ([`refusal`]). A call that the client gives up is dropped
 //! where it waits; what it had begun goes on or is undone by the part that does it, never left half-made.
 //!
-//! The Unix socket is the only listener of this version: whoever may open it (mode 0600, root) is the scheduler.
+//! The Unix socket is the only listener of this version. It has mode 0600, and who calls is also asked of the kernel ([`peer`]): root, or
+//! the daemon's own user, is the scheduler; nobody else is answered.
 
 mod checkpoints;
 mod jobs;
 mod node;
+mod peer;
 mod records;
 mod refusal;
 mod resolve;
@@ -21,6 +23,7 @@ use std::time::Instant;
 
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
@@ -112,9 +115,9 @@ async fn router(floors: Floors) -> Result<Router> {
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?)
-        .add_service(checkpoints)
-        .add_service(jobs)
-        .add_service(node))
+        .add_service(InterceptedService::new(checkpoints, peer::check))
+        .add_service(InterceptedService::new(jobs, peer::check))
+        .add_service(InterceptedService::new(node, peer::check)))
 }
 
 /// Binds the socket, taking the place of one that nobody listens on. Mode 0600 from the beginning.
