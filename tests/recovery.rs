@@ -208,3 +208,23 @@ fn filled(daemon: &Daemon) -> u64 {
     let files = support::ran::shell("find \"$1\" -type f", &[&daemon.state().join("filling")]);
     files.stdout.lines().filter_map(|path| Path::new(path).metadata().ok()).map(|meta| meta.blocks() * 512).sum()
 }
+
+#[test]
+fn what_two_ask_for_at_once_is_fetched_once_even_if_the_first_is_removed() {
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let site = Site::open();
+    site.limit(24 * MIB);
+    let bytes = Arc::new(Random::new(seed()).bytes(48 << 20));
+    let url = site.put("/w.bin", Page::Ranged(Arc::clone(&bytes)));
+    for name in ["first", "second"] {
+        daemon.ctl(&["create", name, "--type", "web", "--uri", &url]).ok();
+    }
+    wait_until("bytes of both arrive", LIMIT, || daemon.bytes_done("first") > 0 && daemon.bytes_done("second") > 0);
+    daemon.ctl(&["remove", "first", "--yes"]).ok();
+    site.limit(0);
+    daemon.wait_state("second", "ready", LIMIT);
+    let sent = site.take_sent();
+    assert!(sent < (50 << 20), "{sent} bytes were sent for 48 MiB");
+    let target = daemon.attach("job", "second");
+    assert_eq!(fs::read(target.join("w.bin")).unwrap(), *bytes);
+}

@@ -7,7 +7,6 @@ use super::refusal::status;
 use crate::error::Error;
 
 /// Lets root and the daemon's own user pass.
-#[expect(clippy::result_large_err, reason = "tonic's interceptors return a Status")]
 pub(super) fn check(request: Request<()>) -> Result<Request<()>, Status> {
     let peer = request.extensions().get::<UdsConnectInfo>().and_then(|info| info.peer_cred);
     let uid = peer.map(|peer| peer.uid());
