@@ -205,7 +205,9 @@ fn is_git(uri: &str) -> bool {
 }
 
 fn not_supported(what: impl std::fmt::Display) -> Error {
-    Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", format!("{what} are not supported by this build"))
+    Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", format!("{what} are not supported by this build")).remedy(
+        "give one file by http or https or a Hugging Face repository, or use `ckptctl upload` or `ckptctl capture`",
+    )
 }
 
 #[cfg(test)]
