@@ -187,7 +187,7 @@ mod tests {
     }
 
     fn listing(entries: Vec<Listed>) -> Listing {
-        Listing { revision: "r".into(), entries, skipped: Vec::new() }
+        Listing::new("r".into(), entries)
     }
 
     fn row(path: &str, number: u64, size: u64, sealed: bool) -> FillRow {

@@ -140,12 +140,19 @@ struct Verifier<'a> {
     expected: &'a Expected,
     sha256: Option<sha2::Sha256>,
     git_sha1: Option<sha1::Sha1>,
+    md5: Option<md5::Md5>,
+    crc32c: Option<u32>,
 }
 
 impl<'a> Verifier<'a> {
     fn new(expected: &'a Expected, size: u64) -> Self {
-        let git_sha1 = expected.git_sha1.map(|_| sha1::Sha1::new_with_prefix(format!("blob {size}\0")));
-        Self { expected, sha256: expected.sha256.map(|_| sha2::Sha256::new()), git_sha1 }
+        Self {
+            expected,
+            sha256: expected.sha256.map(|_| sha2::Sha256::new()),
+            git_sha1: expected.git_sha1.map(|_| sha1::Sha1::new_with_prefix(format!("blob {size}\0"))),
+            md5: expected.md5.map(|_| md5::Md5::new()),
+            crc32c: expected.crc32c.map(|_| 0),
+        }
     }
 
     fn update(&mut self, bytes: &[u8]) {
@@ -155,6 +162,12 @@ impl<'a> Verifier<'a> {
         if let Some(sha1) = &mut self.git_sha1 {
             sha1.update(bytes);
         }
+        if let Some(md5) = &mut self.md5 {
+            md5.update(bytes);
+        }
+        if let Some(crc) = &mut self.crc32c {
+            *crc = crc32c::crc32c_append(*crc, bytes);
+        }
     }
 
     fn finish(self, path: &EntryPath) -> Result<()> {
@@ -163,6 +176,12 @@ impl<'a> Verifier<'a> {
         }
         if let (Some(sha1), Some(expected)) = (self.git_sha1, self.expected.git_sha1) {
             compare(path, "git object id", &sha1.finalize(), &expected)?;
+        }
+        if let (Some(md5), Some(expected)) = (self.md5, self.expected.md5) {
+            compare(path, "MD5", &md5.finalize(), &expected)?;
+        }
+        if let (Some(crc), Some(expected)) = (self.crc32c, self.expected.crc32c) {
+            compare(path, "CRC-32C", &crc.to_be_bytes(), &expected.to_be_bytes())?;
         }
         Ok(())
     }
@@ -194,10 +213,19 @@ mod tests {
             0xb6, 0xfc, 0x4c, 0x62, 0x0b, 0x67, 0xd9, 0x5f, 0x95, 0x3a, 0x5c, 0x1c, 0x12, 0x30, 0xaa, 0xab, 0x5d, 0xb5,
             0xa1, 0xb0,
         ];
-        let expected = Expected { sha256: Some(sha256), git_sha1: Some(git) };
+        let md5 = md5::Md5::digest(b"hello").into();
+        // The check value of RFC 3720 is of other bytes; this is what `gsutil hash` prints for `hello`.
+        let crc32c = Some(0x9a71_bb4c);
+        let expected = Expected { sha256: Some(sha256), git_sha1: Some(git), md5: Some(md5), crc32c };
         assert!(digest_small(b"hello", &path, &expected).is_ok());
         assert_eq!(digest_small(b"hellO", &path, &expected).unwrap_err().reason(), "DIGEST_MISMATCH");
-        let only_git = Expected { sha256: None, git_sha1: Some(git) };
-        assert_eq!(digest_small(b"hellO", &path, &only_git).unwrap_err().reason(), "DIGEST_MISMATCH");
+        for alone in [
+            Expected { git_sha1: Some(git), ..Expected::default() },
+            Expected { md5: Some(md5), ..Expected::default() },
+            Expected { crc32c, ..Expected::default() },
+        ] {
+            assert!(digest_small(b"hello", &path, &alone).is_ok(), "{alone:?}");
+            assert_eq!(digest_small(b"hellO", &path, &alone).unwrap_err().reason(), "DIGEST_MISMATCH");
+        }
     }
 }

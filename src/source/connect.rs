@@ -10,10 +10,9 @@ use reqwest::Url;
 
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
-use super::http::{Authorization, HttpClient, HttpSettings, without_user_information};
-use super::huggingface::{ENDPOINT, HuggingFaceSource, RepositoryId};
-use super::web::WebSource;
-use super::{Credentials, Source, SourceKind, SourceSpec};
+use super::http::{HttpClient, HttpSettings};
+use super::huggingface::RepositoryId;
+use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, web};
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
@@ -23,7 +22,10 @@ const REVISION_BYTES: usize = 255;
 /// What every source is made with.
 #[derive(Clone, Debug)]
 pub struct SourceContext {
-    http: HttpClient,
+    /// The client for everything that speaks HTTP.
+    pub(super) http: HttpClient,
+    /// For what connects by other means.
+    pub(super) policy: Arc<EgressPolicy>,
     host_directories: bool,
 }
 
@@ -34,13 +36,14 @@ impl SourceContext {
     /// # Errors
     /// As [`HttpClient::new`].
     pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
-        Ok(Self { http: HttpClient::new(settings, Arc::new(policy))?, host_directories: false })
+        let policy = Arc::new(policy);
+        Ok(Self { http: HttpClient::new(settings, Arc::clone(&policy))?, policy, host_directories: false })
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
     #[must_use]
     pub fn with_host_directories(&self) -> Self {
-        Self { http: self.http.clone(), host_directories: true }
+        Self { host_directories: true, ..self.clone() }
     }
 }
 
@@ -52,8 +55,8 @@ impl SourceContext {
 pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
     check_uri(spec.kind, &spec.uri)?;
     match spec.kind {
-        SourceKind::HuggingFace => connect_hugging_face(spec, credentials, context),
-        SourceKind::Web => connect_web(spec, credentials, context),
+        SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
+        SourceKind::Web => web::connect(spec, credentials, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
             Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
@@ -72,41 +75,6 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         | SourceKind::Wasabi
         | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
-}
-
-fn connect_hugging_face(
-    spec: &SourceSpec,
-    credentials: &Credentials,
-    context: &SourceContext,
-) -> Result<Arc<dyn Source>> {
-    let id = RepositoryId::parse(&spec.uri)?;
-    let endpoint = parse_http(spec.option("endpoint").unwrap_or(ENDPOINT), "the option `endpoint`")?;
-    let revision = spec.option("branch").unwrap_or("main");
-    if revision.len() > REVISION_BYTES || revision.chars().any(char::is_control) || matches!(revision, "." | "..") {
-        return Err(Error::invalid(
-            "BAD_BRANCH",
-            format!("`{}` is no branch, tag or commit", show_bytes(revision.as_bytes())),
-        ));
-    }
-    let token = credentials.get("token").map(Authorization::bearer).transpose()?;
-    let endpoint = without_user_information(endpoint);
-    Ok(Arc::new(HuggingFaceSource::new(context.http.clone(), endpoint, id, revision.to_owned(), token)))
-}
-
-fn connect_web(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
-    if !has_scheme(&spec.uri, &["http", "https"]) {
-        return Err(not_supported("FTP sources"));
-    }
-    let (plain, user_information) = split_user_information(&spec.uri);
-    let url = parse_http(&plain, "the URI")?;
-    if url.path().ends_with('/') {
-        return Err(not_supported("web addresses of directories (ending in `/`)"));
-    }
-    let given = credentials
-        .get("username")
-        .map(|name| (name.to_owned(), credentials.get("password").unwrap_or_default().to_owned()));
-    let authorization = given.or(user_information).map(|(username, password)| Authorization::Basic(username, password));
-    Ok(Arc::new(WebSource::new(context.http.clone(), url, authorization)))
 }
 
 /// Whether `uri` keeps the rule of its kind; says nothing of whether anything is there.
@@ -181,13 +149,35 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
 }
 
-fn parse_http(text: &str, what: &str) -> Result<Url> {
+/// The http or https address that `text` is; `what` says for the error what it was given as.
+///
+/// # Errors
+/// `BAD_URI`.
+pub(super) fn parse_http(text: &str, what: &str) -> Result<Url> {
     let bad = || Error::invalid("BAD_URI", format!("{what} is not an http or https address"));
     let url = Url::parse(text).map_err(|_| bad())?;
     if matches!(url.scheme(), "http" | "https") && url.has_host() { Ok(url) } else { Err(bad()) }
 }
 
-fn has_scheme(uri: &str, schemes: &[&str]) -> bool {
+/// The branch, tag or commit of the option `branch`, if given.
+///
+/// # Errors
+/// `BAD_BRANCH`.
+pub(super) fn branch_of(spec: &SourceSpec) -> Result<Option<&str>> {
+    let Some(branch) = spec.option("branch") else { return Ok(None) };
+    if branch.len() > REVISION_BYTES
+        || branch.chars().any(char::is_control)
+        || branch.starts_with('-')
+        || matches!(branch, "." | "..")
+    {
+        let message = format!("`{}` is no branch, tag or commit", show_bytes(branch.as_bytes()));
+        return Err(Error::invalid("BAD_BRANCH", message));
+    }
+    Ok(Some(branch))
+}
+
+/// Whether `uri` is of one of `schemes` and names a host.
+pub(super) fn has_scheme(uri: &str, schemes: &[&str]) -> bool {
     uri.split_once("://").is_some_and(|(scheme, rest)| {
         schemes.iter().any(|known| scheme.eq_ignore_ascii_case(known)) && !rest.is_empty() && !rest.starts_with('/')
     })
@@ -204,7 +194,7 @@ fn is_git(uri: &str) -> bool {
     scp || has_scheme(uri, &["http", "https", "ssh", "git"])
 }
 
-fn not_supported(what: impl std::fmt::Display) -> Error {
+pub(super) fn not_supported(what: impl std::fmt::Display) -> Error {
     Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", format!("{what} are not supported by this build")).remedy(
         "give one file by http or https or a Hugging Face repository, or use `ckptctl upload` or `ckptctl capture`",
     )

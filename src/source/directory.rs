@@ -354,7 +354,7 @@ fn list(root: &Root) -> Result<Listing> {
         }
     }
     let revision = format!("directory:{}", walk.digester.finish());
-    Ok(Listing { revision, entries: walk.entries, skipped: walk.skipped })
+    Ok(Listing { skipped: walk.skipped, ..Listing::new(revision, walk.entries) })
 }
 
 struct Walk<'a> {

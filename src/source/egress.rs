@@ -192,6 +192,20 @@ impl EgressPolicy {
     }
 }
 
+impl EgressPolicy {
+    /// The addresses of `host` (a name or an address, without brackets) that sources may reach, for protocols that
+    /// connect by themselves. Connect to one of these and resolve no further.
+    ///
+    /// # Errors
+    /// `EGRESS_REFUSED` where none is left; unavailable where the name does not resolve.
+    pub async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>> {
+        let unresolved = |why: String| Error::unavailable("NAME_NOT_RESOLVED", format!("resolving `{host}`: {why}"));
+        let found = tokio::net::lookup_host((host, port)).await.map_err(|error| unresolved(error.to_string()))?;
+        let permitted = permitted(self, host, found)?;
+        if permitted.is_empty() { Err(unresolved("it has no address".to_owned())) } else { Ok(permitted) }
+    }
+}
+
 /// A refused address; becomes `EGRESS_REFUSED`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{host} is {what}, which sources may not reach")]

@@ -91,6 +91,16 @@ pub struct Listing {
     pub entries: Vec<Listed>,
     /// What was left out on purpose (sockets, devices), for the event log: path and reason.
     pub skipped: Vec<(String, String)>,
+    /// Whether what was asked for is one file by its own address, and not a tree that happens to hold one: an archive
+    /// given so is extracted.
+    pub one_file: bool,
+}
+
+impl Listing {
+    /// A tree of `entries` at `revision`, nothing left out.
+    pub fn new(revision: String, entries: Vec<Listed>) -> Self {
+        Self { revision, entries, skipped: Vec::new(), one_file: false }
+    }
 }
 
 /// One listed entry.
@@ -137,6 +147,10 @@ pub struct Expected {
     pub sha256: Option<[u8; 32]>,
     /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
     pub git_sha1: Option<[u8; 20]>,
+    /// MD5 of the bytes (`Content-MD5`, the ETag of an object put in one piece).
+    pub md5: Option<[u8; 16]>,
+    /// CRC-32C (Castagnoli) of the bytes (object stores).
+    pub crc32c: Option<u32>,
 }
 
 impl Expected {

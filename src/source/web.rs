@@ -23,11 +23,14 @@ use reqwest::header::{
 };
 use reqwest::{StatusCode, Url};
 
+use super::connect::{SourceContext, has_scheme, not_supported, parse_http, split_user_information};
 use super::http::{
     Authorization, ContentRange, Failure, HttpClient, Reply, Request, Target, Wanted, announced_length, read_document,
     shown,
 };
-use super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
+use super::{
+    ByteStream, Credentials, Expected, File, Listed, Listing, Opened, Source, SourceSpec, What, source_changed,
+};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::names::{EntryName, EntryPath};
@@ -35,9 +38,33 @@ use crate::names::{EntryName, EntryPath};
 /// Name of a file whose server gives it none.
 const UNNAMED: &[u8] = b"download";
 
+/// The file that `spec` means.
+///
+/// # Errors
+/// Invalid for an address that cannot be; `SOURCE_NOT_SUPPORTED` for FTP and for directories.
+pub(super) fn connect(
+    spec: &SourceSpec,
+    credentials: &Credentials,
+    context: &SourceContext,
+) -> Result<Arc<dyn Source>> {
+    if !has_scheme(&spec.uri, &["http", "https"]) {
+        return Err(not_supported("FTP sources"));
+    }
+    let (plain, user_information) = split_user_information(&spec.uri);
+    let url = parse_http(&plain, "the URI")?;
+    if url.path().ends_with('/') {
+        return Err(not_supported("web addresses of directories (ending in `/`)"));
+    }
+    let given = credentials
+        .get("username")
+        .map(|name| (name.to_owned(), credentials.get("password").unwrap_or_default().to_owned()));
+    let authorization = given.or(user_information).map(|(username, password)| Authorization::Basic(username, password));
+    Ok(Arc::new(WebSource { http: context.http.clone(), url, authorization, opened: Mutex::default() }))
+}
+
 /// A file at a URL.
 #[derive(Debug)]
-pub(super) struct WebSource {
+struct WebSource {
     http: HttpClient,
     url: Url,
     authorization: Option<Authorization>,
@@ -55,11 +82,6 @@ struct Resolved {
 }
 
 impl WebSource {
-    /// The file at `url`, which bears no user information and does not end in `/`.
-    pub(super) fn new(http: HttpClient, url: Url, authorization: Option<Authorization>) -> Self {
-        Self { http, url, authorization, opened: Mutex::default() }
-    }
-
     /// Asks for the first byte, or with HEAD where that is refused.
     async fn probe(&self, target: &Target) -> Result<Probe> {
         match target.get(&self.http, &[(RANGE, "bytes=0-0".to_owned())]).await {
@@ -114,7 +136,7 @@ impl Source for WebSource {
             expected: Expected::default(),
         };
         let entry = Listed { path: EntryPath::root().join(&name)?, what: What::File(file) };
-        let listing = Listing { revision: resolved.revision(), entries: vec![entry], skipped: Vec::new() };
+        let listing = Listing { one_file: true, ..Listing::new(resolved.revision(), vec![entry]) };
         *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(resolved));
         Ok(Opened::Listed(listing))
     }

@@ -8,8 +8,10 @@
 
 pub(crate) mod corpus;
 pub(crate) mod daemon;
+pub(crate) mod faults;
 pub(crate) mod files;
 pub(crate) mod loopfs;
 pub(crate) mod place;
 pub(crate) mod ran;
+pub(crate) mod server;
 pub(crate) mod site;

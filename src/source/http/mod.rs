@@ -24,6 +24,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use reqwest::header::{ACCEPT_ENCODING, HeaderName, LOCATION};
 use reqwest::{Client, Method, RequestBuilder, StatusCode, Url};
 use tokio::time::timeout;
@@ -114,6 +116,10 @@ impl HttpClient {
                 return judge(response, url, authorization.is_some());
             }
             let next = redirect_of(&response, &url)?;
+            if request.body.is_some() && !matches!(response.status().as_u16(), 307 | 308) {
+                let message = format!("fetching {}: what is posted there is redirected", shown(&url));
+                return Err(Error::invalid("BAD_REDIRECT", message).into());
+            }
             if next.origin() != url.origin() {
                 authorization = None;
             }
@@ -136,10 +142,17 @@ impl HttpClient {
         for (name, value) in &request.headers {
             call = call.header(name, value);
         }
+        if let Some(body) = &request.body {
+            call = call.body(body.clone());
+        }
         if let Some(authorization) = authorization {
             call = authorization.apply(call);
         }
-        match timeout(self.answer_within, call.send()).await {
+        let mut call = call.build().map_err(|error| transport_fault(error, url))?;
+        if let Some(Authorization::Signed(signer)) = authorization {
+            signer.sign(&mut call).await?;
+        }
+        match timeout(self.answer_within, self.client.execute(call)).await {
             Ok(sent) => sent.map_err(|error| transport_fault(error, url)),
             Err(_) => Err(stalled(url, self.answer_within)),
         }
@@ -168,17 +181,23 @@ pub(super) struct Request<'a> {
     url: &'a Url,
     authorization: Option<&'a Authorization>,
     headers: Vec<(HeaderName, String)>,
+    body: Option<Bytes>,
 }
 
 impl<'a> Request<'a> {
     /// A GET; `authorization` is for the origin of `url` alone.
     pub(super) fn get(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
-        Self { method: Method::GET, url, authorization, headers: Vec::new() }
+        Self { method: Method::GET, url, authorization, headers: Vec::new(), body: None }
     }
 
     /// A HEAD.
     pub(super) fn head(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
         Self { method: Method::HEAD, ..Self::get(url, authorization) }
+    }
+
+    /// A POST of `body`; only redirects that keep the method are followed.
+    pub(super) fn post(url: &'a Url, authorization: Option<&'a Authorization>, body: Bytes) -> Self {
+        Self { method: Method::POST, body: Some(body), ..Self::get(url, authorization) }
     }
 
     /// Adds headers that redirects keep.
@@ -204,6 +223,15 @@ pub(super) enum Authorization {
     Bearer(String),
     /// `Basic` (RFC 7617): user name and password.
     Basic(String, String),
+    /// Made anew for each request, of the whole request.
+    Signed(Arc<dyn Sign>),
+}
+
+/// Signs requests one by one, as object stores want it; may fetch or renew what it signs with.
+#[async_trait]
+pub(super) trait Sign: Send + Sync {
+    /// Adds to `request` what proves who asks. Headers and query may be changed, the body not.
+    async fn sign(&self, request: &mut reqwest::Request) -> Result<()>;
 }
 
 impl Authorization {
@@ -221,6 +249,7 @@ impl Authorization {
         match self {
             Self::Bearer(token) => call.bearer_auth(token),
             Self::Basic(username, password) => call.basic_auth(username, Some(password)),
+            Self::Signed(_) => call,
         }
     }
 }

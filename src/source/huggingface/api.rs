@@ -219,9 +219,9 @@ fn expected(item: &Item) -> Result<Expected> {
     match &item.lfs {
         Some(lfs) => {
             let hex = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
-            Ok(Expected { sha256: Some(decode_hex(hex).ok_or_else(bad)?), git_sha1: None })
+            Ok(Expected { sha256: Some(decode_hex(hex).ok_or_else(bad)?), ..Expected::default() })
         }
-        None => Ok(Expected { sha256: None, git_sha1: Some(decode_hex(&item.oid).ok_or_else(bad)?) }),
+        None => Ok(Expected { git_sha1: Some(decode_hex(&item.oid).ok_or_else(bad)?), ..Expected::default() }),
     }
 }
 

@@ -23,13 +23,14 @@ use reqwest::header::RANGE;
 use reqwest::{StatusCode, Url};
 
 use self::api::{Hub, listed};
-use super::http::{Authorization, HttpClient, Target, Wanted};
-use super::{ByteStream, File, Listing, Opened, Source, What};
+use super::connect::{SourceContext, branch_of, parse_http};
+use super::http::{Authorization, Target, Wanted, without_user_information};
+use super::{ByteStream, Credentials, File, Listing, Opened, Source, SourceSpec, What};
 use crate::error::{Error, Result};
 use crate::limits;
 
 /// The hub that is meant where no endpoint is given.
-pub(super) const ENDPOINT: &str = "https://huggingface.co";
+const ENDPOINT: &str = "https://huggingface.co";
 
 /// Files whose redirect is remembered: many times what is fetched at once; a signed URL is about 1.5 KiB.
 const TARGETS_KEPT: usize = 256;
@@ -37,9 +38,27 @@ const TARGETS_KEPT: usize = 256;
 /// What is left as it is in one path component of a URL: RFC 3986's unreserved characters.
 const COMPONENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
+/// The repository that `spec` means.
+///
+/// # Errors
+/// Invalid for a URI, branch or token that cannot be.
+pub(super) fn connect(
+    spec: &SourceSpec,
+    credentials: &Credentials,
+    context: &SourceContext,
+) -> Result<Arc<dyn Source>> {
+    let id = RepositoryId::parse(&spec.uri)?;
+    let endpoint = parse_http(spec.option("endpoint").unwrap_or(ENDPOINT), "the option `endpoint`")?;
+    let revision = branch_of(spec)?.unwrap_or("main").to_owned();
+    let token = credentials.get("token").map(Authorization::bearer).transpose()?;
+    let endpoint = without_user_information(endpoint);
+    let hub = Hub { http: context.http.clone(), endpoint, id, token };
+    Ok(Arc::new(HuggingFaceSource { hub, revision, targets: Mutex::default() }))
+}
+
 /// A repository at a hub.
 #[derive(Debug)]
-pub(super) struct HuggingFaceSource {
+struct HuggingFaceSource {
     hub: Hub,
     revision: String,
     targets: Mutex<Targets>,
@@ -53,17 +72,6 @@ struct Targets {
 }
 
 impl HuggingFaceSource {
-    /// The repository `id` of the hub at `endpoint`, at `revision`: a branch, a tag or a commit.
-    pub(super) fn new(
-        http: HttpClient,
-        endpoint: Url,
-        id: RepositoryId,
-        revision: String,
-        token: Option<Authorization>,
-    ) -> Self {
-        Self { hub: Hub { http, endpoint, id, token }, revision, targets: Mutex::default() }
-    }
-
     fn target(&self, locator: &str) -> Result<Arc<Target>> {
         let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(target) = targets.by_url.get(locator) {
@@ -117,7 +125,7 @@ impl Source for HuggingFaceSource {
                 file.ranges = ranges;
             }
         }
-        Ok(Opened::Listed(Listing { revision: commit, entries, skipped }))
+        Ok(Opened::Listed(Listing { skipped, ..Listing::new(commit, entries) }))
     }
 
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream> {

@@ -1,0 +1,77 @@
+//! Servers that nobody here wrote, run on loopback for as long as a guard lives.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+use super::ran::wait_until;
+
+/// How long a server may take until it listens.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// A running server; its whole process group ends with the guard, and with the test process if that is killed.
+#[derive(Debug)]
+pub(crate) struct Server {
+    child: Child,
+    /// Where it listens on loopback.
+    pub(crate) port: u16,
+}
+
+impl Server {
+    /// Starts `command`, which listens on `port` of loopback (see [`free_port`]), and waits until it does.
+    pub(crate) fn start(command: &mut Command, port: u16) -> Self {
+        // SAFETY: only async-signal-safe calls between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+                Ok(())
+            });
+        }
+        command.stdin(Stdio::null()).process_group(0);
+        if std::env::var_os("TEST_SERVERS_TALK").is_none() {
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+        }
+        let child = command.spawn().unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
+        let mut server = Self { child, port };
+        wait_until(&format!("{command:?} listens on {port}"), START_LIMIT, || {
+            let ended = server.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{command:?} ended with {ended:?}; TEST_SERVERS_TALK=1 shows what it says");
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        server
+    }
+
+    /// `http://127.0.0.1:<port>`, with `path` behind it.
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// A port of loopback that nobody listens on just now.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A program or folder that `tests/run` installed below its tools: `venv/bin/moto_server`, `azurite/...`.
+///
+/// The test fails where it is missing: what is to be shown against a real server is not shown without it.
+pub(crate) fn tool(path: &str) -> PathBuf {
+    let tools = std::env::var("TEST_TOOLS").expect("TEST_TOOLS is not set: run the tests with `tests/run`");
+    let found = PathBuf::from(tools).join(path);
+    assert!(found.exists(), "{} is missing: run the tests with `tests/run`", found.display());
+    found
+}
