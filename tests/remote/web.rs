@@ -13,7 +13,7 @@ use crate::support::server::{Server, free_port};
 fn a_file_comes_whole_through_resets_and_refusals() {
     let place = Place::new();
     let site = place.dir("site");
-    let bytes: Vec<u8> = (0..9_000_000_u32).flat_map(|at| (at * 2_654_435_761).to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..9_000_000_u32).flat_map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     fs::write(site.join("weights.bin"), bytes).unwrap();
     let port = free_port();
     let server = Server::start(
