@@ -50,7 +50,7 @@ impl ArchivedEntries {
 impl EntryStream for ArchivedEntries {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
         match self.members.next().await {
-            Ok(Some(member)) => Ok(Some(listed(member))),
+            Ok(Some(member)) => Ok(Some(listed_member(member))),
             Ok(None) => (self.check)(&self.opened).map(|()| None),
             Err(error) => Err(self.explain(error)),
         }
@@ -66,7 +66,8 @@ impl EntryStream for ArchivedEntries {
     }
 }
 
-fn listed(member: Member) -> Listed {
+/// A member of an archive as an entry of a stream.
+pub fn listed_member(member: Member) -> Listed {
     let what = match member.what {
         archive::What::Directory => What::Directory,
         archive::What::Symlink(target) => What::Symlink(target),
