@@ -107,7 +107,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config)?,
+        connector(config, &store)?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -120,10 +120,13 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
 }
 
 /// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config) -> Result<Connector> {
+fn connector(config: &Config, store: &Store) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
-    let context = SourceContext::new(&settings, policy)?.with_host_directories();
+    let context = SourceContext::new(&settings, policy)?
+        .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
+        .with_host_credentials(std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))
+        .with_host_directories();
     Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
 }
 
