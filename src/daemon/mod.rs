@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
 use crate::source::egress::EgressPolicy;
-use crate::source::{self, Credentials, HttpSettings, SourceContext, SourceSpec};
+use crate::source::{self, Credentials, CredentialsDirectory, HttpSettings, SourceContext, SourceSpec};
 use crate::store::Store;
 use config::Config;
 
@@ -113,12 +113,15 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     Ok(Floors { store, ingests, attachments, facts })
 }
 
-/// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
+/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
 fn connector(config: &Config) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
     let context = SourceContext::new(&settings, policy)?.with_host_directories();
-    Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
+    let directory = CredentialsDirectory::new(config.credentials_dir.clone());
+    Ok(Arc::new(move |spec: &SourceSpec, owner: &str, given: &Credentials| {
+        source::connect(spec, &directory.resolve(spec, owner, given)?, &context)
+    }))
 }
 
 fn require_root() -> Result<()> {
