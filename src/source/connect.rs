@@ -12,7 +12,7 @@ use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, kaggle, web};
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
@@ -56,6 +56,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
     check_uri(spec.kind, &spec.uri)?;
     match spec.kind {
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
+        SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
@@ -69,7 +70,6 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         | SourceKind::Azure
         | SourceKind::Gcp
         | SourceKind::Git
-        | SourceKind::Kaggle
         | SourceKind::Local
         | SourceKind::Regional
         | SourceKind::Wasabi

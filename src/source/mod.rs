@@ -21,6 +21,7 @@ mod directory;
 pub mod egress;
 mod http;
 mod huggingface;
+mod kaggle;
 mod spec;
 mod web;
 
