@@ -46,6 +46,8 @@ pub struct Config {
     pub inactivity_timeout: Duration,
     /// Where the operator keeps named credentials.
     pub credentials_dir: PathBuf,
+    /// The operator's own catalogue of public checkpoints; `None`: the one that is built in.
+    pub catalogue_file: Option<PathBuf>,
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
 }
@@ -62,6 +64,7 @@ impl Default for Config {
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
             inactivity_timeout: Duration::from_secs(30),
             credentials_dir: PathBuf::from("/etc/ckptd/credentials"),
+            catalogue_file: None,
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
         }
     }
@@ -92,6 +95,7 @@ const KEYS: &[Key] = &[
         name: "sources.credentials_dir",
         read: |config, value| set(&mut config.credentials_dir, absolute_path(value)),
     },
+    Key { name: "catalogue.file", read: |config, value| set(&mut config.catalogue_file, file_or_none(value)) },
     Key {
         name: "memory.budget",
         read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)),
@@ -228,6 +232,13 @@ fn absolute_path(value: &Value) -> std::result::Result<PathBuf, String> {
     match value.as_str() {
         Some(text) if text.starts_with('/') => Ok(PathBuf::from(text)),
         _ => Err("must be an absolute path".to_owned()),
+    }
+}
+
+fn file_or_none(value: &Value) -> std::result::Result<Option<PathBuf>, String> {
+    match value.as_str() {
+        Some("") => Ok(None),
+        _ => absolute_path(value).map(Some).map_err(|what| format!("{what}, or empty")),
     }
 }
 

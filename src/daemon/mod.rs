@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::UnixListener;
 
+use crate::control::catalogue::Catalogue;
 use crate::control::{self, Facts, Floors};
 use crate::error::{Error, Result};
 use crate::ingest::{Connector, Ingests, Settings};
@@ -109,7 +110,8 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
             capacity_bytes: config.capacity_bytes,
         },
     );
-    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes });
+    let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
+    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
     Ok(Floors { store, ingests, attachments, facts })
 }
 

@@ -38,7 +38,7 @@ fn client(endpoint: &str, program: &str, arguments: &[&str], home: &Path) -> Ran
 }
 
 /// Brings a repository as the hub's own client does.
-fn bring(endpoint: &str, repository: &str, into: &Path) {
+pub(super) fn bring(endpoint: &str, repository: &str, into: &Path) {
     let program = "import sys; from huggingface_hub import snapshot_download\n\
                    kind, _, rest = sys.argv[1].partition('/')\n\
                    kind, name = (kind[:-1], rest) if kind in ('datasets', 'spaces') else (None, sys.argv[1])\n\

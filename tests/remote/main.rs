@@ -7,6 +7,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod catalogue;
 mod credentials;
 mod huggingface;
+mod kaggle;
 mod web;
