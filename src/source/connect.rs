@@ -12,7 +12,7 @@ use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
@@ -90,6 +90,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
     match spec.kind {
         SourceKind::Git => git::connect(spec, credentials, context),
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
+        SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
@@ -102,7 +103,6 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         SourceKind::Aws
         | SourceKind::Azure
         | SourceKind::Gcp
-        | SourceKind::Kaggle
         | SourceKind::Local
         | SourceKind::Regional
         | SourceKind::Wasabi

@@ -16,11 +16,13 @@
 
 mod archived;
 mod connect;
+mod credentials;
 mod directory;
 pub mod egress;
 mod git;
 mod http;
 mod huggingface;
+mod kaggle;
 mod spec;
 mod web;
 
@@ -36,8 +38,9 @@ use crate::names::EntryPath;
 
 pub use archived::listed_member;
 pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
+pub use credentials::{Credentials, CredentialsDirectory};
 pub use http::{HttpClient, HttpSettings};
-pub use spec::{Credentials, SourceKind, SourceSpec};
+pub use spec::{SourceKind, SourceSpec};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;

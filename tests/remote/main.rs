@@ -8,4 +8,8 @@
 mod support;
 
 mod archives;
+mod catalogue;
+mod credentials;
+mod huggingface;
+mod kaggle;
 mod web;

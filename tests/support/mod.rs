@@ -15,3 +15,4 @@ pub(crate) mod place;
 pub(crate) mod ran;
 pub(crate) mod server;
 pub(crate) mod site;
+pub(crate) mod standin;
