@@ -26,6 +26,8 @@ pub struct SourceContext {
     pub(super) http: HttpClient,
     /// For what connects by other means.
     pub(super) policy: Arc<EgressPolicy>,
+    /// The times that hold for everything else too.
+    pub(super) settings: HttpSettings,
     host_directories: bool,
 }
 
@@ -37,7 +39,8 @@ impl SourceContext {
     /// As [`HttpClient::new`].
     pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
         let policy = Arc::new(policy);
-        Ok(Self { http: HttpClient::new(settings, Arc::clone(&policy))?, policy, host_directories: false })
+        let http = HttpClient::new(settings, Arc::clone(&policy))?;
+        Ok(Self { http, policy, settings: settings.clone(), host_directories: false })
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
@@ -241,12 +244,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so() {
-        for (kind, uri) in [
-            (SourceKind::Aws, "s3://b/k"),
-            (SourceKind::Web, "ftp://h/x"),
-            (SourceKind::Web, "https://h/dir/"),
-            (SourceKind::Web, "https://h"),
-        ] {
+        for (kind, uri) in [(SourceKind::Aws, "s3://b/k")] {
             let error = refused(kind, uri);
             assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
         }
