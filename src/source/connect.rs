@@ -12,7 +12,7 @@ use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, objects, web};
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
@@ -65,14 +65,13 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))
         }
-        SourceKind::Aws
-        | SourceKind::Azure
+        SourceKind::Aws | SourceKind::Wasabi => objects::s3::connect(spec, credentials, context),
+        SourceKind::Azure
         | SourceKind::Gcp
         | SourceKind::Git
         | SourceKind::Kaggle
         | SourceKind::Local
         | SourceKind::Regional
-        | SourceKind::Wasabi
         | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
 }
@@ -241,12 +240,9 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so() {
-        for (kind, uri) in [
-            (SourceKind::Aws, "s3://b/k"),
-            (SourceKind::Web, "ftp://h/x"),
-            (SourceKind::Web, "https://h/dir/"),
-            (SourceKind::Web, "https://h"),
-        ] {
+        for (kind, uri) in
+            [(SourceKind::Web, "ftp://h/x"), (SourceKind::Web, "https://h/dir/"), (SourceKind::Web, "https://h")]
+        {
             let error = refused(kind, uri);
             assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
         }

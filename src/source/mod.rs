@@ -20,6 +20,7 @@ mod directory;
 pub mod egress;
 mod http;
 mod huggingface;
+mod objects;
 mod spec;
 mod web;
 

@@ -43,6 +43,12 @@ const REDIRECTS: usize = 10;
 /// Body of a redirect that is read so that its connection can be used again; more is not worth it.
 const REDIRECT_BODY_BYTES: usize = 64 << 10;
 
+/// Body of a refusal that is kept: object stores say in some hundred bytes why they refuse.
+const EXPLANATION_BYTES: usize = 16 << 10;
+
+/// How long the next piece of such a body is waited for: the refusal is known without it.
+const EXPLANATION_WITHIN: Duration = Duration::from_secs(5);
+
 /// Times of the client.
 #[derive(Clone, Debug)]
 pub struct HttpSettings {
@@ -112,8 +118,8 @@ impl HttpClient {
         let mut authorization = request.authorization;
         for _ in 0..=REDIRECTS {
             let response = self.exchange(request, &url, authorization).await?;
-            if !is_redirect(response.status()) {
-                return judge(response, url, authorization.is_some());
+            if !request.follow || !is_redirect(response.status()) {
+                return self.judge(response, url, authorization.is_some()).await;
             }
             let next = redirect_of(&response, &url)?;
             if request.body.is_some() && !matches!(response.status().as_u16(), 307 | 308) {
@@ -158,6 +164,28 @@ impl HttpClient {
         }
     }
 
+    async fn judge(&self, response: reqwest::Response, url: Url, authorized: bool) -> Result<Reply, Failure> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(Reply { response, url });
+        }
+        let (headers, shown) = (response.headers().clone(), shown(&url));
+        let body = self.explanation(response).await;
+        Err(Failure::Refused(Box::new(Answer { status, headers, body, shown, authorized })))
+    }
+
+    /// The beginning of a refusal's body; whatever goes wrong, the refusal itself is what counts.
+    async fn explanation(&self, mut response: reqwest::Response) -> Vec<u8> {
+        let mut body = Vec::new();
+        while let Ok(Ok(Some(bytes))) = timeout(self.inactivity.min(EXPLANATION_WITHIN), response.chunk()).await {
+            body.extend_from_slice(&bytes[..bytes.len().min(EXPLANATION_BYTES - body.len())]);
+            if body.len() == EXPLANATION_BYTES {
+                break;
+            }
+        }
+        body
+    }
+
     async fn drain(&self, mut response: reqwest::Response) {
         let mut left = REDIRECT_BODY_BYTES;
         while let Ok(Ok(Some(bytes))) = timeout(self.inactivity, response.chunk()).await {
@@ -182,12 +210,13 @@ pub(super) struct Request<'a> {
     authorization: Option<&'a Authorization>,
     headers: Vec<(HeaderName, String)>,
     body: Option<Bytes>,
+    follow: bool,
 }
 
 impl<'a> Request<'a> {
     /// A GET; `authorization` is for the origin of `url` alone.
     pub(super) fn get(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
-        Self { method: Method::GET, url, authorization, headers: Vec::new(), body: None }
+        Self { method: Method::GET, url, authorization, headers: Vec::new(), body: None, follow: true }
     }
 
     /// A HEAD.
@@ -198,6 +227,11 @@ impl<'a> Request<'a> {
     /// A POST of `body`; only redirects that keep the method are followed.
     pub(super) fn post(url: &'a Url, authorization: Option<&'a Authorization>, body: Bytes) -> Self {
         Self { method: Method::POST, body: Some(body), ..Self::get(url, authorization) }
+    }
+
+    /// The same, and a redirect is a refusal: for what is signed for one address.
+    pub(super) fn without_redirects(self) -> Self {
+        Self { follow: false, ..self }
     }
 
     /// Adds headers that redirects keep.
@@ -290,18 +324,6 @@ fn redirect_of(response: &reqwest::Response, url: &Url) -> Result<Url> {
             .remedy("ask the server's operator to mend it, or give the http address itself"));
     }
     Ok(next)
-}
-
-fn judge(response: reqwest::Response, url: Url, authorized: bool) -> Result<Reply, Failure> {
-    if response.status().is_success() {
-        return Ok(Reply { response, url });
-    }
-    Err(Failure::Refused(Box::new(Answer {
-        status: response.status(),
-        headers: response.headers().clone(),
-        shown: shown(&url),
-        authorized,
-    })))
 }
 
 fn stalled(url: &Url, limit: Duration) -> Error {
