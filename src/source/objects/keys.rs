@@ -131,7 +131,7 @@ mod tests {
     fn tree(prefix: &str, keys: &[&str]) -> Result<Vec<String>> {
         let object = |key: &&str| Object {
             key: format!("{prefix}{key}"),
-            size: if key.ends_with('/') { 0 } else { 1 },
+            size: u64::from(!key.is_empty() && !is_directory(key)),
             pin: Pin::default(),
             expected: Expected::default(),
         };

@@ -4,10 +4,14 @@ use super::super::super::http::Answer;
 use super::super::xml::Document;
 use crate::error::{Error, Kind};
 
+/// Longest code that is believed and shown; real ones stay below 40.
+const CODE_BYTES: usize = 64;
+
 /// The `Code` and `Region` of a refusal's document.
 pub(super) fn code_and_region(answer: &Answer) -> (String, Option<String>) {
     let mut fields = Document::read(&answer.body, "").unwrap_or_default().fields;
-    (fields.remove("Code").unwrap_or_default(), fields.remove("Region"))
+    let is_word = |code: &String| code.len() <= CODE_BYTES && code.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    (fields.remove("Code").filter(is_word).unwrap_or_default(), fields.remove("Region"))
 }
 
 /// The error that a refusal means.
@@ -19,6 +23,12 @@ pub(super) fn fault(answer: &Answer) -> Error {
             .remedy("check the bucket's name, and the endpoint or region"),
         ("NoSuchKey" | "NoSuchVersion", _) => {
             error(Kind::NotFound, "NO_SUCH_OBJECT", "there is no such object").remedy("check the path and its case")
+        }
+        (_, 401 | 403) | ("UnsupportedAlgorithm" | "MissingSecurityHeader" | "AuthorizationHeaderMalformed", _)
+            if !answer.authorized && code != "InvalidObjectState" && code != "RequestTimeTooSkewed" =>
+        {
+            error(Kind::Denied, "CREDENTIALS_REQUIRED", "access without credentials is refused")
+                .remedy("give key_id and secret for this source")
         }
         ("ExpiredToken" | "TokenRefreshRequired" | "ExpiredTokenException", _) => {
             error(Kind::Denied, "CREDENTIALS_EXPIRED", "the credentials have expired")
@@ -42,17 +52,18 @@ pub(super) fn fault(answer: &Answer) -> Error {
         ("RequestTimeout" | "InternalError" | "ServiceUnavailable" | "OperationAborted", _) => {
             error(Kind::Unavailable, "SERVER_ERROR", "the store failed")
         }
-        (_, 401 | 403) if !answer.authorized => {
-            error(Kind::Denied, "CREDENTIALS_REQUIRED", "access without credentials is refused")
-                .remedy("give key_id and secret for this source")
-        }
         ("AccessDenied" | "AllAccessDisabled" | "AccountProblem", _) => {
             error(Kind::Denied, "ACCESS_REFUSED", "access is refused")
                 .remedy("check that the credentials may read and list it (s3:GetObject, s3:ListBucket)")
         }
         _ => answer.fault(),
     };
-    if code.is_empty() { fault } else { fault.fact("code", code) }
+    if code.is_empty() {
+        return fault;
+    }
+    let known = fault.reason() != "REQUEST_REFUSED";
+    let fault = if known { fault } else { error(Kind::Invalid, "REQUEST_REFUSED", &format!("the store says {code}")) };
+    fault.fact("code", code)
 }
 
 #[cfg(test)]
@@ -81,7 +92,9 @@ mod tests {
             (403, "AccessDenied", false, Kind::Denied, "CREDENTIALS_REQUIRED"),
             (403, "", false, Kind::Denied, "CREDENTIALS_REQUIRED"),
             (301, "PermanentRedirect", true, Kind::Invalid, "WRONG_REGION"),
-            (403, "InvalidObjectState", true, Kind::WrongState, "OBJECT_ARCHIVED"),
+            (400, "UnsupportedAlgorithm", false, Kind::Denied, "CREDENTIALS_REQUIRED"),
+            (400, "InvalidArgument", true, Kind::Invalid, "REQUEST_REFUSED"),
+            (403, "InvalidObjectState", false, Kind::WrongState, "OBJECT_ARCHIVED"),
             (503, "SlowDown", true, Kind::Unavailable, "RATE_LIMITED"),
             (400, "RequestTimeout", true, Kind::Unavailable, "SERVER_ERROR"),
             (500, "", true, Kind::Unavailable, "SERVER_ERROR"),
