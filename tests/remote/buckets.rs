@@ -13,8 +13,8 @@ use crate::support::ran::{Ran, run, wait_until};
 /// Lets a stalled body be given up soon, and little be tried twice.
 pub(crate) const HASTY: &[(&str, &str)] = &[LOOPBACK, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")];
 
-/// Size of the large file of [`tree`]: several fill units, and several pieces when it is put.
-pub(crate) const LARGE: u64 = 21 << 20;
+/// Size of the large file of [`tree`]: more than is asked for in one range, and several pieces when it is put.
+pub(crate) const LARGE: u64 = 36 << 20;
 
 /// A tree of regular files with names that have to be encoded, empty files, small ones and two large ones.
 pub(crate) fn tree(root: &Path) {

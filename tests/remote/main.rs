@@ -7,6 +7,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod azure;
 mod buckets;
+mod gcs;
 mod s3;
 mod web;

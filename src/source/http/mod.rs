@@ -7,7 +7,7 @@
 //!   port) it was given for and to no other; a redirect from https to http is refused.
 //! * *Time.* Connecting has a limit, and so has every silence, while waiting for the answer as well as between two
 //!   pieces of its body; a transfer as a whole has none, for a checkpoint may take hours.
-//! * *Bytes.* Bodies are asked for as they are (`Accept-Encoding: identity`) and are never decoded. [`Wanted`] holds a reply to the
+//! * *Bytes.* Bodies are asked for as they are (`Accept-Encoding: identity`, unless a source knows better) and are never decoded. [`Wanted`] holds a reply to the
 //!   range that was asked for, to the byte.
 //! * *Secrets.* Errors name a URL without user information and query, and the transport's own errors are stripped of theirs.
 //!
@@ -144,7 +144,10 @@ impl HttpClient {
         authorization: Option<&Authorization>,
     ) -> Result<reqwest::Response> {
         self.policy.check_url(url).map_err(|refused| refused.during(format!("fetching {}", shown(url))))?;
-        let mut call = self.client.request(request.method.clone(), url.clone()).header(ACCEPT_ENCODING, "identity");
+        let mut call = self.client.request(request.method.clone(), url.clone());
+        if !request.headers.iter().any(|(name, _)| *name == ACCEPT_ENCODING) {
+            call = call.header(ACCEPT_ENCODING, "identity");
+        }
         for (name, value) in &request.headers {
             call = call.header(name, value);
         }

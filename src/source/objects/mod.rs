@@ -12,11 +12,16 @@
 //! sends it as a condition and compares what the answer states, for servers that ignore conditions. Anything else is `SOURCE_CHANGED`.
 //! The revision is a digest over key, size and pin of every object, so it is met again only if nothing changed.
 //!
+//! **Ranges.** The first byte of the largest file is asked for, if it is longer than a fill unit; a store that answers otherwise than with 206 is
+//! read in whole files.
+//!
 //! **Bounded.** A page of a listing is read up to [`PAGE_BYTES`], a listing up to `limits::CHECKPOINT_ENTRIES`. A page that fails in
 //! passing is asked for again here, so that page 2,000 does not cost the 1,999 before it.
 //!
 //! Nothing is kept: after a crash everything is listed anew.
 
+pub(super) mod azure;
+pub(super) mod gcs;
 mod keys;
 pub(super) mod s3;
 mod verified;
@@ -26,11 +31,15 @@ use std::ops::Range;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::Url;
+use reqwest::header::HeaderMap;
 
-use super::http::Wanted;
-use super::{ByteStream, Expected, File, Listing, Opened, Source, What};
+use super::http::{Failure, Wanted};
+use super::{ByteStream, Expected, File, Listing, Opened, Source, What, source_changed};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
@@ -62,8 +71,13 @@ trait Bucket: Send + Sync {
     /// One page of everything whose key begins with `prefix`, in any order.
     async fn page(&self, prefix: &str, after: Option<&str>) -> Result<Page>;
 
-    /// Adds to the entries what a listing does not tell: pins and digests of large files, whether ranges work.
-    async fn complete(&self, files: Vec<&mut File>) -> Result<()>;
+    /// Adds to the files what a listing does not tell: stronger pins, digests.
+    async fn complete(&self, _files: Vec<&mut File>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether a range of the object is answered with that range.
+    async fn answers_ranges(&self, object: &Locator<'_>) -> Result<bool>;
 
     /// What is wanted of the object, held to its pin.
     async fn read(&self, object: &Locator<'_>, wanted: &Wanted) -> Result<ByteStream>;
@@ -145,7 +159,11 @@ impl<B: Bucket> Source for ObjectSource<B> {
             What::File(file) => Some(file),
             _ => None,
         });
-        self.bucket.complete(files.collect()).await?;
+        let mut files: Vec<_> = files.collect();
+        if !self.answers_ranges(&files).await? {
+            files.iter_mut().for_each(|file| file.ranges = false);
+        }
+        self.bucket.complete(files).await?;
         Ok(Opened::Listed(Listing { one_file, ..Listing::new(revision, entries) }))
     }
 
@@ -161,6 +179,17 @@ impl<B: Bucket> Source for ObjectSource<B> {
 }
 
 impl<B: Bucket> ObjectSource<B> {
+    /// Whether ranges can be read: tried with the first byte of the largest file, if it is longer than a fill unit.
+    async fn answers_ranges(&self, files: &[&mut File]) -> Result<bool> {
+        match files.iter().max_by_key(|file| file.size) {
+            Some(largest) if largest.size > Some(limits::UNIT_BYTES) => {
+                let object = Locator::parse(&largest.locator)?;
+                patiently(|| self.bucket.answers_ranges(&object)).await
+            }
+            _ => Ok(true),
+        }
+    }
+
     /// Everything beneath the path.
     async fn list(&self) -> Result<Vec<Object>> {
         let prefix = match self.path.as_str() {
@@ -221,6 +250,48 @@ fn revision_of(objects: &[Object]) -> String {
         digester.update(&object.size.to_le_bytes());
     }
     format!("objects:{}", digester.finish())
+}
+
+/// A key in a URL. URLs have no place for components `.` and `..`, so a key with one is written as one component.
+fn encoded_key(key: &str) -> String {
+    if key.split('/').any(|part| matches!(part, "." | "..")) {
+        return encoded(key);
+    }
+    key.split('/').map(encoded).collect::<Vec<_>>().join("/")
+}
+
+fn encoded(text: &str) -> String {
+    utf8_percent_encode(text, UNRESERVED).to_string()
+}
+
+/// `base` with the path `below` behind its own and this query.
+fn url_below(base: &str, below: &str, query: &[(&str, &str)]) -> Result<Url> {
+    let text = format!("{}{below}", base.trim_end_matches('/'));
+    let mut url = Url::parse(&text).map_err(|error| Error::internal("building a URL of a bucket").because(error))?;
+    if !query.is_empty() {
+        let pairs: Vec<_> = query.iter().map(|(name, value)| format!("{name}={}", encoded(value))).collect();
+        url.set_query(Some(&pairs.join("&")));
+    }
+    Ok(url)
+}
+
+/// What a refused read of an object that was listed means: it is not that object any more.
+fn changed_by(failure: &Failure, what: &str) -> Option<Error> {
+    match failure.status()?.as_u16() {
+        404 => Some(source_changed(what, "it is gone")),
+        412 => Some(source_changed(what, "it was replaced")),
+        416 => Some(source_changed(what, "it became shorter")),
+        _ => None,
+    }
+}
+
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok().map(str::trim)
+}
+
+/// Bytes of a fixed length in base64.
+fn decoded<const BYTES: usize>(coded: &str) -> Option<[u8; BYTES]> {
+    BASE64_STANDARD.decode(coded).ok()?.try_into().ok()
 }
 
 /// A key for people: what would break a line is escaped.

@@ -15,6 +15,9 @@ pub(super) type Fields = HashMap<String, String>;
 /// Depth of elements; real answers have five.
 const DEPTH: usize = 16;
 
+/// Azure begins its documents with one.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// What a document says.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Document {
@@ -28,7 +31,7 @@ impl Document {
     /// Reads `document`, whose records are elements called `record`. An attribute `Encoded="true"` of an element `Name` is
     /// kept as the field `Name-Encoded`, for Azure.
     pub(super) fn read(document: &[u8], record: &str) -> Option<Self> {
-        let mut reader = Reader::from_reader(document);
+        let mut reader = Reader::from_reader(document.strip_prefix(BYTE_ORDER_MARK).unwrap_or(document));
         let mut found = Self::default();
         let mut open: Vec<String> = Vec::new();
         let mut text = String::new();

@@ -18,11 +18,9 @@ mod sign;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use chrono::{DateTime, Utc};
-use percent_encoding::{percent_decode_str, utf8_percent_encode};
-use reqwest::header::{CONTENT_TYPE, ETAG, HeaderMap, HeaderName, IF_MATCH, RANGE};
+use percent_encoding::percent_decode_str;
+use reqwest::header::{CONTENT_TYPE, ETAG, HeaderName, IF_MATCH, RANGE};
 use reqwest::{Method, StatusCode, Url};
 
 use self::sign::{Sas, SharedKey};
@@ -33,7 +31,10 @@ use super::super::http::{
 };
 use super::super::{ByteStream, Credentials, Expected, Source, SourceSpec, source_changed};
 use super::xml::{Document, Fields};
-use super::{Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, UNRESERVED, encoded_key, shown_key};
+use super::{
+    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded, encoded_key, header,
+    shown_key, url_below,
+};
 use crate::error::{Error, Result};
 
 /// The protocol's version that is spoken: listings with types of entries, shared keys of today.
@@ -78,7 +79,7 @@ pub(in super::super) fn connect(
     }
     let (authorization, expires) = authorize(&account, own, credentials, sas_of_uri.as_deref())?;
     let http = context.http.clone();
-    let bucket = Container { http, base, account, container: container.into_owned(), authorization, expires };
+    let bucket = Container { http, base, container: container.into_owned(), authorization, expires };
     Ok(Arc::new(ObjectSource { bucket, path: path.into_owned() }))
 }
 
@@ -94,9 +95,7 @@ fn authorize(account: &str, own: bool, credentials: &Credentials, sas_of_uri: Op
         let expires = sas.expires;
         Ok((Some(Authorization::Signed(Arc::new(sas))), expires))
     };
-    let with_key = |key: String| {
-        Ok((Some(Authorization::Signed(Arc::new(SharedKey::parse(account, &key)?))), None))
-    };
+    let with_key = |key: String| Ok((Some(Authorization::Signed(Arc::new(SharedKey::parse(account, &key)?))), None));
     if let Some(sas) = given("sas").or_else(|| sas_of_uri.map(str::to_owned)) {
         return with_sas(sas);
     }
@@ -118,7 +117,6 @@ fn is_container(name: &str) -> bool {
 struct Container {
     http: HttpClient,
     base: Url,
-    account: String,
     container: String,
     authorization: Option<Authorization>,
     expires: Option<DateTime<Utc>>,
@@ -133,15 +131,8 @@ impl Container {
         headers: &[(HeaderName, String)],
     ) -> Result<Reply, Failure> {
         let path = key.map(|key| format!("/{}", encoded_key(key))).unwrap_or_default();
-        let container = utf8_percent_encode(&self.container, UNRESERVED);
-        let text = format!("{}/{container}{path}", self.base.as_str().trim_end_matches('/'));
-        let mut url =
-            Url::parse(&text).map_err(|error| Error::internal("building a URL of a container").because(error))?;
-        if !query.is_empty() {
-            let encode = |text: &str| utf8_percent_encode(text, UNRESERVED).to_string();
-            let pairs: Vec<_> = query.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
-            url.set_query(Some(&pairs.join("&")));
-        }
+        let below = format!("/{}{path}", encoded(&self.container));
+        let url = url_below(self.base.as_str(), &below, query)?;
         let request = match method {
             Method::HEAD => Request::head(&url, self.authorization.as_ref()),
             _ => Request::get(&url, self.authorization.as_ref()),
@@ -172,7 +163,7 @@ impl Container {
         let size = fields.get("Content-Length").and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| bad(&format!("`{}` has no size", shown_key(&key))))?;
         let etag = fields.get("Etag").map(|etag| quoted(etag)).ok_or_else(|| bad("a blob has no ETag"))?;
-        let md5 = fields.get("Content-MD5").and_then(|coded| md5_of(coded));
+        let md5 = fields.get("Content-MD5").and_then(|coded| decoded(coded));
         let pin = Pin { version: String::new(), etag };
         Ok(Object { key, size, pin, expected: Expected { md5, ..Expected::default() } })
     }
@@ -191,14 +182,14 @@ impl Bucket for Container {
             Err(failure) => return Err(self.explain(failure)),
         };
         let headers = reply.response.headers();
-        if text(headers, "x-ms-resource-type") == Some("directory") {
+        if header(headers, "x-ms-resource-type") == Some("directory") {
             return Ok(None);
         }
         let what = format!("{}/{}", self.shown(), shown_key(key));
         let bad = |why: &str| Error::corrupt("BAD_ANSWER", format!("asking for {what}: {why}"));
         let size = announced_length(headers).ok_or_else(|| bad("it has no size"))?;
-        let etag = text(headers, ETAG.as_str()).map(quoted).ok_or_else(|| bad("it has no ETag"))?;
-        let md5 = text(headers, "content-md5").and_then(md5_of);
+        let etag = header(headers, ETAG.as_str()).map(quoted).ok_or_else(|| bad("it has no ETag"))?;
+        let md5 = header(headers, "content-md5").and_then(decoded);
         let pin = Pin { version: String::new(), etag };
         Ok(Some(Object { key: key.to_owned(), size, pin, expected: Expected { md5, ..Expected::default() } }))
     }
@@ -208,7 +199,7 @@ impl Bucket for Container {
         query.extend(Some(prefix).filter(|prefix| !prefix.is_empty()).map(|prefix| ("prefix", prefix)));
         query.extend(after.map(|marker| ("marker", marker)));
         let reply = self.ask(Method::GET, None, &query, &[]).await.map_err(|failure| self.explain(failure))?;
-        let is_xml = text(reply.response.headers(), CONTENT_TYPE.as_str()).is_some_and(|kind| kind.contains("xml"));
+        let is_xml = header(reply.response.headers(), CONTENT_TYPE.as_str()).is_some_and(|kind| kind.contains("xml"));
         let document = read_document(reply, PAGE_BYTES, &self.http).await?;
         let document = Document::read(&document, "Blob").filter(|_| is_xml).ok_or_else(|| {
             Error::unavailable("BAD_ANSWER", format!("listing {}: the answer is no listing", self.shown()))
@@ -229,30 +220,16 @@ impl Bucket for Container {
         let what = format!("{}/{}", self.shown(), shown_key(object.key));
         let mut headers = vec![(IF_MATCH, object.pin.etag.clone())];
         headers.extend(wanted.header().map(|range| (RANGE, range)));
-        let reply = self.ask(Method::GET, Some(object.key), &[], &headers).await.map_err(|failure| {
-            match failure.status().map(|status| status.as_u16()) {
-                Some(404) => source_changed(&what, "it is gone"),
-                Some(412) => source_changed(&what, "it was replaced"),
-                Some(416) => source_changed(&what, "it became shorter"),
-                _ => self.explain(failure),
-            }
-        })?;
-        if text(reply.response.headers(), ETAG.as_str()).is_none_or(|etag| quoted(etag) != object.pin.etag) {
+        let reply = self.ask(Method::GET, Some(object.key), &[], &headers).await;
+        let reply = reply.map_err(|failure| changed_by(&failure, &what).unwrap_or_else(|| self.explain(failure)))?;
+        if header(reply.response.headers(), ETAG.as_str()).is_none_or(|etag| quoted(etag) != object.pin.etag) {
             return Err(source_changed(&what, "it was replaced"));
         }
         wanted.accept(reply, &self.http)
     }
 }
 
-fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok().map(str::trim)
-}
-
 /// An `ETag` as conditions want it: listings leave its quotes out.
 fn quoted(etag: &str) -> String {
     format!("\"{}\"", etag.trim_matches('"'))
-}
-
-fn md5_of(coded: &str) -> Option<[u8; 16]> {
-    BASE64_STANDARD.decode(coded).ok()?.try_into().ok()
 }

@@ -23,7 +23,9 @@ pub(super) fn fault(answer: &Answer, expires: Option<DateTime<Utc>>) -> Error {
         }
         ("ServerBusy", _) => error(Kind::Unavailable, "RATE_LIMITED", "the store asks to slow down"),
         ("OperationTimedOut" | "InternalError", _) => error(Kind::Unavailable, "SERVER_ERROR", "the store failed"),
-        ("PublicAccessNotPermitted" | "NoAuthenticationInformation", _) | (_, 401 | 403 | 404) if !answer.authorized => {
+        ("PublicAccessNotPermitted" | "NoAuthenticationInformation", _) | (_, 401 | 403 | 404)
+            if !answer.authorized =>
+        {
             // A private container is not found by those who may not see it.
             error(Kind::Denied, "CREDENTIALS_REQUIRED", "nothing is there for those without credentials")
                 .remedy("check the address, or give sas or account_key for this source")

@@ -72,7 +72,8 @@ impl SharedKey {
     /// `BAD_CREDENTIALS`.
     pub(super) fn parse(account: &str, key: &str) -> Result<Self> {
         let bytes = BASE64_STANDARD.decode(key.trim()).ok().filter(|bytes| !bytes.is_empty()).ok_or_else(|| {
-            Error::invalid("BAD_CREDENTIALS", "the account key is not one").remedy("give it whole, as the portal shows it")
+            Error::invalid("BAD_CREDENTIALS", "the account key is not one")
+                .remedy("give it whole, as the portal shows it")
         })?;
         Ok(Self { account: account.to_owned(), key: hmac::Key::new(hmac::HMAC_SHA256, &bytes) })
     }

@@ -13,9 +13,6 @@
 //! when the source is opened: it tells the checksums (SHA-256 and CRC-32C, of the whole object and not of pieces), the encryption, and the
 //! version to pin. Small files are checked against the head of the answer that brings them ([`verified`]).
 //! Stores that are not AWS's may mean anything by an `ETag`: theirs are believed after one small object was read whose MD5 it is.
-//!
-//! **Ranges.** The first byte of the largest file is read, if it is longer than a fill unit; a store that answers otherwise than with 206 is read
-//! in whole files.
 
 mod refusal;
 mod sign;
@@ -24,10 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use async_trait::async_trait;
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use percent_encoding::{percent_decode_str, utf8_percent_encode};
+use percent_encoding::percent_decode_str;
 use reqwest::header::{ETAG, HeaderMap, HeaderName, IF_MATCH, RANGE};
 use reqwest::{Method, StatusCode, Url};
 
@@ -40,7 +35,10 @@ use super::super::http::{
 use super::super::{ByteStream, Credentials, Expected, File, Source, SourceKind, SourceSpec, source_changed};
 use super::verified::verified;
 use super::xml::{Document, Fields};
-use super::{Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, UNRESERVED, shown_key};
+use super::{
+    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded_key, header, shown_key,
+    url_below,
+};
 use crate::error::{Error, Result};
 use crate::limits;
 
@@ -183,15 +181,7 @@ impl S3 {
                 }
             }
         };
-        let path = key.map(|key| format!("/{}", encoded_key(key))).unwrap_or_default();
-        let mut url = Url::parse(&format!("{base}{path}"))
-            .map_err(|error| Error::internal("building a URL of a bucket").because(error))?;
-        if !query.is_empty() {
-            let encode = |text: &str| utf8_percent_encode(text, UNRESERVED).to_string();
-            let pairs: Vec<_> = query.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
-            url.set_query(Some(&pairs.join("&")));
-        }
-        Ok(url)
+        url_below(&base, &key.map(|key| format!("/{}", encoded_key(key))).unwrap_or_default(), query)
     }
 
     /// Sends one request; once more if the answer says that the bucket's region is another.
@@ -269,14 +259,6 @@ impl S3 {
         Ok(())
     }
 
-    /// Whether ranges of `file` can be read.
-    async fn answers_ranges(&self, file: &File) -> Result<bool> {
-        let object = Locator::parse(&file.locator)?;
-        let headers = [(RANGE, "bytes=0-0".to_owned())];
-        let reply = self.ask(Method::GET, Some(object.key), &[], &headers).await.map_err(explain)?;
-        Ok(reply.response.status() == StatusCode::PARTIAL_CONTENT)
-    }
-
     /// Whether the ETag of `file`, a small one, is the MD5 of its bytes.
     async fn learn_etags(&self, file: &File) -> Result<()> {
         let object = Locator::parse(&file.locator)?;
@@ -299,7 +281,7 @@ impl S3 {
     fn object(&self, fields: &Fields, encoded: bool) -> Result<Object> {
         let bad = |why: &str| Error::corrupt("BAD_LISTING", format!("listing {}: {why}", self.shown()));
         let key = fields.get("Key").filter(|key| !key.is_empty()).ok_or_else(|| bad("an object has no key"))?;
-        let key = if encoded { decoded(key).ok_or_else(|| bad("a key is not text"))? } else { key.clone() };
+        let key = if encoded { key_of_listing(key).ok_or_else(|| bad("a key is not text"))? } else { key.clone() };
         let size = fields.get("Size").and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| bad(&format!("`{}` has no size", shown_key(&key))))?;
         let etag = fields.get("ETag").or(fields.get("LastModified")).cloned().unwrap_or_default();
@@ -347,18 +329,19 @@ impl Bucket for S3 {
                 self.learn_etags(file).await?;
             }
         }
-        let ranges = match files.iter().max_by_key(|file| file.size) {
-            Some(file) if file.size > Some(limits::UNIT_BYTES) => self.answers_ranges(file).await?,
-            _ => true,
-        };
         let mut heads = Vec::new();
         for file in files {
-            file.ranges = ranges;
             if file.size > Some(limits::UNIT_BYTES) {
                 heads.push(self.complete_one(file));
             }
         }
         futures_util::stream::iter(heads).buffer_unordered(HEADS_AT_A_TIME).try_collect::<()>().await
+    }
+
+    async fn answers_ranges(&self, object: &Locator<'_>) -> Result<bool> {
+        let headers = [(RANGE, "bytes=0-0".to_owned())];
+        let reply = self.ask(Method::GET, Some(object.key), &[], &headers).await.map_err(explain)?;
+        Ok(reply.response.status() == StatusCode::PARTIAL_CONTENT)
     }
 
     async fn read(&self, object: &Locator<'_>, wanted: &Wanted) -> Result<ByteStream> {
@@ -374,15 +357,8 @@ impl Bucket for S3 {
         }
         let version = Some(object.pin.version.as_str()).filter(|version| !version.is_empty());
         let query: Vec<_> = version.map(|version| ("versionId", version)).into_iter().collect();
-        let reply = self.ask(Method::GET, Some(object.key), &query, &headers).await.map_err(|failure| match failure
-            .status()
-            .map(|status| status.as_u16())
-        {
-            Some(404) => source_changed(&what, "it is gone"),
-            Some(412) => source_changed(&what, "it was replaced"),
-            Some(416) => source_changed(&what, "it became shorter"),
-            _ => explain(failure),
-        })?;
+        let reply = self.ask(Method::GET, Some(object.key), &query, &headers).await;
+        let reply = reply.map_err(|failure| changed_by(&failure, &what).unwrap_or_else(|| explain(failure)))?;
         let head = Head::of(reply.response.headers(), None);
         let other_version = !head.pin.version.is_empty() && version.is_some_and(|version| version != head.pin.version);
         if other_version || !same_etag(&head.pin.etag, &object.pin.etag) {
@@ -407,16 +383,16 @@ struct Head {
 impl Head {
     /// Reads `headers`; `size` is what they say of the whole object's.
     fn of(headers: &HeaderMap, size: Option<u64>) -> Self {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+        let text = |name: &str| header(headers, name);
         let own_keys = text("x-amz-server-side-encryption").is_some_and(|kind| kind != "AES256")
             || text("x-amz-server-side-encryption-customer-algorithm").is_some();
         let whole = text("x-amz-checksum-type") != Some("COMPOSITE");
-        let checksum = |name: &str| text(name).filter(|_| whole).and_then(|coded| BASE64_STANDARD.decode(coded).ok());
+        let checksum = |name: &str| text(name).filter(|_| whole);
         let etag = text(ETAG.as_str()).unwrap_or_default().to_owned();
         Self {
             size: size.unwrap_or(0),
-            sha256: checksum("x-amz-checksum-sha256").and_then(|bytes| bytes.try_into().ok()),
-            crc32c: checksum("x-amz-checksum-crc32c").and_then(|bytes| bytes.try_into().ok()).map(u32::from_be_bytes),
+            sha256: checksum("x-amz-checksum-sha256").and_then(decoded),
+            crc32c: checksum("x-amz-checksum-crc32c").and_then(decoded).map(u32::from_be_bytes),
             md5: md5_of_etag(&etag).filter(|_| !own_keys),
             pin: Pin {
                 version: text("x-amz-version-id").filter(|id| *id != "null").unwrap_or_default().to_owned(),
@@ -460,17 +436,8 @@ fn md5_of_etag(etag: &str) -> Option<[u8; 16]> {
     u128::from_str_radix(hex, 16).ok().map(u128::to_be_bytes)
 }
 
-/// A key in a URL. URLs have no place for components `.` and `..`, so a key with one is written as one component.
-fn encoded_key(key: &str) -> String {
-    let encode = |text: &str| utf8_percent_encode(text, UNRESERVED).to_string();
-    if key.split('/').any(|part| matches!(part, "." | "..")) {
-        return encode(key);
-    }
-    key.split('/').map(encode).collect::<Vec<_>>().join("/")
-}
-
 /// A key as listings with `encoding-type=url` write it: percent-encoded, with `+` for a space.
-fn decoded(text: &str) -> Option<String> {
+fn key_of_listing(text: &str) -> Option<String> {
     let spaced = text.replace('+', " ");
     percent_decode_str(&spaced).decode_utf8().ok().map(std::borrow::Cow::into_owned)
 }
