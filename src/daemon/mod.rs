@@ -48,7 +48,13 @@ impl Instance {
         raise_descriptor_limit();
         let (state_dir, runtime_dir, passthrough) =
             (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
-        let store = blocking(move || Store::open(&state_dir)).await?;
+        let read_ahead_bytes = config.read_ahead_bytes;
+        let store = blocking(move || {
+            let store = Store::open(&state_dir)?;
+            store.disk().raise_read_ahead(read_ahead_bytes);
+            Ok(store)
+        })
+        .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
         let listener = control::bind(&socket).await?;
@@ -101,7 +107,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config)?,
+        connector(config, &store)?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -114,10 +120,13 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
 }
 
 /// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config) -> Result<Connector> {
+fn connector(config: &Config, store: &Store) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
-    let context = SourceContext::new(&settings, policy)?.with_host_directories();
+    let context = SourceContext::new(&settings, policy)?
+        .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
+        .with_host_credentials(std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))
+        .with_host_directories();
     Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
 }
 

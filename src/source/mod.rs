@@ -18,6 +18,7 @@ mod archived;
 mod connect;
 mod directory;
 pub mod egress;
+mod git;
 mod http;
 mod huggingface;
 mod objects;

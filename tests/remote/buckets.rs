@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK, clean};
 use crate::support::ran::{Ran, run, wait_until};
+use crate::support::server::tool;
 
 /// Lets a stalled body be given up soon, and little be tried twice.
 pub(crate) const HASTY: &[(&str, &str)] = &[LOOPBACK, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")];
@@ -31,10 +32,9 @@ pub(crate) fn tree(root: &Path) {
     random_file(&root.join("model/few.bin"), 8, 5 << 20);
 }
 
-/// Runs a program of Python with the libraries that `tests/run` installed.
+/// Runs a program of Python with the libraries that fill buckets.
 pub(crate) fn python(program: &str, arguments: &[&str]) -> Ran {
-    let python = std::env::var("TEST_PYTHON").expect("TEST_PYTHON is not set: run the tests with `tests/run`");
-    run(clean(&python).arg("-c").arg(program).args(arguments)).ok()
+    run(clean(&tool("objects/bin/python").display().to_string()).arg("-c").arg(program).args(arguments)).ok()
 }
 
 /// Creates checkpoint `name` of `uri` with these options and credentials, and waits for it.

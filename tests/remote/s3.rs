@@ -54,7 +54,7 @@ struct Moto(Server);
 impl Moto {
     fn start() -> Self {
         let port = free_port();
-        let mut command = Command::new(tool("venv/bin/moto_server"));
+        let mut command = Command::new(tool("objects/bin/moto_server"));
         Self(Server::start(command.args(["-H", "127.0.0.1", "-p"]).arg(port.to_string()), port))
     }
 
@@ -70,7 +70,7 @@ impl Moto {
 /// rclone serving `folder`, each directory in it a bucket, to whoever has the keys; to everybody where there are none.
 fn rclone(folder: &Path, keys: Option<(&str, &str)>) -> Server {
     let port = free_port();
-    let mut command = Command::new(tool("venv/bin/rclone"));
+    let mut command = Command::new(tool("objects/bin/rclone"));
     command.args(["serve", "s3", "--config", "/dev/null", "--addr"]).arg(format!("127.0.0.1:{port}"));
     if let Some((id, secret)) = keys {
         command.arg("--auth-key").arg(format!("{id},{secret}"));
