@@ -23,6 +23,7 @@ mod git;
 mod http;
 mod huggingface;
 mod kaggle;
+mod objects;
 mod spec;
 mod web;
 
@@ -37,7 +38,7 @@ use crate::error::{Error, Result};
 use crate::names::EntryPath;
 
 pub use archived::listed_member;
-pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
+pub use connect::{SourceContext, check_uri, connect, shown_uri, split_signature, split_user_information};
 pub use credentials::{Credentials, CredentialsDirectory};
 pub use http::{HttpClient, HttpSettings};
 pub use spec::{SourceKind, SourceSpec};

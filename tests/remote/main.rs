@@ -8,8 +8,12 @@
 mod support;
 
 mod archives;
+mod azure;
+mod buckets;
 mod catalogue;
 mod credentials;
+mod gcs;
 mod huggingface;
 mod kaggle;
+mod s3;
 mod web;
