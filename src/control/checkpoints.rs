@@ -15,7 +15,7 @@ use crate::catalog::events::NewEvent;
 use crate::catalog::jobs;
 use crate::error::{Error, Kind, Result};
 use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
-use crate::source::{self, Credentials, SourceKind};
+use crate::source::{self, Credentials, SourceKind, SourceSpec};
 use crate::units::now_unix_ms;
 
 /// A watched record is sent at most this often.
@@ -42,7 +42,9 @@ impl Service {
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
         source::check_uri(kind, &uri)?;
-        let origin = Origin { kind: kind.to_string(), uri, options: wanted.options.into_iter().collect() };
+        let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
+        self.floors.check_permitted(&spec, &request.owner)?;
+        let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
         if let Some((username, password)) = user {
             secrets.entry("username".into()).or_insert(username);
@@ -101,7 +103,9 @@ impl Service {
         let credentials = Credentials::new(request.credentials.into_iter().collect());
         let floors = self.floors.clone();
         let record = tokio::spawn(async move {
-            let record = floors.store.catalog().write(move |tx| mark_for_retry(tx, &request.checkpoint)).await?;
+            let permitted = floors.clone();
+            let mark = move |tx: &rusqlite::Connection| mark_for_retry(tx, &permitted, &request.checkpoint);
+            let record = floors.store.catalog().write(mark).await?;
             let idle = floors.ingests.progress(&record.id).is_none();
             if record.state == State::Filling && (record.failure.is_some() || idle) {
                 floors.ingests.start(&record, credentials);
@@ -176,6 +180,15 @@ impl Service {
 }
 
 impl Floors {
+    /// Whether a source can be what it says and `owner` may use it, as far as is told without contacting anybody.
+    ///
+    /// # Errors
+    /// Invalid options, `NO_SUCH_DATASTORE`.
+    fn check_permitted(&self, spec: &SourceSpec, owner: &str) -> Result<()> {
+        source::check_options(spec)?;
+        if spec.kind == SourceKind::Regional { self.datastores.find(&spec.uri, owner).map(drop) } else { Ok(()) }
+    }
+
     /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
     ///
     /// # Errors
@@ -192,8 +205,10 @@ impl Floors {
 }
 
 /// Finds a record and, if it failed, makes it fill again; its old failure tells that it did.
-fn mark_for_retry(tx: &rusqlite::Connection, reference: &str) -> Result<Record> {
+fn mark_for_retry(tx: &rusqlite::Connection, floors: &Floors, reference: &str) -> Result<Record> {
     let record = resolve::record(tx, reference, "", false)?;
+    let Origin { kind, uri, options } = record.origin.clone();
+    floors.check_permitted(&SourceSpec { kind: kind.parse()?, uri, options }, &record.owner)?;
     match record.state {
         State::Failed | State::Evicted if record.origin.kind == SourceKind::Upload.as_str() => Err(Error::wrong_state(
             "NOT_RETRIABLE",
@@ -246,6 +261,7 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         logical_bytes: 0,
         failure: None,
         created_ms: now_unix_ms(),
+        in_place: None,
     })
 }
 

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
 use crate::source::egress::EgressPolicy;
-use crate::source::{self, Credentials, HttpSettings, SourceContext, SourceSpec};
+use crate::source::{self, Credentials, Datastores, HttpSettings, SourceContext, SourceSpec};
 use crate::store::Store;
 use config::Config;
 
@@ -46,6 +46,9 @@ impl Instance {
         let started = Instant::now();
         require_root()?;
         raise_descriptor_limit();
+        for problem in config::examine_host(config) {
+            tracing::warn!(key = problem.place, "{}", problem.what);
+        }
         let (state_dir, runtime_dir, passthrough) =
             (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
         let store = blocking(move || Store::open(&state_dir)).await?;
@@ -98,10 +101,12 @@ impl Instance {
 async fn compose(config: &Config, store: Store, passthrough: bool, started: Instant) -> Result<Floors> {
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
-    let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
+    let datastores = Arc::new(config.datastores.clone());
+    let known = datastores.clone();
+    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config)?,
+        connector(config, datastores.clone())?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -110,14 +115,14 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
         },
     );
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes });
-    Ok(Floors { store, ingests, attachments, facts })
+    Ok(Floors { store, ingests, attachments, datastores, facts })
 }
 
 /// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config) -> Result<Connector> {
+fn connector(config: &Config, datastores: Arc<Datastores>) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
-    let context = SourceContext::new(&settings, policy)?.with_host_directories();
+    let context = SourceContext::new(&settings, policy)?.with_host_directories().with_datastores(datastores);
     Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
 }
 

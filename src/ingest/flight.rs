@@ -12,6 +12,7 @@ use tokio::task::AbortHandle;
 
 use super::Shared;
 use super::fetch::{self, Flying};
+use super::in_place;
 use super::plan::{self, Plan};
 use super::progress::Progress;
 use crate::catalog::checkpoints::Record;
@@ -20,6 +21,7 @@ use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind, Manifest};
+use crate::places::Place;
 use crate::source::{Listing, Source};
 
 type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
@@ -29,6 +31,7 @@ type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
 pub(super) struct Flight {
     key: String,
     revision: String,
+    in_place: Option<Place>,
     progress: Arc<Progress>,
     outcome: watch::Receiver<Outcome>,
     task: AbortHandle,
@@ -55,13 +58,16 @@ impl Flight {
     pub(super) fn start(shared: Arc<Shared>, key: String, source: Arc<dyn Source>, listing: Listing) -> Arc<Self> {
         let progress = Arc::new(Progress::default());
         let (sender, outcome) = watch::channel(None);
-        let revision = listing.revision.clone();
-        let flying = Arc::new(Flying { shared, source, key: key.clone(), progress: progress.clone() });
+        let (revision, in_place) = (listing.revision.clone(), listing.in_place.clone());
+        let flying = Arc::new(Flying::new(shared, source, key.clone(), progress.clone()));
         let task = tokio::spawn(async move {
-            let result = fly(&flying, listing).await;
+            let result = match listing.in_place {
+                Some(_) => in_place::fly(&flying, listing).await,
+                None => fly(&flying, listing).await,
+            };
             let _ = sender.send(Some(result.map(Arc::new).map_err(Arc::new)));
         });
-        Arc::new(Self { key, revision, progress, outcome, task: task.abort_handle() })
+        Arc::new(Self { key, revision, in_place, progress, outcome, task: task.abort_handle() })
     }
 
     pub(super) fn key(&self) -> &str {
@@ -70,6 +76,11 @@ impl Flight {
 
     pub(super) fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// Where the bytes stay, if they do.
+    pub(super) fn in_place(&self) -> Option<&Place> {
+        self.in_place.as_ref()
     }
 
     pub(super) fn progress(&self) -> Arc<Progress> {

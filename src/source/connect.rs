@@ -7,13 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
+use super::datastore::Datastores;
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, regional, web};
 use crate::error::{Error, Kind, Result};
+use crate::limits;
 use crate::names::show_bytes;
 
 /// Longest branch, tag or commit: git keeps references as files.
@@ -26,6 +29,10 @@ pub struct SourceContext {
     pub(super) http: HttpClient,
     /// For what connects by other means.
     pub(super) policy: Arc<EgressPolicy>,
+    /// What regional sources are below.
+    pub(super) datastores: Arc<Datastores>,
+    /// Datastores listed at a time: one that does not answer must not take every thread there is.
+    pub(super) listings: Arc<Semaphore>,
     host_directories: bool,
 }
 
@@ -37,13 +44,21 @@ impl SourceContext {
     /// As [`HttpClient::new`].
     pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
         let policy = Arc::new(policy);
-        Ok(Self { http: HttpClient::new(settings, Arc::clone(&policy))?, policy, host_directories: false })
+        let http = HttpClient::new(settings, Arc::clone(&policy))?;
+        let listings = Arc::new(Semaphore::new(limits::INGESTS_AT_A_TIME));
+        Ok(Self { http, policy, datastores: Arc::default(), listings, host_directories: false })
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
     #[must_use]
     pub fn with_host_directories(&self) -> Self {
         Self { host_directories: true, ..self.clone() }
+    }
+
+    /// The same with the datastores of this host.
+    #[must_use]
+    pub fn with_datastores(&self, datastores: Arc<Datastores>) -> Self {
+        Self { datastores, ..self.clone() }
     }
 }
 
@@ -57,6 +72,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
     match spec.kind {
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
+        SourceKind::Regional => regional::connect(spec, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
             Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
@@ -71,7 +87,6 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         | SourceKind::Git
         | SourceKind::Kaggle
         | SourceKind::Local
-        | SourceKind::Regional
         | SourceKind::Wasabi
         | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
@@ -92,7 +107,7 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
             (!uri.is_empty() && !uri.contains("://"), "be the short name of a competition, dataset or kernel")
         }
         SourceKind::Local => (uri.starts_with(['/', '$']) || uri.starts_with("~/"), "begin with `/`, `~/` or `$`"),
-        SourceKind::Regional => (!uri.is_empty(), "name a datastore"),
+        SourceKind::Regional => (!uri.is_empty() && !uri.contains('/'), "be the name of a datastore"),
         SourceKind::Web => {
             (has_scheme(uri, &["http", "https", "ftp", "ftps"]), "begin with http://, https://, ftp:// or ftps://")
         }
@@ -104,6 +119,14 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     }
     let shown = show_bytes(shown_uri(kind, uri).as_bytes());
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
+}
+
+/// Whether the options keep the rules of their kind, where those can be told without contacting anybody.
+///
+/// # Errors
+/// Invalid, with the option.
+pub fn check_options(spec: &SourceSpec) -> Result<()> {
+    if spec.kind == SourceKind::Regional { regional::options(spec).map(drop) } else { Ok(()) }
 }
 
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
