@@ -10,9 +10,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use super::Shared;
 use super::fetch::{self, Flying};
-use super::in_place;
 use super::plan::{self, Plan};
 use super::progress::Progress;
 use crate::catalog::checkpoints::Record;
@@ -22,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::places::Place;
-use crate::source::{Listing, Source};
+use crate::source::Listing;
 
 type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
 
@@ -55,17 +53,17 @@ pub(super) fn key(record: &Record, revision: &str) -> String {
 }
 
 impl Flight {
-    pub(super) fn start(shared: Arc<Shared>, key: String, source: Arc<dyn Source>, listing: Listing) -> Arc<Self> {
-        let progress = Arc::new(Progress::default());
+    /// Starts a flight whose tree `work` brings, or leaves `in_place`.
+    pub(super) fn start(
+        key: String,
+        revision: String,
+        in_place: Option<Place>,
+        progress: Arc<Progress>,
+        work: impl Future<Output = Result<Manifest>> + Send + 'static,
+    ) -> Arc<Self> {
         let (sender, outcome) = watch::channel(None);
-        let (revision, in_place) = (listing.revision.clone(), listing.in_place.clone());
-        let flying = Arc::new(Flying::new(shared, source, key.clone(), progress.clone()));
         let task = tokio::spawn(async move {
-            let result = match listing.in_place {
-                Some(_) => in_place::fly(&flying, listing).await,
-                None => fly(&flying, listing).await,
-            };
-            let _ = sender.send(Some(result.map(Arc::new).map_err(Arc::new)));
+            let _ = sender.send(Some(work.await.map(Arc::new).map_err(Arc::new)));
         });
         Arc::new(Self { key, revision, in_place, progress, outcome, task: task.abort_handle() })
     }
@@ -102,7 +100,8 @@ impl Flight {
     }
 }
 
-async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
+/// Fetches and seals everything that is listed.
+pub(super) async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
     let shared = &flying.shared;
     let key = flying.key.clone();
     let rows = shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;

@@ -15,11 +15,13 @@
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
 mod copy;
+mod extract;
 mod fetch;
 mod flight;
 mod in_place;
 pub mod plan;
 pub mod progress;
+mod publish;
 pub mod retry;
 mod seal;
 mod stream;
@@ -252,6 +254,8 @@ impl Shared {
         let _slot = self.slot().await?;
         let (id, flight) = (record.id.clone(), record.id.clone());
         self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
+        self.store.disk().clear_flight(&record.id, &[])?;
+        self.store.disk().begin_flight(&record.id)?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
         Ok((revision, manifest, None))
     }
@@ -280,15 +284,21 @@ impl Shared {
         listing: crate::source::Listing,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
-        let key = flight::key(record, &listing.revision);
-        let plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        let archive = extract::Archive::of(&listing, &record.origin.options);
+        let mut revision = listing.revision.clone();
+        let mut plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        if archive.is_some() {
+            revision = format!("archive:{revision}");
+            plan = plan::Sizes { files: 0, known_bytes: 0 };
+        }
+        let key = flight::key(record, &revision);
         progress.expect(plan.known_bytes, plan.files);
-        let (id, revision, key_row) = (record.id.clone(), listing.revision.clone(), key.clone());
+        let (id, shown, key_row) = (record.id.clone(), revision.clone(), key.clone());
         let before = self
             .store
             .catalog()
             .write(move |tx| {
-                let before = checkpoints::set_listing(tx, &id, &revision, &key_row, plan.files, plan.known_bytes)?;
+                let before = checkpoints::set_listing(tx, &id, &shown, &key_row, plan.files, plan.known_bytes)?;
                 if before != key_row {
                     placements::hand_over(tx, &before, &key_row)?;
                 }
@@ -306,7 +316,7 @@ impl Shared {
             match flights.get(&key).and_then(Weak::upgrade) {
                 Some(flight) => flight,
                 None => {
-                    let flight = Flight::start(self.clone(), key.clone(), source, listing);
+                    let flight = self.start_flight(key.clone(), revision, source, listing, archive);
                     flights.insert(key, Arc::downgrade(&flight));
                     flight
                 }
@@ -315,6 +325,25 @@ impl Shared {
         progress.follow(flight.progress());
         self.note_skipped(record, &skipped).await?;
         Ok(flight)
+    }
+
+    fn start_flight(
+        self: &Arc<Self>,
+        key: String,
+        revision: String,
+        source: Arc<dyn Source>,
+        listing: crate::source::Listing,
+        archive: Option<extract::Archive>,
+    ) -> Arc<Flight> {
+        let progress = Arc::new(Progress::default());
+        let flying = Arc::new(fetch::Flying::new(self.clone(), source, key.clone(), progress.clone()));
+        Flight::start(key, revision, listing.in_place.clone(), progress, async move {
+            match archive {
+                Some(archive) => extract::extract(&flying, &archive).await,
+                None if listing.in_place.is_some() => in_place::fly(&flying, listing).await,
+                None => flight::fly(&flying, listing).await,
+            }
+        })
     }
 
     async fn note_skipped(&self, record: &Record, skipped: &[(String, String)]) -> Result<()> {
@@ -331,6 +360,7 @@ impl Shared {
             return;
         }
         let result = match outcome {
+            Ok((_, manifest, _)) if manifest.entries().is_empty() => Err(empty()),
             Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
             Err(error) => Err(error),
         };
@@ -419,6 +449,11 @@ impl Shared {
     async fn drop_flight_if_unneeded(&self, flight: String) -> Result<()> {
         self.store.remove_flight(&flight).await.map(|_| ())
     }
+}
+
+/// A checkpoint of nothing is somebody's mistake.
+fn empty() -> Error {
+    Error::invalid("EMPTY_SOURCE", "the source has no files and no directories").remedy("check the address or path")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -21,9 +21,8 @@ use super::archived::ArchivedEntries;
 use super::beneath::{Locator, Root, changed, check_stamp};
 use super::walk::{Walked, walk};
 use super::{ByteStream, File, Listed, Listing, Opened, Source, What};
-use crate::archive::Format;
+use crate::archive::{About, Format};
 use crate::error::{Error, Result};
-use crate::names::EntryName;
 
 /// Bytes read at a time by [`Source::read`].
 const READ_BYTES: u64 = 1 << 20;
@@ -153,8 +152,7 @@ impl Reading {
 /// A root that is an archive, opened.
 struct Archive {
     opened: OpenFile,
-    name: EntryName,
-    format: Format,
+    about: About,
     revision: String,
     locator: Locator,
     shown: PathBuf,
@@ -163,9 +161,9 @@ struct Archive {
 impl Archive {
     /// Begins to read the members. Needs a runtime.
     fn read(self) -> Result<ArchivedEntries> {
-        let Self { opened, name, format, revision, locator, shown } = self;
+        let Self { opened, about, revision, locator, shown } = self;
         let check = Box::new(move |opened: &OpenFile| check_stamp(&locator, opened, &shown));
-        ArchivedEntries::read(opened, name, format, revision, check)
+        ArchivedEntries::read(opened, about, revision, check)
     }
 }
 
@@ -180,7 +178,8 @@ fn open_archive(root: &Root, listing: &Listing, kind: &str) -> Result<Option<Arc
     let opened = root.open_file(&locator)?;
     let shown = root.shown(&locator.path);
     let revision = listing.revision.replacen(kind, "archive", 1);
-    Ok(Some(Archive { opened, name: name.clone(), format, revision, locator, shown }))
+    let about = About { name: name.clone(), format, executable: file.executable };
+    Ok(Some(Archive { opened, about, revision, locator, shown }))
 }
 
 /// Everything below `root`, as a revision.

@@ -38,6 +38,7 @@ use crate::error::{Error, Result};
 use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
+pub use archived::listed_member;
 pub use connect::{SourceContext, check_options, check_uri, connect, shown_uri, split_user_information};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
