@@ -14,7 +14,7 @@ use crate::source::SourceKind;
 pub(super) struct Create {
     /// What to call it; need not be unique
     name: String,
-    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/ or `<namespace>/<repo>`
+    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/, `<namespace>/<repo>` or a datastore's name
     #[arg(long)]
     uri: String,
     /// aws, azure, gcp, git, huggingface, kaggle, local, regional, wasabi or web; needed where the URI does not tell
