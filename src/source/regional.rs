@@ -107,12 +107,8 @@ mod tests {
     use super::*;
 
     fn read(path: &str, copy: &str) -> Result<(EntryPath, bool)> {
-        let options = [("path", path), ("copy", copy)].map(|(key, value)| (key.to_owned(), value.to_owned()));
-        options_of(options.into())
-    }
-
-    fn options_of(options: std::collections::BTreeMap<String, String>) -> Result<(EntryPath, bool)> {
-        options(&SourceSpec { kind: SourceKind::Regional, uri: "d".into(), options })
+        let given = [("path", path), ("copy", copy)].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        options(&SourceSpec { kind: SourceKind::Regional, uri: "d".into(), options: given.into() })
     }
 
     #[test]
