@@ -31,6 +31,9 @@ impl Service {
     }
 
     async fn create(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        if !request.catalog.is_empty() {
+            return self.create_offered(request).await;
+        }
         let wanted = request.source.unwrap_or_default();
         let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
         if matches!(kind, SourceKind::Directory | SourceKind::Upload) {
@@ -52,6 +55,19 @@ impl Service {
         }
         let record = new_record(request.id, request.name, request.owner, request.public, origin)?;
         self.begin(record, Credentials::new(secrets)).await
+    }
+
+    /// A public checkpoint of the catalogue.
+    async fn create_offered(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        if request.source.is_some() || !request.owner.is_empty() {
+            let message =
+                format!("`{}` is of the catalogue, which gives its source and makes it public", request.catalog);
+            return Err(Error::invalid("CATALOG_HAS_THE_SOURCE", message).remedy("give neither a source nor an owner"));
+        }
+        let origin = self.floors.facts.catalogue.origin(&request.catalog)?;
+        let name = if request.name.is_empty() { request.catalog } else { request.name };
+        let record = new_record(request.id, name, String::new(), true, origin)?;
+        self.begin(record, Credentials::new(request.credentials.into_iter().collect())).await
     }
 
     /// Records and starts, in a task of its own: a caller that goes away must not leave a record that nobody fills.
@@ -107,9 +123,7 @@ impl Service {
         let credentials = Credentials::new(request.credentials.into_iter().collect());
         let floors = self.floors.clone();
         let record = tokio::spawn(async move {
-            let permitted = floors.clone();
-            let mark = move |tx: &rusqlite::Connection| mark_for_retry(tx, &permitted, &request.checkpoint);
-            let record = floors.store.catalog().write(mark).await?;
+            let record = floors.store.catalog().write(move |tx| mark_for_retry(tx, &request.checkpoint)).await?;
             let idle = floors.ingests.progress(&record.id).is_none();
             if record.state == State::Filling && (record.failure.is_some() || idle) {
                 floors.ingests.start(&record, credentials);
@@ -209,10 +223,8 @@ impl Floors {
 }
 
 /// Finds a record and, if it failed, makes it fill again; its old failure tells that it did.
-fn mark_for_retry(tx: &rusqlite::Connection, floors: &Floors, reference: &str) -> Result<Record> {
+fn mark_for_retry(tx: &rusqlite::Connection, reference: &str) -> Result<Record> {
     let record = resolve::record(tx, reference, "", false)?;
-    let Origin { kind, uri, options } = record.origin.clone();
-    floors.check_permitted(&SourceSpec { kind: kind.parse()?, uri, options }, &record.owner)?;
     match record.state {
         State::Failed | State::Evicted if record.origin.kind == SourceKind::Upload.as_str() => Err(Error::wrong_state(
             "NOT_RETRIABLE",
@@ -443,6 +455,13 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::CaptureOutputRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
         self.capture(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn list_catalog(
+        &self,
+        _request: Request<wire::ListCatalogRequest>,
+    ) -> Result<Response<wire::ListCatalogResponse>, Status> {
+        Ok(Response::new(wire::ListCatalogResponse { entries: self.floors.facts.catalogue.entries() }))
     }
 }
 

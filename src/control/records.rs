@@ -2,6 +2,7 @@
 
 use rusqlite::Connection;
 
+use super::catalogue::Catalogue;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
@@ -95,15 +96,18 @@ impl Floors {
 
     /// A job's row with the names of its checkpoints.
     pub(super) async fn show_job(&self, row: JobRow) -> Result<wire::Attachment> {
-        self.store.catalog().read(move |tx| attachment(tx, row)).await
+        let facts = self.facts.clone();
+        self.store.catalog().read(move |tx| attachment(tx, row, &facts.catalogue)).await
     }
 }
 
 /// A job's row as a message.
-pub(super) fn attachment(tx: &Connection, row: JobRow) -> Result<wire::Attachment> {
+pub(super) fn attachment(tx: &Connection, row: JobRow, catalogue: &Catalogue) -> Result<wire::Attachment> {
+    let mut terms = Vec::new();
     let mut checkpoints = Vec::with_capacity(row.leases.len());
     for lease in &row.leases {
         let record = checkpoints::get(tx, &lease.checkpoint)?;
+        terms.extend(record.as_ref().and_then(|record| catalogue.terms(record)));
         let path = match (row.target.as_str(), lease.subdir.as_str()) {
             ("", _) => String::new(),
             (target, "") => target.to_owned(),
@@ -127,7 +131,7 @@ pub(super) fn attachment(tx: &Connection, row: JobRow) -> Result<wire::Attachmen
         checkpoints,
         env,
         state: job_state(row.state).into(),
-        terms: Vec::new(),
+        terms,
         pid: row.pid,
     })
 }

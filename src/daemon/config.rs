@@ -25,6 +25,9 @@ const PREFIX: &str = "CKPTD_";
 /// Variables with our prefix that are no keys: they belong to `ckptctl`.
 const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT"];
 
+/// Where systemd puts the credentials of a service that has some; our default where it is set.
+const SYSTEMD_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+
 /// Everything that can be set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -46,6 +49,10 @@ pub struct Config {
     pub attempts: u32,
     /// Longest silence of a source in the middle of a body.
     pub inactivity_timeout: Duration,
+    /// Where the operator keeps named credentials.
+    pub credentials_dir: PathBuf,
+    /// The operator's own catalogue of public checkpoints; `None`: the one that is built in.
+    pub catalogue_file: Option<PathBuf>,
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
     /// Directories that are mounted on this host and served from.
@@ -64,6 +71,8 @@ impl Default for Config {
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
             inactivity_timeout: Duration::from_secs(30),
+            credentials_dir: PathBuf::from("/etc/ckptd/credentials"),
+            catalogue_file: None,
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
             datastores: Datastores::default(),
         }
@@ -92,6 +101,11 @@ const KEYS: &[Key] = &[
         name: "sources.inactivity_timeout_s",
         read: |config, value| set(&mut config.inactivity_timeout, seconds(value)),
     },
+    Key {
+        name: "sources.credentials_dir",
+        read: |config, value| set(&mut config.credentials_dir, absolute_path(value)),
+    },
+    Key { name: "catalogue.file", read: |config, value| set(&mut config.catalogue_file, file_or_none(value)) },
     Key {
         name: "memory.budget",
         read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)),
@@ -146,7 +160,11 @@ pub fn examine(
     file: Option<&Path>,
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<(Config, Vec<Problem>)> {
+    let environment: Vec<_> = environment.collect();
     let mut config = Config::default();
+    if let Some((_, directory)) = environment.iter().find(|(variable, _)| variable == SYSTEMD_CREDENTIALS) {
+        config.credentials_dir = PathBuf::from(directory);
+    }
     let mut problems = Vec::new();
     let path = file.unwrap_or(Path::new(DEFAULT_FILE));
     match std::fs::read_to_string(path) {
@@ -305,6 +323,13 @@ fn absolute_path(value: &Value) -> std::result::Result<PathBuf, String> {
     }
 }
 
+fn file_or_none(value: &Value) -> std::result::Result<Option<PathBuf>, String> {
+    match value.as_str() {
+        Some("") => Ok(None),
+        _ => absolute_path(value).map(Some).map_err(|what| format!("{what}, or empty")),
+    }
+}
+
 fn bytes(value: &Value) -> std::result::Result<u64, String> {
     value
         .as_integer()
@@ -401,6 +426,15 @@ mod tests {
         let (config, problems) = problems_of("[serve]\npassthrough = 'auto'\n[store]\ncapacity = 7\n", &environment);
         assert_eq!(problems, []);
         assert_eq!((config.passthrough, config.capacity_bytes, config.allow_networks.len()), (false, 7, 1));
+    }
+
+    #[test]
+    fn credentials_are_where_systemd_puts_them_unless_the_operator_says_otherwise() {
+        let systemd = [("CREDENTIALS_DIRECTORY", "/run/credentials/ckptd.service")];
+        let (config, _) = problems_of("", &systemd);
+        assert_eq!(config.credentials_dir, Path::new("/run/credentials/ckptd.service"));
+        let (config, _) = problems_of("[sources]\ncredentials_dir = '/keys'\n", &systemd);
+        assert_eq!(config.credentials_dir, Path::new("/keys"));
     }
 
     #[test]

@@ -52,8 +52,8 @@ const NOT_WANTED: &str = "NOT_WANTED";
 /// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
 const RECORD_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Makes a source of what a request asks for; tests and other processes give their own.
-pub type Connector = Arc<dyn Fn(&SourceSpec, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
+/// Makes a source of what a request asks for, its owner, and the secrets that came with it.
+pub type Connector = Arc<dyn Fn(&SourceSpec, &str, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
 
 /// What operators may set.
 #[derive(Clone, Copy, Debug)]
@@ -233,7 +233,7 @@ impl Shared {
             uri: record.origin.uri.clone(),
             options: record.origin.options.clone(),
         };
-        let source = (self.connect)(&spec, credentials)?;
+        let source = (self.connect)(&spec, &record.owner, credentials)?;
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
                 let flight = self.join_flight(record, source, listing, progress).await?;

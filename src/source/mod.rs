@@ -17,11 +17,14 @@
 mod archived;
 mod beneath;
 mod connect;
+mod credentials;
 mod datastore;
 mod directory;
 pub mod egress;
+mod git;
 mod http;
 mod huggingface;
+mod kaggle;
 mod regional;
 mod spec;
 mod walk;
@@ -40,9 +43,10 @@ use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
 pub use connect::{SourceContext, check_options, check_uri, connect, shown_uri, split_user_information};
+pub use credentials::{Credentials, CredentialsDirectory};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
-pub use spec::{Credentials, SourceKind, SourceSpec};
+pub use spec::{SourceKind, SourceSpec};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;

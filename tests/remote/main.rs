@@ -8,5 +8,9 @@
 mod support;
 
 mod archives;
+mod catalogue;
+mod credentials;
+mod huggingface;
+mod kaggle;
 mod regional;
 mod web;

@@ -16,3 +16,4 @@ pub(crate) mod place;
 pub(crate) mod ran;
 pub(crate) mod server;
 pub(crate) mod site;
+pub(crate) mod standin;
