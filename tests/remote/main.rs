@@ -16,4 +16,5 @@ mod gcs;
 mod huggingface;
 mod kaggle;
 mod s3;
+mod regional;
 mod web;

@@ -8,6 +8,7 @@
 
 pub(crate) mod corpus;
 pub(crate) mod daemon;
+pub(crate) mod faultfs;
 pub(crate) mod faults;
 pub(crate) mod files;
 pub(crate) mod loopfs;
