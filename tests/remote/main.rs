@@ -8,4 +8,5 @@
 mod support;
 
 mod archives;
+mod git;
 mod web;
