@@ -17,4 +17,5 @@ mod huggingface;
 mod kaggle;
 mod s3;
 mod regional;
+mod git;
 mod web;
