@@ -8,4 +8,6 @@
 mod support;
 
 mod archives;
+mod ftp;
 mod web;
+mod web_policy;
