@@ -75,6 +75,10 @@ pub const QUEUE_COMMANDS: usize = 256;
 /// Blob descriptors kept open by the daemon for its own reads.
 pub const OPEN_BLOBS: usize = 1024;
 
+/// Read-ahead of the store's disk: what one page fault or read brings in. Reads through the page cache gain up to 4 MiB and
+/// no more beyond.
+pub const READ_AHEAD_DEFAULT: u64 = 4 << 20;
+
 /// Space that admission leaves free on the store's filesystem, so that the catalog can always commit.
 pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
 

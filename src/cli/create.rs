@@ -86,7 +86,8 @@ fn parse_type(text: &str) -> Result<SourceKind, String> {
     }
 }
 
-fn parse_option(text: &str) -> Result<(String, String), String> {
+/// An option as the command line has it.
+pub(super) fn parse_option(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("write it as KEY=VALUE".to_owned()),

@@ -107,8 +107,12 @@ impl Service {
         } else {
             request.name
         };
-        let origin =
-            Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options: Default::default() };
+        if let Some(unknown) = request.options.keys().find(|key| *key != "extract") {
+            return Err(Error::invalid("UNKNOWN_OPTION", format!("capturing has no option `{unknown}`"))
+                .remedy("the only one is `extract`"));
+        }
+        let options = request.options.into_iter().collect();
+        let origin = Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options };
         let record = new_record(request.id, name, request.owner, false, origin)?;
         self.begin(record, Credentials::default()).await
     }

@@ -36,6 +36,8 @@ pub struct Config {
     pub capacity_bytes: u64,
     /// Logical bytes one checkpoint may have.
     pub checkpoint_bytes: u64,
+    /// Bytes that the store's disk is to read ahead at least; 0: as it is.
+    pub read_ahead_bytes: u64,
     /// Whether the kernel reads whole blobs itself where it can.
     pub passthrough: bool,
     /// Networks that sources may reach besides public addresses.
@@ -59,6 +61,7 @@ impl Default for Config {
             runtime_dir: PathBuf::from("/run/ckptd"),
             capacity_bytes: 0,
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
+            read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
@@ -84,6 +87,7 @@ const KEYS: &[Key] = &[
     Key { name: "store.runtime_dir", read: |config, value| set(&mut config.runtime_dir, absolute_path(value)) },
     Key { name: "store.capacity", read: |config, value| set(&mut config.capacity_bytes, bytes(value)) },
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
+    Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },

@@ -49,7 +49,13 @@ impl Instance {
         raise_descriptor_limit();
         let (state_dir, runtime_dir, passthrough) =
             (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
-        let store = blocking(move || Store::open(&state_dir)).await?;
+        let read_ahead_bytes = config.read_ahead_bytes;
+        let store = blocking(move || {
+            let store = Store::open(&state_dir)?;
+            store.disk().raise_read_ahead(read_ahead_bytes);
+            Ok(store)
+        })
+        .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
         let listener = control::bind(&socket).await?;

@@ -19,6 +19,7 @@
 
 mod extents;
 mod ownership;
+mod read_ahead;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -81,6 +82,20 @@ impl Disk {
     /// Whether the filesystem shares extents between files.
     pub fn reflink(&self) -> bool {
         self.reflink
+    }
+
+    /// Raises the read-ahead of the store's disk to `bytes`, if it is lower. What cannot be raised is logged and left: reads are
+    /// slower then, and right.
+    pub fn raise_read_ahead(&self, bytes: u64) {
+        match read_ahead::raise(&self.root_handle, bytes) {
+            Ok((before, after)) if after > before => {
+                tracing::info!(before_kib = before, after_kib = after, "the read-ahead of the store's disk was raised");
+            }
+            Ok(_) => {}
+            Err(why) => {
+                tracing::warn!(root = %self.root.display(), why, "the read-ahead of the store's disk stays as it is")
+            }
+        }
     }
 
     /// Why nothing is written any more, if so.

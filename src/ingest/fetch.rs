@@ -9,7 +9,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,14 +19,14 @@ use super::Shared;
 use super::copy;
 use super::plan::{self, ToFill};
 use super::progress::Progress;
+use super::publish::{Filled, GiveUp, publish};
 use super::retry::Ladder;
 use super::seal::{self, Digested};
 use crate::catalog::fills;
 use crate::error::{Error, Kind, Result};
 use crate::limits::{self, UNIT_BYTES};
-use crate::manifest::{Entry, EntryKind};
+use crate::manifest::Entry;
 use crate::source::{File, Source};
-use crate::store::Sealing;
 use crate::store::filling::{Filling, UnitMap};
 
 /// Units asked for in one range: few requests, yet several in flight for one file.
@@ -153,7 +152,7 @@ pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     if file.file.size.is_some() {
         flying.progress.arrived(size);
     }
-    publish(&flying, file, size, digested, false).await
+    filled(&flying, file, size, digested, false).await
 }
 
 fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8>> {
@@ -226,16 +225,6 @@ pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     }
 }
 
-/// Ends the blocking side of a fill when the async side goes away.
-pub(super) struct GiveUp(pub(super) Arc<Filling>, pub(super) Arc<AtomicBool>);
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        self.1.store(true, Ordering::Relaxed);
-        self.0.give_up();
-    }
-}
-
 /// Waits for both; the copier's error explains the sealer's.
 pub(super) async fn join_fill<A>(
     filler: impl Future<Output = Result<A>>,
@@ -252,8 +241,7 @@ async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Resu
     let believed = units.here_bytes();
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, units)?);
     flying.progress.take_back(believed - filling.units().here_bytes());
-    let stopped = Arc::new(AtomicBool::new(false));
-    let _give_up = GiveUp(filling.clone(), stopped);
+    let _give_up = GiveUp(filling.clone());
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
         blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
@@ -275,7 +263,7 @@ async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Resu
         blocking(move || filling.flush().map(|_| ())).await
     };
     match join_fill(filler, sealer).await {
-        Ok(digested) => publish(&flying, file, size, digested, true).await,
+        Ok(digested) => filled(&flying, file, size, digested, true).await,
         Err(error) => {
             if error.kind() == Kind::Corrupt {
                 distrust(&flying, &file, size).await?;
@@ -461,7 +449,7 @@ async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
         seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling)
     })
     .await?;
-    publish(&flying, file, size, digested, true).await
+    filled(&flying, file, size, digested, true).await
 }
 
 async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<u64, (u64, Error)> {
@@ -481,27 +469,17 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     Ok(at)
 }
 
-pub(super) async fn publish(
+/// Seals a file of the listing.
+pub(super) async fn filled(
     flying: &Arc<Flying>,
     file: ToFill,
     size: u64,
     digested: Digested,
     synced: bool,
 ) -> Result<Entry> {
-    let digest = digested.digest;
-    let sealing = Sealing {
-        flight: flying.key.clone(),
-        number: file.number,
-        path: file.path.clone(),
-        size,
-        digest,
-        chunks: digested.chunks,
-        synced,
-    };
-    flying.shared.store.publish(sealing).await?;
-    flying.progress.sealed();
-    let kind = EntryKind::File { size, executable: file.file.executable, digest };
-    Ok(Entry { path: file.path, kind })
+    let executable = file.file.executable;
+    let filled = Filled { path: file.path, number: file.number, size, executable, digested, synced };
+    publish(&flying.shared, &flying.key, &flying.progress, filled).await
 }
 
 #[cfg(test)]

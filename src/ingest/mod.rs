@@ -17,6 +17,7 @@ mod fetch;
 mod flight;
 pub mod plan;
 pub mod progress;
+mod publish;
 pub mod retry;
 mod seal;
 mod stream;

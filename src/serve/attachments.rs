@@ -120,7 +120,7 @@ impl Attachments {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
         let leases = arrange(&wanted)?;
         if let Some(row) = self.row(job).await? {
-            return if same_checkpoints(&row.leases, &leases) { Ok(row) } else { Err(has_others(&row)) };
+            return if same_checkpoints(&row.leases, &wanted) { Ok(row) } else { Err(has_others(&row)) };
         }
         let row = JobRow {
             job: job.to_string(),
@@ -142,13 +142,14 @@ impl Attachments {
     /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`; nothing is mounted then.
     pub async fn attach(&self, wanted: Wanted) -> Result<JobRow> {
         let _gate = self.0.job_gates.pass(wanted.job.as_str()).await?;
-        let leases = arrange(&wanted.checkpoints)?;
+        let mut leases = arrange(&wanted.checkpoints)?;
         let before = self.row(&wanted.job).await?;
         let (target, made) = self.target_of(&wanted)?;
         if let Some(row) = &before {
-            if !same_checkpoints(&row.leases, &leases) {
+            if !same_checkpoints(&row.leases, &wanted.checkpoints) {
                 return Err(has_others(row));
             }
+            leases.clone_from(&row.leases);
             if row.state == JobState::Attached {
                 if row.target != target.to_string_lossy() || row.pid != wanted.pid {
                     return Err(attached_elsewhere(row));
@@ -521,8 +522,12 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
     Ok(leases)
 }
 
-fn same_checkpoints(held: &[Lease], wanted: &[Lease]) -> bool {
-    held == wanted
+/// Whether a job asks for what it holds. A directory that the request leaves open is the one it got, whatever the checkpoint is called by now.
+fn same_checkpoints(held: &[Lease], wanted: &[(Record, String)]) -> bool {
+    held.len() == wanted.len()
+        && held.iter().zip(wanted).all(|(lease, (record, subdir))| {
+            lease.checkpoint == record.id && (subdir.is_empty() || *subdir == lease.subdir)
+        })
 }
 
 fn has_others(row: &JobRow) -> Error {

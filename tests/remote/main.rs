@@ -7,6 +7,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod archives;
 mod catalogue;
 mod credentials;
 mod huggingface;
