@@ -109,3 +109,18 @@ pub const ARCHIVE_SPARSE_PIECES: usize = 1 << 18;
 
 /// Bytes of names and link targets remembered of one archive: what its manifest could hold anyway.
 pub const ARCHIVE_NAMES_BYTES: usize = MANIFEST_BYTES;
+
+/// Submodules of one git checkpoint, all levels together: each is a connection of its own.
+pub const GIT_SUBMODULES: usize = 256;
+
+/// Levels of submodules below a repository. Real ones have two or three; a repository that contains itself ends here.
+pub const GIT_SUBMODULE_DEPTH: usize = 8;
+
+/// `.gitmodules` or `.lfsconfig` of a repository: some kilobytes in real ones.
+pub const GIT_SETTINGS_BYTES: u64 = 1 << 20;
+
+/// Memory that one `git` may take: it holds a delta and its base whole, and servers send files above 512 MiB without deltas.
+pub const GIT_MEMORY_BYTES: u64 = 2 << 30;
+
+/// Longest pointer that git LFS recognises.
+pub const LFS_POINTER_BYTES: u64 = 1024;

@@ -108,7 +108,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config)?,
+        connector(config, &store)?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -121,11 +121,15 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     Ok(Floors { store, ingests, attachments, facts })
 }
 
-/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config) -> Result<Connector> {
+/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of
+/// this host come from `capture` alone, which only the socket's owner can ask for.
+fn connector(config: &Config, store: &Store) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
-    let context = SourceContext::new(&settings, policy)?.with_host_directories();
+    let context = SourceContext::new(&settings, policy)?
+        .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
+        .with_host_credentials(Some(config.credentials_dir.clone()))
+        .with_host_directories();
     let directory = CredentialsDirectory::new(config.credentials_dir.clone());
     Ok(Arc::new(move |spec: &SourceSpec, owner: &str, given: &Credentials| {
         source::connect(spec, &directory.resolve(spec, owner, given)?, &context)

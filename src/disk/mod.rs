@@ -7,6 +7,7 @@
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
+//! scratch/<n>/                 what a source needs on disk while it is read; emptied at every start
 //! ```
 //!
 //! Durability: [`Disk::sync_file`] returns after `fdatasync`, [`Disk::sync_directories`] after `fsync` of the named
@@ -20,6 +21,7 @@
 mod extents;
 mod ownership;
 mod read_ahead;
+mod scratch;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -37,6 +39,7 @@ use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
 use crate::units::show_bytes;
 
 pub use extents::{SealedFile, clone_file};
+pub use scratch::Scratch;
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;
@@ -61,7 +64,8 @@ impl Disk {
         make_directory(root)?;
         let lock = ownership::take_lock(root)?;
         ownership::check_version(root)?;
-        for part in ["filling", "blobs", "quarantine"] {
+        scratch::clear(root);
+        for part in ["filling", "blobs", "quarantine", "scratch"] {
             make_directory(&root.join(part))?;
         }
         for byte in 0..=u8::MAX {

@@ -3,7 +3,7 @@
 //! The rules are those of the platform's user page. A URI that breaks its kind's rule is refused here, before a record
 //! is made of it; a kind that this build does not fetch yet is `SOURCE_NOT_SUPPORTED`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reqwest::Url;
@@ -12,7 +12,8 @@ use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, kaggle, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, web};
+use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
@@ -26,7 +27,20 @@ pub struct SourceContext {
     pub(super) http: HttpClient,
     /// For what connects by other means.
     pub(super) policy: Arc<EgressPolicy>,
+    /// Times and proxies, for what connects by other means.
+    pub(super) settings: HttpSettings,
+    /// For what has to lie on disk while it is read.
+    pub(super) scratch: Option<ScratchSpace>,
+    /// Secrets of the host, one file each, for sources that take them by name.
+    pub(super) host_credentials: Option<PathBuf>,
     host_directories: bool,
+}
+
+/// Where sources may make scratch directories, and how much may lie in one.
+#[derive(Clone, Debug)]
+pub(super) struct ScratchSpace {
+    pub(super) disk: Arc<Disk>,
+    pub(super) limit_bytes: u64,
 }
 
 impl SourceContext {
@@ -37,7 +51,26 @@ impl SourceContext {
     /// As [`HttpClient::new`].
     pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
         let policy = Arc::new(policy);
-        Ok(Self { http: HttpClient::new(settings, Arc::clone(&policy))?, policy, host_directories: false })
+        Ok(Self {
+            http: HttpClient::new(settings, Arc::clone(&policy))?,
+            policy,
+            settings: settings.clone(),
+            scratch: None,
+            host_credentials: None,
+            host_directories: false,
+        })
+    }
+
+    /// The same, with scratch directories on `disk` of at most `limit_bytes` each. Without, sources that need one are refused.
+    #[must_use]
+    pub fn with_scratch(self, disk: Arc<Disk>, limit_bytes: u64) -> Self {
+        Self { scratch: Some(ScratchSpace { disk, limit_bytes }), ..self }
+    }
+
+    /// The same, with the host's own secrets in the files of `directory` (systemd's `$CREDENTIALS_DIRECTORY`).
+    #[must_use]
+    pub fn with_host_credentials(self, directory: Option<PathBuf>) -> Self {
+        Self { host_credentials: directory, ..self }
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
@@ -55,6 +88,7 @@ impl SourceContext {
 pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
     check_uri(spec.kind, &spec.uri)?;
     match spec.kind {
+        SourceKind::Git => git::connect(spec, credentials, context),
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
         SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
@@ -69,7 +103,6 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         SourceKind::Aws
         | SourceKind::Azure
         | SourceKind::Gcp
-        | SourceKind::Git
         | SourceKind::Local
         | SourceKind::Regional
         | SourceKind::Wasabi
@@ -134,7 +167,8 @@ fn has_plain_port(rest: &str) -> bool {
 }
 
 /// `uri` without user information, and user name and password where it had them (percent-decoded). A URI without
-/// `://` has none: the user of `git@host:path` is no secret.
+/// `://` has none: the user of `git@host:path` is no secret, nor is that of `ssh://git@host/path`, which stays; there a password
+/// has no use and is dropped.
 pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let Some((scheme, rest)) = uri.split_once("://") else {
         return (uri.to_owned(), None);
@@ -144,6 +178,10 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let Some((user_information, host)) = authority.rsplit_once('@') else {
         return (uri.to_owned(), None);
     };
+    if scheme.eq_ignore_ascii_case("ssh") {
+        let user = user_information.split(':').next().unwrap_or_default();
+        return (format!("{scheme}://{user}@{host}{path}"), None);
+    }
     let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let (username, password) = user_information.split_once(':').unwrap_or((user_information, ""));
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
@@ -191,7 +229,7 @@ fn is_git(uri: &str) -> bool {
             && !path.is_empty()
             && !path.starts_with("//")
     });
-    scp || has_scheme(uri, &["http", "https", "ssh", "git"])
+    scp || has_scheme(uri, &["http", "https", "ssh"])
 }
 
 pub(super) fn not_supported(what: impl std::fmt::Display) -> Error {
@@ -226,6 +264,8 @@ mod tests {
             (K::Git, "git@github.com:o/r.git", "o/r"),
             (K::Git, "https://h/o/r", "file:///r"),
             (K::Git, "ssh://git@h/o/r", "-oProxyCommand=x@h:p"),
+            (K::Git, "http://h/o/r", "git://h/o/r"),
+            (K::Git, "ssh://h:22/r", "ext::sh -c x@h:y"),
             (K::HuggingFace, "openai/whisper-tiny", "a/b/c"),
             (K::Kaggle, "lish-moa", "https://kaggle.com/x"),
             (K::Local, "~/x", "./x"),
@@ -270,6 +310,7 @@ mod tests {
             assert_eq!(shown_uri(SourceKind::Web, uri), shown);
         }
         assert_eq!(shown_uri(SourceKind::Git, "git@github.com:o/r.git"), "git@github.com:o/r.git");
+        assert_eq!(shown_uri(SourceKind::Git, "ssh://git:secret@h:22/o/r.git"), "ssh://git@h:22/o/r.git");
         assert_eq!(shown_uri(SourceKind::Aws, "s3://b/k?x#y"), "s3://b/k?x#y");
         assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
         let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");

@@ -19,6 +19,7 @@ mod connect;
 mod credentials;
 mod directory;
 pub mod egress;
+mod git;
 mod http;
 mod huggingface;
 mod kaggle;

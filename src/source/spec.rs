@@ -77,7 +77,7 @@ impl SourceKind {
         let scheme = uri.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
         match scheme.as_deref() {
             Some("gs") => Ok(Self::Gcp),
-            Some("ssh" | "git") => Ok(Self::Git),
+            Some("ssh") => Ok(Self::Git),
             Some("ftp" | "ftps" | "http") => Ok(Self::Web),
             Some("https") if uri.contains(".blob.core.windows.net/") => Ok(Self::Azure),
             Some("https") if uri.ends_with(".git") => Ok(Self::Git),
