@@ -21,6 +21,8 @@ pub(crate) const CKPTCTL: &str = env!("CARGO_BIN_EXE_ckptctl");
 
 /// Lets sources reach the web sites of the tests.
 pub(crate) const LOOPBACK: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.0/8"]"#);
+/// The same where they go by the name `localhost`.
+pub(crate) const LOCALHOST: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.0/8", "::1/128"]"#);
 /// Keeps every read in the daemon.
 pub(crate) const NO_PASSTHROUGH: (&str, &str) = ("CKPTD_SERVE__PASSTHROUGH", r#""never""#);
 

@@ -17,6 +17,7 @@
 //! provider unless `main` has installed one.
 
 mod body;
+mod proxy;
 mod status;
 mod target;
 
@@ -30,6 +31,7 @@ use reqwest::header::{ACCEPT_ENCODING, HeaderName, LOCATION};
 use reqwest::{Client, Method, RequestBuilder, StatusCode, Url};
 use tokio::time::timeout;
 
+use self::proxy::Proxies;
 use super::egress::{EgressPolicy, GuardedResolver, Refusal};
 use crate::error::{Error, Result};
 
@@ -56,7 +58,7 @@ pub struct HttpSettings {
     pub connect_timeout: Duration,
     /// For any silence of the other side after that.
     pub inactivity_timeout: Duration,
-    /// Whether `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` of the environment count; see `egress` for what that means.
+    /// Whether `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` of the environment count; see [`proxy`] for what that means.
     pub environment_proxy: bool,
 }
 
@@ -75,6 +77,7 @@ impl Default for HttpSettings {
 pub struct HttpClient {
     client: Client,
     policy: Arc<EgressPolicy>,
+    proxies: Arc<Proxies>,
     inactivity: Duration,
     answer_within: Duration,
 }
@@ -89,13 +92,14 @@ impl HttpClient {
             // Fails only if somebody else was first, which is as good.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
+        let proxies = Arc::new(Proxies::new(settings.environment_proxy));
         let mut builder = Client::builder()
             .user_agent(concat!("ckptd/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .http1_only()
             .connect_timeout(settings.connect_timeout)
-            .dns_resolver(GuardedResolver::new(Arc::clone(&policy)));
+            .dns_resolver(GuardedResolver::new(Arc::clone(&policy), proxies.hosts()));
         if !settings.environment_proxy {
             builder = builder.no_proxy();
         }
@@ -107,6 +111,7 @@ impl HttpClient {
         Ok(Self {
             client,
             policy,
+            proxies,
             inactivity: settings.inactivity_timeout,
             answer_within: settings.connect_timeout + settings.inactivity_timeout,
         })
@@ -143,7 +148,9 @@ impl HttpClient {
         url: &Url,
         authorization: Option<&Authorization>,
     ) -> Result<reqwest::Response> {
-        self.policy.check_url(url).map_err(|refused| refused.during(format!("fetching {}", shown(url))))?;
+        let during = |refused: Error| refused.during(format!("fetching {}", shown(url)));
+        self.policy.check_url(url).map_err(during)?;
+        self.proxies.check(url, &self.policy).await.map_err(during)?;
         let mut call = self.client.request(request.method.clone(), url.clone());
         if !request.headers.iter().any(|(name, _)| *name == ACCEPT_ENCODING) {
             call = call.header(ACCEPT_ENCODING, "identity");
