@@ -59,7 +59,7 @@ fn large_files_come_verified_or_not_at_all() {
         assert_eq!(daemon.json(&["get", "wrong"])["error"]["reason"], "DIGEST_MISMATCH");
         daemon.ctl(&["remove", "wrong", "--yes"]).ok();
         fs::remove_file(&object).unwrap();
-        create(&daemon, "missing", &url, &[]).refused(&[3], &["does not have the LFS object"]);
+        create(&daemon, "missing", &url, &[]).refused(&[3], &["it has none of the files asked for"]);
         daemon.ctl(&["remove", "missing", "--yes"]).ok();
     }
     assert_no_scratch(&daemon);
