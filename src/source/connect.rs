@@ -38,7 +38,7 @@ pub struct SourceContext {
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
     pub(super) scratch: Option<ScratchSpace>,
-    /// Secrets of the host, one file each, for sources that take them by name.
+    /// The directory with what the operator knows of other hosts (`known_hosts`).
     pub(super) host_credentials: Option<PathBuf>,
     host_directories: bool,
 }
@@ -76,7 +76,7 @@ impl SourceContext {
         Self { scratch: Some(ScratchSpace { disk, limit_bytes }), ..self }
     }
 
-    /// The same, with the host's own secrets in the files of `directory` (systemd's `$CREDENTIALS_DIRECTORY`).
+    /// The same, with what the operator knows of other hosts in the files of `directory`. No secret is taken from there.
     #[must_use]
     pub fn with_host_credentials(self, directory: Option<PathBuf>) -> Self {
         Self { host_credentials: directory, ..self }
