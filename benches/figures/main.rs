@@ -21,6 +21,7 @@ mod support;
 mod table;
 mod unpack;
 mod walk;
+mod web;
 
 use table::{Scale, Table};
 
@@ -30,6 +31,7 @@ type Take = fn(&Scale, &mut Table);
 const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
     ("ingest", ingest::take),
+    ("web", web::take),
     ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),
