@@ -22,6 +22,7 @@ mod support;
 mod table;
 mod unpack;
 mod walk;
+mod web;
 
 use table::{Scale, Table};
 
@@ -32,6 +33,7 @@ const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
     ("ingest", ingest::take),
     ("objects", objects::take),
+    ("web", web::take),
     ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),
