@@ -44,11 +44,15 @@ impl Service {
             .remedy("use `ckptctl capture` or `ckptctl upload`"));
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
+        let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
         let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
         self.floors.check_permitted(&spec, &request.owner)?;
         let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
+        if let Some(signature) = signature {
+            secrets.entry("sas".into()).or_insert(signature);
+        }
         if let Some((username, password)) = user {
             secrets.entry("username".into()).or_insert(username);
             secrets.entry("password".into()).or_insert(password);

@@ -14,7 +14,7 @@ use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, regional, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
@@ -116,12 +116,10 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))
         }
-        SourceKind::Aws
-        | SourceKind::Azure
-        | SourceKind::Gcp
-        | SourceKind::Local
-        | SourceKind::Wasabi
-        | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
+        SourceKind::Aws | SourceKind::Wasabi => objects::s3::connect(spec, credentials, context),
+        SourceKind::Azure => objects::azure::connect(spec, credentials, context),
+        SourceKind::Gcp => objects::gcs::connect(spec, credentials, context),
+        SourceKind::Local | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
 }
 
@@ -208,6 +206,18 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let (username, password) = user_information.split_once(':').unwrap_or((user_information, ""));
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
+}
+
+/// `uri` without the signature that gives access to it, and that signature: for Azure the query, which is a shared access
+/// signature or nothing that we know.
+pub fn split_signature(kind: SourceKind, uri: &str) -> (String, Option<String>) {
+    let plain = uri.split('#').next().unwrap_or_default();
+    match plain.split_once('?') {
+        Some((plain, query)) if kind == SourceKind::Azure => {
+            (plain.to_owned(), Some(query.to_owned()).filter(|query| !query.is_empty()))
+        }
+        _ => (uri.to_owned(), None),
+    }
 }
 
 /// The http or https address that `text` is; `what` says for the error what it was given as.
@@ -304,12 +314,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so() {
-        for (kind, uri) in [
-            (SourceKind::Aws, "s3://b/k"),
-            (SourceKind::Web, "ftp://h/x"),
-            (SourceKind::Web, "https://h/dir/"),
-            (SourceKind::Web, "https://h"),
-        ] {
+        for (kind, uri) in [(SourceKind::Upload, "")] {
             let error = refused(kind, uri);
             assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
         }
@@ -338,6 +343,15 @@ mod tests {
         assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
         let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");
         assert_eq!((plain.as_str(), secret), ("https://h:1/x?q", Some(("user".to_owned(), "pa ss".to_owned()))));
+    }
+
+    #[test]
+    fn a_signature_in_the_uri_is_taken_out_of_it() {
+        let (plain, signature) = split_signature(SourceKind::Azure, "https://a/c/p?sv=1&sig=x#f");
+        assert_eq!((plain.as_str(), signature.as_deref()), ("https://a/c/p", Some("sv=1&sig=x")));
+        for (kind, uri) in [(SourceKind::Azure, "https://a/c/p"), (SourceKind::Aws, "s3://b/k?x#y")] {
+            assert_eq!(split_signature(kind, uri), (uri.to_owned(), None));
+        }
     }
 
     #[test]

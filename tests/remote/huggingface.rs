@@ -246,7 +246,7 @@ fn olah(place: &Place) -> Server {
         mirrors = place.join("mirrors").display(),
     );
     fs::write(&config, text).unwrap();
-    let mut command = Command::new(tool("venv-olah/bin/olah-cli"));
+    let mut command = Command::new(tool("olah/bin/olah-cli"));
     command.arg("-c").arg(config).args(["--host", "127.0.0.1", "--port", &port.to_string()]).current_dir(place.path());
     Server::start(&mut command, port)
 }

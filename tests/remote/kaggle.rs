@@ -39,7 +39,7 @@ fn client(endpoint: &str, arguments: &[&str], home: &Path) -> Ran {
         \x20       'kernel': kagglehub.notebook_output_download}[sys.argv[1]]\n\
         shutil.copytree(call(sys.argv[2]), sys.argv[3])";
     fs::create_dir_all(home).unwrap();
-    run(clean(tool("venv-kaggle/bin/python").to_str().unwrap())
+    run(clean(tool("kaggle/bin/python").to_str().unwrap())
         .args(["-c", program, endpoint])
         .args(arguments)
         .env("HOME", home)
