@@ -144,7 +144,7 @@ impl Shared {
     /// Answers at once, or from a thread of its own once `inode` hangs no more.
     fn when_let_go(self: &Arc<Self>, inode: u64, answer: impl FnOnce(&Self) + Send + 'static) {
         if !self.hung.lock().unwrap().contains(&inode) {
-            return answer(self);
+            return answer(self.as_ref());
         }
         let shared = self.clone();
         thread::spawn(move || {
