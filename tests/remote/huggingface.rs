@@ -149,21 +149,24 @@ fn every_fault_on_the_way_is_got_over() {
     let expected = daemon.place().join("expected");
     bring(&hub.url(""), "acme/tiny", &expected);
     let faults = Faults::before(hub.port);
-    for (number, (words, fault, at_least_s)) in [
-        ("/revision/", Fault::Status(503, ""), 0),
-        ("/tree/", Fault::Status(429, "Retry-After: 2"), 2),
-        ("cursor=2", Fault::Status(429, "Retry-After: 1"), 1),
-        ("/config.json", Fault::Status(429, "Retry-After: 2"), 2),
-        ("/cdn/", Fault::Status(500, ""), 0),
+    // The first byte of the largest file is asked for at opening, and passes: what comes after it is spoiled.
+    let weights = "model.safetensors?Sig";
+    for (number, (words, passes, fault, at_least_s)) in [
+        ("/revision/", 0, Fault::Status(503, ""), 0),
+        ("/tree/", 0, Fault::Status(429, "Retry-After: 2"), 2),
+        ("cursor=2", 0, Fault::Status(429, "Retry-After: 1"), 1),
+        ("/config.json", 0, Fault::Status(429, "Retry-After: 2"), 2),
+        (weights, 0, Fault::Status(500, ""), 0),
         // The signature expired: the hub is asked for another.
-        ("/cdn/", Fault::Status(403, ""), 0),
-        ("/model.safetensors", Fault::Reset(3 * MIB), 0),
-        ("/cdn/", Fault::Truncate(20), 0),
-        ("/model.safetensors?Sig", Fault::Stall(MIB), 2),
+        (weights, 1, Fault::Status(403, ""), 0),
+        (weights, 1, Fault::Reset(MIB), 0),
+        ("small.bin?Sig", 0, Fault::Truncate(20), 0),
+        (weights, 1, Fault::Stall(MIB), 2),
     ]
     .into_iter()
     .enumerate()
     {
+        faults.spoil(words, Fault::Truncate(u64::MAX), passes);
         faults.spoil(words, fault.clone(), 1);
         let (name, began) = (format!("n{number}"), Instant::now());
         create(&daemon, &faults.url(""), &name, "acme/tiny", &["--wait"]).ok();
