@@ -18,7 +18,7 @@ pub(super) struct Create {
     /// Make a public checkpoint of the catalogue; `ckptctl catalog` lists them
     #[arg(long, value_name = "NAME", conflicts_with_all = ["uri", "type", "options", "owner"])]
     catalog: Option<String>,
-    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/ or `<namespace>/<repo>`
+    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/, `<namespace>/<repo>` or a datastore's name
     #[arg(long, required_unless_present = "catalog")]
     uri: Option<String>,
     /// aws, azure, gcp, git, huggingface, kaggle, local, regional, wasabi or web; needed where the URI does not tell

@@ -15,7 +15,7 @@ use crate::catalog::events::NewEvent;
 use crate::catalog::jobs;
 use crate::error::{Error, Kind, Result};
 use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
-use crate::source::{self, Credentials, SourceKind};
+use crate::source::{self, Credentials, SourceKind, SourceSpec};
 use crate::units::now_unix_ms;
 
 /// A watched record is sent at most this often.
@@ -44,9 +44,15 @@ impl Service {
             .remedy("use `ckptctl capture` or `ckptctl upload`"));
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
+        let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
-        let origin = Origin { kind: kind.to_string(), uri, options: wanted.options.into_iter().collect() };
+        let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
+        self.floors.check_permitted(&spec, &request.owner)?;
+        let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
+        if let Some(signature) = signature {
+            secrets.entry("sas".into()).or_insert(signature);
+        }
         if let Some((username, password)) = user {
             secrets.entry("username".into()).or_insert(username);
             secrets.entry("password".into()).or_insert(password);
@@ -196,6 +202,15 @@ impl Service {
 }
 
 impl Floors {
+    /// Whether a source can be what it says and `owner` may use it, as far as is told without contacting anybody.
+    ///
+    /// # Errors
+    /// Invalid options, `NO_SUCH_DATASTORE`.
+    fn check_permitted(&self, spec: &SourceSpec, owner: &str) -> Result<()> {
+        source::check_options(spec)?;
+        if spec.kind == SourceKind::Regional { self.datastores.find(&spec.uri, owner).map(drop) } else { Ok(()) }
+    }
+
     /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
     ///
     /// # Errors
@@ -266,6 +281,7 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         logical_bytes: 0,
         failure: None,
         created_ms: now_unix_ms(),
+        in_place: None,
     })
 }
 

@@ -32,11 +32,8 @@ const fn job_state(state: JobState) -> wire::AttachmentState {
 impl Floors {
     /// A record as it is now, with its footprint and progress.
     pub(super) async fn show(&self, record: Record) -> Result<wire::Checkpoint> {
-        let manifest = record.manifest;
-        let footprint = match manifest {
-            Some(manifest) => self.store.catalog().read(move |tx| checkpoints::footprint(tx, &manifest)).await?,
-            None => (0, 0),
-        };
+        let asked = record.clone();
+        let footprint = self.store.catalog().read(move |tx| checkpoints::footprint(tx, &asked)).await?;
         Ok(self.message(record, footprint))
     }
 
@@ -50,7 +47,7 @@ impl Floors {
             .catalog()
             .read(move |tx| {
                 let footprint = |record: Record| {
-                    let bytes = record.manifest.map_or(Ok((0, 0)), |manifest| checkpoints::footprint(tx, &manifest))?;
+                    let bytes = checkpoints::footprint(tx, &record)?;
                     Ok((record, bytes))
                 };
                 select(tx)?.into_iter().map(footprint).collect::<Result<Vec<_>>>()

@@ -24,7 +24,9 @@ use crate::error::{Error, Result};
 use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
 use crate::source::egress::EgressPolicy;
-use crate::source::{self, Credentials, CredentialsDirectory, HttpSettings, SourceContext, SourceSpec};
+use crate::source::{
+    self, Credentials, CredentialsDirectory, Datastores, HttpSettings, SourceContext, SourceKind, SourceSpec,
+};
 use crate::store::Store;
 use config::Config;
 
@@ -47,6 +49,9 @@ impl Instance {
         let started = Instant::now();
         require_root()?;
         raise_descriptor_limit();
+        for problem in config::examine_host(config) {
+            tracing::warn!(key = problem.place, "{}", problem.what);
+        }
         let (state_dir, runtime_dir, passthrough) =
             (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
         let read_ahead_bytes = config.read_ahead_bytes;
@@ -105,10 +110,12 @@ impl Instance {
 async fn compose(config: &Config, store: Store, passthrough: bool, started: Instant) -> Result<Floors> {
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
-    let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
+    let datastores = Arc::new(config.datastores.clone());
+    let known = datastores.clone();
+    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config, &store)?,
+        connector(config, &store, datastores.clone())?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -118,20 +125,24 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     );
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
-    Ok(Floors { store, ingests, attachments, facts })
+    Ok(Floors { store, ingests, attachments, datastores, facts })
 }
 
-/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of
-/// this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config, store: &Store) -> Result<Connector> {
+/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from
+/// `capture` alone, which only the socket's owner can ask for.
+fn connector(config: &Config, store: &Store, datastores: Arc<Datastores>) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
     let context = SourceContext::new(&settings, policy)?
         .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
         .with_host_credentials(Some(config.credentials_dir.clone()))
-        .with_host_directories();
+        .with_host_directories()
+        .with_datastores(datastores.clone());
     let directory = CredentialsDirectory::new(config.credentials_dir.clone());
     Ok(Arc::new(move |spec: &SourceSpec, owner: &str, given: &Credentials| {
+        if spec.kind == SourceKind::Regional {
+            datastores.find(&spec.uri, owner)?;
+        }
         source::connect(spec, &directory.resolve(spec, owner, given)?, &context)
     }))
 }

@@ -25,7 +25,7 @@ pub(super) async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: s
     let _give_up = GiveUp(filling.clone());
     let layout =
         seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
-    let _core = flying.shared.bounds.core().await?;
+    let _core = flying.core().await?;
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
         blocking(move || seal::follow(&filling, &path, &expected, layout))

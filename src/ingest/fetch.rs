@@ -47,6 +47,34 @@ pub(super) struct Flying {
     pub(super) source: Arc<dyn Source>,
     pub(super) key: String,
     pub(super) progress: Arc<Progress>,
+    /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
+    /// not hold those of others.
+    cores: Arc<Semaphore>,
+}
+
+impl Flying {
+    pub(super) fn new(shared: Arc<Shared>, source: Arc<dyn Source>, key: String, progress: Arc<Progress>) -> Self {
+        let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
+        Self { shared, source, key, progress, cores }
+    }
+
+    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
+        self.cores.clone().acquire_owned().await.map_err(|_| closed())
+    }
+
+    /// The file itself where it is on this host; does not wait for its disk on a thread of the runtime.
+    async fn open_local(&self, file: &File) -> Result<Option<std::fs::File>> {
+        if !self.source.is_local() {
+            return Ok(None);
+        }
+        let (source, file) = (self.source.clone(), file.clone());
+        blocking(move || source.open_local(&file)).await
+    }
+}
+
+/// Permits for blocking work that uses a core: some of it waits for the disk.
+fn cores() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
 }
 
 /// What bounds all fetchers of the daemon.
@@ -63,11 +91,10 @@ pub(super) struct Bounds {
 impl Bounds {
     pub(super) fn new(memory_budget_bytes: u64) -> Self {
         let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
         Self {
             memory: Arc::new(Semaphore::new(budget_kib as usize)),
             streams: Arc::new(Semaphore::new(limits::FETCHES_PER_SOURCE * 4)),
-            cores: Arc::new(Semaphore::new(cores * 2)),
+            cores: cores(),
             budget_kib,
         }
     }
@@ -86,10 +113,6 @@ impl Bounds {
     /// keep the others from being read.
     async fn large(&self) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         Ok((self.stream().await?, self.claim(2 * WRITE_BYTES as u64).await?))
-    }
-
-    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
-        self.cores.clone().acquire_owned().await.map_err(|_| closed())
     }
 }
 
@@ -113,7 +136,9 @@ impl Shared {
     /// Bytes that flights under way still have to write: promised to them, though not taken yet.
     fn promised_bytes(&self) -> u64 {
         let flights = super::lock(&self.flights);
-        let readings = flights.values().filter_map(std::sync::Weak::upgrade).map(|flight| flight.progress().reading());
+        let writing =
+            flights.values().filter_map(std::sync::Weak::upgrade).filter(|flight| flight.in_place().is_none());
+        let readings = writing.map(|flight| flight.progress().reading());
         readings.map(|reading| reading.bytes_total.saturating_sub(reading.bytes_done)).sum()
     }
 }
@@ -128,15 +153,14 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 /// Fetches and seals a file of at most one fill unit.
 pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let size = file.file.size.unwrap_or(0);
-    let shared = &flying.shared;
-    let (bytes, memory) = match flying.source.open_local(&file.file)? {
-        Some(_) => (None, shared.bounds.claim(size).await?),
-        None => {
-            let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
-            (Some(bytes), memory)
-        }
+    let (bytes, memory, core) = if flying.source.is_local() {
+        // Memory last: what waits for a disk must not hold it.
+        let core = flying.core().await?;
+        (None, flying.shared.bounds.claim(size).await?, core)
+    } else {
+        let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
+        (Some(bytes), memory, flying.core().await?)
     };
-    let core = shared.bounds.core().await?;
     let (work, flight) = (file.clone(), flying.clone());
     let digested = blocking(move || {
         let bytes = match bytes {
@@ -216,7 +240,7 @@ fn too_long(size: u64) -> Error {
 
 /// Fetches and seals a large file, or one of unknown size.
 pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
-    if let Some(opened) = flying.source.open_local(&file.file)? {
+    if let Some(opened) = flying.open_local(&file.file).await? {
         return copy::large_from_here(flying, file, opened).await;
     }
     match file.file.size {

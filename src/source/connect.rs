@@ -7,14 +7,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
+use super::datastore::Datastores;
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
+use crate::limits;
 use crate::names::show_bytes;
 
 /// Longest branch, tag or commit: git keeps references as files.
@@ -27,6 +30,10 @@ pub struct SourceContext {
     pub(super) http: HttpClient,
     /// For what connects by other means.
     pub(super) policy: Arc<EgressPolicy>,
+    /// What regional sources are below.
+    pub(super) datastores: Arc<Datastores>,
+    /// Datastores listed at a time: one that does not answer must not take every thread there is.
+    pub(super) listings: Arc<Semaphore>,
     /// Times and proxies, for what connects by other means.
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
@@ -57,6 +64,8 @@ impl SourceContext {
             settings: settings.clone(),
             scratch: None,
             host_credentials: None,
+            datastores: Arc::default(),
+            listings: Arc::new(Semaphore::new(limits::INGESTS_AT_A_TIME)),
             host_directories: false,
         })
     }
@@ -78,6 +87,12 @@ impl SourceContext {
     pub fn with_host_directories(&self) -> Self {
         Self { host_directories: true, ..self.clone() }
     }
+
+    /// The same with the datastores of this host.
+    #[must_use]
+    pub fn with_datastores(&self, datastores: Arc<Datastores>) -> Self {
+        Self { datastores, ..self.clone() }
+    }
 }
 
 /// The source that `spec` means, with `credentials` that go nowhere else. Nothing is contacted yet.
@@ -92,6 +107,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
         SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
+        SourceKind::Regional => regional::connect(spec, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
             Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
@@ -100,13 +116,10 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))
         }
-        SourceKind::Aws
-        | SourceKind::Azure
-        | SourceKind::Gcp
-        | SourceKind::Local
-        | SourceKind::Regional
-        | SourceKind::Wasabi
-        | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
+        SourceKind::Aws | SourceKind::Wasabi => objects::s3::connect(spec, credentials, context),
+        SourceKind::Azure => objects::azure::connect(spec, credentials, context),
+        SourceKind::Gcp => objects::gcs::connect(spec, credentials, context),
+        SourceKind::Local | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
 }
 
@@ -125,7 +138,7 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
             (!uri.is_empty() && !uri.contains("://"), "be the short name of a competition, dataset or kernel")
         }
         SourceKind::Local => (uri.starts_with(['/', '$']) || uri.starts_with("~/"), "begin with `/`, `~/` or `$`"),
-        SourceKind::Regional => (!uri.is_empty(), "name a datastore"),
+        SourceKind::Regional => (!uri.is_empty() && !uri.contains('/'), "be the name of a datastore"),
         SourceKind::Web => {
             (has_scheme(uri, &["http", "https", "ftp", "ftps"]), "begin with http://, https://, ftp:// or ftps://")
         }
@@ -137,6 +150,14 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     }
     let shown = show_bytes(shown_uri(kind, uri).as_bytes());
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
+}
+
+/// Whether the options keep the rules of their kind, where those can be told without contacting anybody.
+///
+/// # Errors
+/// Invalid, with the option.
+pub fn check_options(spec: &SourceSpec) -> Result<()> {
+    if spec.kind == SourceKind::Regional { regional::options(spec).map(drop) } else { Ok(()) }
 }
 
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
@@ -185,6 +206,18 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let (username, password) = user_information.split_once(':').unwrap_or((user_information, ""));
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
+}
+
+/// `uri` without the signature that gives access to it, and that signature: for Azure the query, which is a shared access
+/// signature or nothing that we know.
+pub fn split_signature(kind: SourceKind, uri: &str) -> (String, Option<String>) {
+    let plain = uri.split('#').next().unwrap_or_default();
+    match plain.split_once('?') {
+        Some((plain, query)) if kind == SourceKind::Azure => {
+            (plain.to_owned(), Some(query.to_owned()).filter(|query| !query.is_empty()))
+        }
+        _ => (uri.to_owned(), None),
+    }
 }
 
 /// The http or https address that `text` is; `what` says for the error what it was given as.
@@ -281,12 +314,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so() {
-        for (kind, uri) in [
-            (SourceKind::Aws, "s3://b/k"),
-            (SourceKind::Web, "ftp://h/x"),
-            (SourceKind::Web, "https://h/dir/"),
-            (SourceKind::Web, "https://h"),
-        ] {
+        for (kind, uri) in [(SourceKind::Upload, "")] {
             let error = refused(kind, uri);
             assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
         }
@@ -315,6 +343,15 @@ mod tests {
         assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
         let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");
         assert_eq!((plain.as_str(), secret), ("https://h:1/x?q", Some(("user".to_owned(), "pa ss".to_owned()))));
+    }
+
+    #[test]
+    fn a_signature_in_the_uri_is_taken_out_of_it() {
+        let (plain, signature) = split_signature(SourceKind::Azure, "https://a/c/p?sv=1&sig=x#f");
+        assert_eq!((plain.as_str(), signature.as_deref()), ("https://a/c/p", Some("sv=1&sig=x")));
+        for (kind, uri) in [(SourceKind::Azure, "https://a/c/p"), (SourceKind::Aws, "s3://b/k?x#y")] {
+            assert_eq!(split_signature(kind, uri), (uri.to_owned(), None));
+        }
     }
 
     #[test]

@@ -168,10 +168,15 @@ impl Daemon {
         &self.place
     }
 
-    /// The last lines that the daemon wrote on stderr.
-    pub(crate) fn stderr_tail(&self) -> String {
+    /// All that the daemon wrote on stderr, over its restarts.
+    pub(crate) fn stderr(&self) -> String {
         let text = fs::read(self.place.join("stderr")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// The last lines of it.
+    pub(crate) fn stderr_tail(&self) -> String {
+        let text = self.stderr();
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
