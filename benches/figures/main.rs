@@ -15,6 +15,7 @@ mod attach;
 mod dedup;
 mod idle;
 mod ingest;
+mod objects;
 mod read;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -30,6 +31,7 @@ type Take = fn(&Scale, &mut Table);
 const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
     ("ingest", ingest::take),
+    ("objects", objects::take),
     ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),

@@ -33,7 +33,6 @@ use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::serve::attachments::Attachments;
-use crate::source::Datastores;
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
@@ -57,8 +56,6 @@ pub struct Floors {
     pub ingests: Ingests,
     /// Jobs and views.
     pub attachments: Attachments,
-    /// What regional checkpoints may be below.
-    pub datastores: Arc<Datastores>,
     /// Facts that hold as long as the process.
     pub facts: Arc<Facts>,
 }

@@ -115,7 +115,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config, &store, datastores.clone())?,
+        connector(config, &store, datastores)?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -125,7 +125,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     );
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
-    Ok(Floors { store, ingests, attachments, datastores, facts })
+    Ok(Floors { store, ingests, attachments, facts })
 }
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from

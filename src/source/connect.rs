@@ -152,14 +152,6 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
 }
 
-/// Whether the options keep the rules of their kind, where those can be told without contacting anybody.
-///
-/// # Errors
-/// Invalid, with the option.
-pub fn check_options(spec: &SourceSpec) -> Result<()> {
-    if spec.kind == SourceKind::Regional { regional::options(spec).map(drop) } else { Ok(()) }
-}
-
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
 /// where signatures and tokens are.
 pub fn shown_uri(kind: SourceKind, uri: &str) -> String {
