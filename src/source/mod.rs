@@ -20,6 +20,7 @@ mod directory;
 pub mod egress;
 mod http;
 mod huggingface;
+pub mod local;
 mod spec;
 mod web;
 
@@ -140,6 +141,13 @@ pub struct File {
     pub expected: Expected,
 }
 
+impl File {
+    /// A file whose bytes come right behind its entry in a stream, with nothing stated but its size.
+    pub fn streamed(size: Option<u64>, executable: bool) -> Self {
+        Self { locator: String::new(), size, executable, ranges: false, expected: Expected::default() }
+    }
+}
+
 /// Digests stated by a source, all verified where present.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expected {
@@ -172,6 +180,12 @@ pub trait EntryStream: Send {
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
     fn revision(&self) -> String;
+
+    /// Whether one file was sent by its own name, and not a tree that may hold one: if it is an archive, its members are
+    /// wanted. Asked once the first entry is here.
+    fn one_file(&self) -> bool {
+        false
+    }
 }
 
 /// The error of a source whose `what` is no longer as it was when it was opened; `how` says in which way.
