@@ -1,10 +1,6 @@
 //! Which files are archives: by name, and by content.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt as _;
-
-use super::input::{self, Coding};
+use super::input::Coding;
 use super::{tar_header, unsupported};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
@@ -43,14 +39,11 @@ impl Format {
         found.map(|(_, format)| *format)
     }
 
-    /// Looks whether the content of `file` is what its name says, and how it is compressed.
+    /// Looks whether what begins with `start` is what its name says, and how it is compressed.
     ///
     /// # Errors
     /// `NOT_AN_ARCHIVE`; `ARCHIVE_UNSUPPORTED` for a volume of a split zip.
-    pub(super) fn check(self, file: &File) -> Result<Coding> {
-        let mut start = [0; tar_header::BLOCK_BYTES];
-        let length = read_start(file, &mut start).map_err(input::fault)?;
-        let start = &start[..length];
+    pub(super) fn check(self, start: &[u8]) -> Result<Coding> {
         match (self, Coding::of_content(start)) {
             (Self::Zip, _) if start.starts_with(b"PK\x03\x04") || start.starts_with(b"PK\x05\x06") => Ok(Coding::Plain),
             (Self::Zip, _) if start.starts_with(b"PK\x07\x08") => Err(unsupported("it is one volume of a split zip")),
@@ -86,19 +79,6 @@ impl Format {
 /// Whether `name` is `ending` with something before it.
 fn has_ending(name: &[u8], ending: &str) -> bool {
     name.len() > ending.len() && name[name.len() - ending.len()..].eq_ignore_ascii_case(ending.as_bytes())
-}
-
-fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut length = 0;
-    while length < buffer.len() {
-        match file.read_at(&mut buffer[length..], u64::try_from(length).unwrap_or(u64::MAX)) {
-            Ok(0) => break,
-            Ok(more) => length += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(length)
 }
 
 #[cfg(test)]

@@ -1,16 +1,15 @@
 //! The bytes of an archive, decompressed, with a bound on what a few bytes may become.
 
 use std::cell::Cell;
-use std::fs::File;
 use std::io::{self, BufReader, Read};
-use std::os::unix::fs::FileExt as _;
 use std::rc::Rc;
 
 use bytes::Bytes;
 use liblzma::stream::{CONCATENATED, Stream};
 
-use super::damaged;
+use super::{damaged, tar_header};
 use crate::error::{Error, Result};
+use crate::layout::ReadAt;
 use crate::limits::{self, ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
 
 /// Bytes handed on at a time.
@@ -109,14 +108,22 @@ pub(super) struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// All of `file`.
-    pub(super) fn whole(file: &'a File, coding: Coding) -> Result<Self> {
-        Self::range(file, 0, u64::MAX, coding, Meter::default())
+    /// All of `stream`.
+    pub(super) fn whole(stream: impl Read + 'a, coding: Coding) -> Result<Self> {
+        let meter = Meter::default();
+        let reader = coding.open(Metered { stream, meter: meter.clone() }).map_err(fault)?;
+        Ok(Self { reader, meter })
     }
 
-    /// `length` bytes of `file` from `start`.
-    pub(super) fn range(file: &'a File, start: u64, length: u64, coding: Coding, meter: Meter) -> Result<Self> {
-        let range = FileRange::new(file, start, length, meter.clone());
+    /// `length` bytes of `bytes` from `start`.
+    pub(super) fn range(
+        bytes: &'a (dyn ReadAt + Send),
+        start: u64,
+        length: u64,
+        coding: Coding,
+        meter: Meter,
+    ) -> Result<Self> {
+        let range = FileRange::new(bytes, start, length, meter.clone());
         Ok(Self { reader: coding.open(range).map_err(fault)?, meter })
     }
 
@@ -183,29 +190,53 @@ impl<'a> Input<'a> {
     }
 }
 
-/// A range of a file, read without a position of its own.
+/// A stream whose bytes are counted as they are taken.
+struct Metered<R> {
+    stream: R,
+    meter: Meter,
+}
+
+impl<R: Read> Read for Metered<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.stream.read(buffer)?;
+        self.meter.take(length);
+        Ok(length)
+    }
+}
+
+/// A range of what is read at offsets.
 pub(super) struct FileRange<'a> {
-    file: &'a File,
+    bytes: &'a (dyn ReadAt + Send),
     at: u64,
     end: u64,
     meter: Meter,
 }
 
 impl<'a> FileRange<'a> {
-    /// `length` bytes of `file` from `start`, or to its end.
-    pub(super) fn new(file: &'a File, start: u64, length: u64, meter: Meter) -> Self {
-        Self { file, at: start, end: start.saturating_add(length), meter }
+    /// `length` bytes from `start`, or up to the end.
+    pub(super) fn new(bytes: &'a (dyn ReadAt + Send), start: u64, length: u64, meter: Meter) -> Self {
+        Self { bytes, at: start, end: start.saturating_add(length), meter }
     }
 }
 
 impl Read for FileRange<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let most = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(buffer.len());
-        let length = self.file.read_at(&mut buffer[..most], self.at)?;
+        if most == 0 {
+            return Ok(0);
+        }
+        let length = self.bytes.read_at(self.at, &mut buffer[..most])?;
         self.at += count(length);
         self.meter.take(length);
         Ok(length)
     }
+}
+
+/// The first bytes: as many as tell what it is, fewer only where there are no more.
+pub(super) fn start_of(mut stream: impl Read) -> Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(tar_header::BLOCK_BYTES);
+    stream.by_ref().take(count(tar_header::BLOCK_BYTES)).read_to_end(&mut start).map_err(fault)?;
+    Ok(start)
 }
 
 /// A length as a count of bytes.
@@ -218,8 +249,12 @@ pub(super) fn truncated() -> Error {
     damaged("it is truncated: it ends in the middle")
 }
 
-/// What a failed read means: the disk's fault or the archive's.
+/// What a failed read means: the fault of who gives the bytes, the disk's or the archive's.
 pub(super) fn fault(error: io::Error) -> Error {
+    let error = match error.downcast::<Error>() {
+        Ok(given) => return given,
+        Err(error) => error,
+    };
     if error.raw_os_error().is_some() {
         Error::io("reading", "the archive", error)
     } else if error.kind() == io::ErrorKind::UnexpectedEof {

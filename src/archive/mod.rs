@@ -1,7 +1,8 @@
 //! Archives, read as a stream of members: zip, tar in its dialects and compressions, and single compressed files.
 //!
-//! Nothing is ever unpacked onto a file system. [`Members::read`] reads an archive file of this host on a blocking thread and
-//! hands members and their bytes through a bounded channel; whoever takes them writes them wherever they belong.
+//! Nothing is ever unpacked onto a file system. [`Members::read`] reads an archive on a blocking thread and
+//! hands members and their bytes through a bounded channel; whoever takes them writes them wherever they belong. Tars and single
+//! compressed files are read from a stream; a zip, whose directory is at its end, needs its bytes in any order ([`Archived`]).
 //!
 //! # What is an archive
 //! The name decides ([`Format::of_name`]), the content must agree ([`Format::check`]). Weights are zips by content
@@ -34,15 +35,15 @@ mod tar;
 mod tar_header;
 mod zip;
 
-use std::fs::File;
-use std::os::unix::fs::MetadataExt as _;
+use std::io::{self, Read};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use crate::error::{Error, Result};
+use crate::layout::ReadAt;
 use crate::names::{EntryName, EntryPath};
-use input::Input;
+use input::{FileRange, Input, Meter};
 use sink::{Message, Sink};
 
 pub use format::Format;
@@ -86,15 +87,34 @@ pub struct Members {
     ended: bool,
 }
 
+/// The bytes of an archive. What a reader fails with reaches who takes the members as it is, if it is an [`Error`] inside.
+pub enum Archived {
+    /// In order, each once. Not for zips.
+    Stream(Box<dyn Read + Send>),
+    /// In any order, with how many there are.
+    Random(Box<dyn ReadAt + Send>, u64),
+}
+
+/// What is known of an archive besides its bytes.
+#[derive(Clone, Debug)]
+pub struct About {
+    /// What it is called.
+    pub name: EntryName,
+    /// What its name says it is.
+    pub format: Format,
+    /// Whether a single compressed file is executable.
+    pub executable: bool,
+}
+
 impl Members {
-    /// Begins to read `file`, called `name`, as what its name and content say it is. Needs a runtime.
-    pub fn read(file: File, name: EntryName, format: Format) -> Self {
+    /// Begins to read an archive as what its name and content say it is. Needs a runtime.
+    pub fn read(bytes: Archived, about: About) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
         tokio::task::spawn_blocking(move || {
             let mut sink = Sink::new(sender);
-            let outcome = read(&file, &name, format, &mut sink).and_then(|()| sink.end());
+            let outcome = read(bytes, &about, &mut sink).and_then(|()| sink.end());
             if let Err(error) = outcome {
-                let shown = crate::names::show_bytes(name.as_bytes());
+                let shown = crate::names::show_bytes(about.name.as_bytes());
                 sink.fail(error.during(format!("extracting `{shown}`")));
             }
         });
@@ -131,15 +151,29 @@ impl Members {
     }
 }
 
-fn read(file: &File, name: &EntryName, format: Format, sink: &mut Sink) -> Result<()> {
-    let coding = format.check(file)?;
-    match format {
-        Format::Zip => zip::read(file, sink),
-        Format::Tar => tar::read(&mut Input::whole(file, coding)?, sink),
+fn read(bytes: Archived, about: &About, sink: &mut Sink) -> Result<()> {
+    match bytes {
+        Archived::Random(bytes, size) if about.format == Format::Zip => {
+            about.format.check(&input::start_of(FileRange::new(bytes.as_ref(), 0, size, Meter::default()))?)?;
+            zip::read(bytes.as_ref(), size, sink)
+        }
+        Archived::Random(bytes, size) => {
+            let all: Box<dyn Read + '_> = Box::new(FileRange::new(bytes.as_ref(), 0, size, Meter::default()));
+            read_stream(all, about, sink)
+        }
+        Archived::Stream(stream) => read_stream(stream, about, sink),
+    }
+}
+
+fn read_stream<'a>(mut stream: Box<dyn Read + 'a>, about: &About, sink: &mut Sink) -> Result<()> {
+    let start = input::start_of(&mut stream)?;
+    let coding = about.format.check(&start)?;
+    let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding)?;
+    match about.format {
+        Format::Zip => Err(Error::internal("a zip was given as a stream")),
+        Format::Tar => tar::read(&mut input, sink),
         Format::Single(_) => {
-            let metadata = file.metadata().map_err(input::fault)?;
-            let mut input = Input::whole(file, coding)?;
-            sink.file(format.content_name(name), None, metadata.mode() & 0o111 != 0)?;
+            sink.file(about.format.content_name(&about.name), None, about.executable)?;
             loop {
                 let piece = input.piece(u64::MAX)?;
                 if piece.is_empty() {

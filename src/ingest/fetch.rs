@@ -74,12 +74,12 @@ impl Bounds {
     }
 
     /// Claims memory before it is used; more than the whole budget counts as the whole.
-    async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
+    pub(super) async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib);
         self.memory.clone().acquire_many_owned(kib).await.map_err(|_| closed())
     }
 
-    async fn stream(&self) -> Result<OwnedSemaphorePermit> {
+    pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit> {
         self.streams.clone().acquire_owned().await.map_err(|_| closed())
     }
 

@@ -10,7 +10,6 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use super::Shared;
 use super::fetch::{self, Flying};
 use super::plan::{self, Plan};
 use super::progress::Progress;
@@ -20,7 +19,7 @@ use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind, Manifest};
-use crate::source::{Listing, Source};
+use crate::source::Listing;
 
 type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
 
@@ -52,14 +51,16 @@ pub(super) fn key(record: &Record, revision: &str) -> String {
 }
 
 impl Flight {
-    pub(super) fn start(shared: Arc<Shared>, key: String, source: Arc<dyn Source>, listing: Listing) -> Arc<Self> {
-        let progress = Arc::new(Progress::default());
+    /// Starts a flight whose tree `work` brings.
+    pub(super) fn start(
+        key: String,
+        revision: String,
+        progress: Arc<Progress>,
+        work: impl Future<Output = Result<Manifest>> + Send + 'static,
+    ) -> Arc<Self> {
         let (sender, outcome) = watch::channel(None);
-        let revision = listing.revision.clone();
-        let flying = Arc::new(Flying { shared, source, key: key.clone(), progress: progress.clone() });
         let task = tokio::spawn(async move {
-            let result = fly(&flying, listing).await;
-            let _ = sender.send(Some(result.map(Arc::new).map_err(Arc::new)));
+            let _ = sender.send(Some(work.await.map(Arc::new).map_err(Arc::new)));
         });
         Arc::new(Self { key, revision, progress, outcome, task: task.abort_handle() })
     }
@@ -91,7 +92,8 @@ impl Flight {
     }
 }
 
-async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
+/// Fetches and seals everything that is listed.
+pub(super) async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
     let shared = &flying.shared;
     let key = flying.key.clone();
     let rows = shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;

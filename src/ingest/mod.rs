@@ -13,6 +13,7 @@
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
 mod copy;
+mod extract;
 mod fetch;
 mod flight;
 pub mod plan;
@@ -275,6 +276,8 @@ impl Shared {
     ) -> Result<Filled> {
         let (id, flight) = (record.id.clone(), record.id.clone());
         self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
+        self.store.disk().clear_flight(&record.id, &[])?;
+        self.store.disk().begin_flight(&record.id)?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
         Ok((revision, manifest, None))
     }
@@ -303,14 +306,20 @@ impl Shared {
         listing: crate::source::Listing,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
-        let key = flight::key(record, &listing.revision);
-        let plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        let archive = extract::Archive::of(&listing, &record.origin.options);
+        let mut revision = listing.revision.clone();
+        let mut plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        if archive.is_some() {
+            revision = format!("archive:{revision}");
+            plan = plan::Sizes { files: 0, known_bytes: 0 };
+        }
+        let key = flight::key(record, &revision);
         progress.expect(plan.known_bytes, plan.files);
-        let (id, revision, key_row) = (record.id.clone(), listing.revision.clone(), key.clone());
+        let (id, shown, key_row) = (record.id.clone(), revision.clone(), key.clone());
         let before = self
             .store
             .catalog()
-            .write(move |tx| checkpoints::set_listing(tx, &id, &revision, &key_row, plan.files, plan.known_bytes))
+            .write(move |tx| checkpoints::set_listing(tx, &id, &shown, &key_row, plan.files, plan.known_bytes))
             .await?;
         let _ = self.changes.send(record.id.clone());
         if !before.is_empty() && before != key {
@@ -323,7 +332,7 @@ impl Shared {
             match flights.get(&key).and_then(Weak::upgrade) {
                 Some(flight) => flight,
                 None => {
-                    let flight = Flight::start(self.clone(), key.clone(), source, listing);
+                    let flight = self.start_flight(key.clone(), revision, source, listing, archive);
                     flights.insert(key, Arc::downgrade(&flight));
                     flight
                 }
@@ -332,6 +341,25 @@ impl Shared {
         progress.follow(flight.progress());
         self.note_skipped(record, &skipped).await?;
         Ok(flight)
+    }
+
+    fn start_flight(
+        self: &Arc<Self>,
+        key: String,
+        revision: String,
+        source: Arc<dyn Source>,
+        listing: crate::source::Listing,
+        archive: Option<extract::Archive>,
+    ) -> Arc<Flight> {
+        let progress = Arc::new(Progress::default());
+        let flying = fetch::Flying { shared: self.clone(), source, key: key.clone(), progress: progress.clone() };
+        let flying = Arc::new(flying);
+        Flight::start(key, revision, progress, async move {
+            match archive {
+                Some(archive) => extract::extract(&flying, &archive).await,
+                None => flight::fly(&flying, listing).await,
+            }
+        })
     }
 
     async fn note_skipped(&self, record: &Record, skipped: &[(String, String)]) -> Result<()> {
@@ -348,6 +376,7 @@ impl Shared {
             return;
         }
         let result = match outcome {
+            Ok((_, manifest, _)) if manifest.entries().is_empty() => Err(empty()),
             Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
             Err(error) => Err(error),
         };
@@ -435,6 +464,11 @@ impl Shared {
     async fn drop_flight_if_unneeded(&self, flight: String) -> Result<()> {
         self.store.remove_flight(&flight).await.map(|_| ())
     }
+}
+
+/// A checkpoint of nothing is somebody's mistake.
+fn empty() -> Error {
+    Error::invalid("EMPTY_SOURCE", "the source has no files and no directories").remedy("check the address or path")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -47,6 +47,13 @@ impl Progress {
         self.files_total.store(files, Ordering::Relaxed);
     }
 
+    /// Begins anew: what was counted is not kept.
+    pub fn restart(&self) {
+        self.bytes_done.store(0, Ordering::Relaxed);
+        self.files_done.store(0, Ordering::Relaxed);
+        *self.rate.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Counts bytes that were here before.
     pub fn resume(&self, bytes: u64) {
         self.bytes_done.fetch_add(bytes, Ordering::Relaxed);

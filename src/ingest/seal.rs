@@ -136,18 +136,19 @@ impl ReadAt for Here<'_> {
 }
 
 /// Checks the digests that the source states.
-struct Verifier<'a> {
-    expected: &'a Expected,
+pub(super) struct Verifier {
+    expected: Expected,
     sha256: Option<sha2::Sha256>,
     git_sha1: Option<sha1::Sha1>,
     md5: Option<md5::Md5>,
     crc32c: Option<u32>,
 }
 
-impl<'a> Verifier<'a> {
-    fn new(expected: &'a Expected, size: u64) -> Self {
+impl Verifier {
+    /// For a file of `size` bytes.
+    pub(super) fn new(expected: &Expected, size: u64) -> Self {
         Self {
-            expected,
+            expected: expected.clone(),
             sha256: expected.sha256.map(|_| sha2::Sha256::new()),
             git_sha1: expected.git_sha1.map(|_| sha1::Sha1::new_with_prefix(format!("blob {size}\0"))),
             md5: expected.md5.map(|_| md5::Md5::new()),
@@ -155,7 +156,8 @@ impl<'a> Verifier<'a> {
         }
     }
 
-    fn update(&mut self, bytes: &[u8]) {
+    /// The next bytes.
+    pub(super) fn update(&mut self, bytes: &[u8]) {
         if let Some(sha256) = &mut self.sha256 {
             sha256.update(bytes);
         }
@@ -170,7 +172,11 @@ impl<'a> Verifier<'a> {
         }
     }
 
-    fn finish(self, path: &EntryPath) -> Result<()> {
+    /// All bytes came.
+    ///
+    /// # Errors
+    /// `DIGEST_MISMATCH`, naming `path`.
+    pub(super) fn finish(self, path: &EntryPath) -> Result<()> {
         if let (Some(sha256), Some(expected)) = (self.sha256, self.expected.sha256) {
             compare(path, "SHA-256", &sha256.finalize(), &expected)?;
         }

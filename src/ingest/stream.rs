@@ -26,17 +26,15 @@ use crate::store::Sealing;
 use crate::store::filling::{Filling, UnitMap};
 
 /// Space that must be left before a file of unknown size grows by as much.
-const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
+pub(super) const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
 
-/// Takes everything; returns the revision and the manifest.
+/// Takes everything into the directory of a flight, which is begun; returns the revision and the manifest.
 pub(super) async fn fill(
     shared: &Arc<Shared>,
     flight: &str,
     mut stream: Box<dyn EntryStream>,
     progress: &Arc<Progress>,
 ) -> Result<(String, Manifest)> {
-    shared.store.disk().clear_flight(flight, &[])?;
-    shared.store.disk().begin_flight(flight)?;
     let taker = Taker { shared, flight, progress };
     let mut entries = Vec::new();
     let mut links = Vec::new();
@@ -305,7 +303,7 @@ impl Taker<'_> {
     }
 }
 
-async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
+pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
     let filling = filling.clone();
     blocking(move || filling.write_at(&piece, at)).await
 }

@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{EntryStream, Expected, File, Listed, What};
-use crate::archive::{self, Format, Member, Members};
+use crate::archive::{self, About, Archived, Member, Members};
 use crate::error::{Error, Kind, Result};
-use crate::names::{EntryName, show_bytes};
+use crate::names::show_bytes;
 
 /// Says whether the archive is still the file that was opened.
 type Check = Box<dyn Fn(&OpenFile) -> Result<()> + Send + Sync>;
@@ -25,19 +25,16 @@ pub(super) struct ArchivedEntries {
 }
 
 impl ArchivedEntries {
-    /// Begins to read `opened`, called `name`; `check` is asked at the end, and on any fault.
+    /// Begins to read `opened`; `check` is asked at the end, and on any fault.
     ///
     /// # Errors
     /// The I/O error.
-    pub(super) fn read(
-        opened: OpenFile,
-        name: EntryName,
-        format: Format,
-        revision: String,
-        check: Check,
-    ) -> Result<Self> {
-        let reading = opened.try_clone().map_err(|error| Error::io("opening", show_bytes(name.as_bytes()), error))?;
-        Ok(Self { members: Members::read(reading, name, format), opened, check, revision })
+    pub(super) fn read(opened: OpenFile, about: About, revision: String, check: Check) -> Result<Self> {
+        let fault = |error| Error::io("opening", show_bytes(about.name.as_bytes()), error);
+        let size = opened.metadata().map_err(fault)?.len();
+        let reading = opened.try_clone().map_err(fault)?;
+        let members = Members::read(Archived::Random(Box::new(reading), size), about);
+        Ok(Self { members, opened, check, revision })
     }
 
     /// `error`, unless the file changed, which explains it.
@@ -53,7 +50,7 @@ impl ArchivedEntries {
 impl EntryStream for ArchivedEntries {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
         match self.members.next().await {
-            Ok(Some(member)) => Ok(Some(listed(member))),
+            Ok(Some(member)) => Ok(Some(listed_member(member))),
             Ok(None) => (self.check)(&self.opened).map(|()| None),
             Err(error) => Err(self.explain(error)),
         }
@@ -69,7 +66,8 @@ impl EntryStream for ArchivedEntries {
     }
 }
 
-fn listed(member: Member) -> Listed {
+/// A member of an archive as an entry of a stream.
+pub fn listed_member(member: Member) -> Listed {
     let what = match member.what {
         archive::What::Directory => What::Directory,
         archive::What::Symlink(target) => What::Symlink(target),

@@ -37,7 +37,7 @@ use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
 use super::archived::ArchivedEntries;
 use super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
-use crate::archive::Format;
+use crate::archive::{About, Format};
 use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::limits;
@@ -311,8 +311,7 @@ impl Reading {
 /// A root that is an archive, opened.
 struct Archive {
     opened: OpenFile,
-    name: EntryName,
-    format: Format,
+    about: About,
     revision: String,
     locator: Locator,
     shown: PathBuf,
@@ -321,9 +320,9 @@ struct Archive {
 impl Archive {
     /// Begins to read the members. Needs a runtime.
     fn read(self) -> Result<ArchivedEntries> {
-        let Self { opened, name, format, revision, locator, shown } = self;
+        let Self { opened, about, revision, locator, shown } = self;
         let check = Box::new(move |opened: &OpenFile| check_stamp(&locator, opened, &shown));
-        ArchivedEntries::read(opened, name, format, revision, check)
+        ArchivedEntries::read(opened, about, revision, check)
     }
 }
 
@@ -338,7 +337,8 @@ fn open_archive(root: &Root, listing: &Listing) -> Result<Option<Archive>> {
     let opened = root.open_file(&locator)?;
     let shown = root.shown(&locator.path);
     let revision = listing.revision.replacen("directory:", "archive:", 1);
-    Ok(Some(Archive { opened, name: name.clone(), format, revision, locator, shown }))
+    let about = About { name: name.clone(), format, executable: file.executable };
+    Ok(Some(Archive { opened, about, revision, locator, shown }))
 }
 
 /// Everything below `root`.

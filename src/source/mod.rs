@@ -34,6 +34,7 @@ use futures_util::Stream;
 use crate::error::{Error, Result};
 use crate::names::EntryPath;
 
+pub use archived::listed_member;
 pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
 pub use http::{HttpClient, HttpSettings};
 pub use spec::{Credentials, SourceKind, SourceSpec};

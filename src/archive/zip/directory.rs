@@ -1,10 +1,9 @@
 //! The directory of a zip: found from the end of the file, walked a record at a time.
 
-use std::fs::File;
 use std::io::{BufReader, Read};
 
 use super::super::input::{self, FileRange, Meter, count};
-use super::{damaged, read_exact_at, show_bytes, unsupported};
+use super::{Bytes, damaged, read_exact_at, show_bytes, unsupported};
 use crate::error::{Error, Result};
 
 /// The record at the end without its comment.
@@ -68,8 +67,7 @@ impl<'a> Directory<'a> {
     ///
     /// # Errors
     /// `ARCHIVE_DAMAGED` where there is none; unsupported for split zips.
-    pub(super) fn open(file: &'a File) -> Result<Self> {
-        let size = file.metadata().map_err(input::fault)?.len();
+    pub(super) fn open(file: Bytes<'a>, size: u64) -> Result<Self> {
         let end = End::find(file, size)?;
         let reader = BufReader::new(FileRange::new(file, end.start, end.length, Meter::default()));
         Ok(Self { reader, start: end.start, left: end.length, seen: 0, end })
@@ -113,7 +111,7 @@ impl<'a> Directory<'a> {
 }
 
 impl End {
-    fn find(file: &File, size: u64) -> Result<Self> {
+    fn find(file: Bytes<'_>, size: u64) -> Result<Self> {
         let missing = || damaged("it has no directory at its end: it is truncated, or not a zip");
         let length = size.min(END_SEARCH_BYTES);
         let mut tail = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -147,7 +145,7 @@ impl End {
     }
 
     /// The same from the 64-bit records, if there are any before the end at `end_at`.
-    fn find_64(file: &File, end_at: u64) -> Result<Option<Self>> {
+    fn find_64(file: Bytes<'_>, end_at: u64) -> Result<Option<Self>> {
         let Some(locator_at) = end_at.checked_sub(LOCATOR_BYTES) else { return Ok(None) };
         let mut locator = [0; 20];
         read_exact_at(file, &mut locator, locator_at)?;

@@ -11,23 +11,24 @@
 
 mod directory;
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
-
 use self::directory::{Directory, Record};
 use super::input::{self, Coding, Input, Meter, count, truncated};
 use super::sink::Sink;
 use super::{damaged, refused, unsupported};
 use crate::error::Result;
+use crate::layout::ReadAt;
 use crate::limits;
 use crate::names::show_bytes;
+
+/// The whole zip.
+type Bytes<'a> = &'a (dyn ReadAt + Send);
 
 /// Length of a member's own header without name and extra field.
 const LOCAL_BYTES: u64 = 30;
 
 /// Reads all members.
-pub(super) fn read(file: &File, sink: &mut Sink) -> Result<()> {
-    let mut directory = Directory::open(file)?;
+pub(super) fn read(file: Bytes<'_>, size: u64, sink: &mut Sink) -> Result<()> {
+    let mut directory = Directory::open(file, size)?;
     let mut reading = Reading { file, sink, meter: Meter::default(), until: directory.start(), taken: 0 };
     while let Some(record) = directory.next()? {
         reading.member(&record).map_err(|error| match error.kind() {
@@ -39,7 +40,7 @@ pub(super) fn read(file: &File, sink: &mut Sink) -> Result<()> {
 }
 
 struct Reading<'a> {
-    file: &'a File,
+    file: Bytes<'a>,
     sink: &'a mut Sink,
     meter: Meter,
     /// Where the directory begins: members end before.
@@ -154,6 +155,15 @@ fn check_end(input: &mut Input, crc: &flate2::Crc, record: &Record) -> Result<()
     Ok(())
 }
 
-fn read_exact_at(file: &File, buffer: &mut [u8], at: u64) -> Result<()> {
-    file.read_exact_at(buffer, at).map_err(input::fault)
+fn read_exact_at(file: Bytes<'_>, buffer: &mut [u8], at: u64) -> Result<()> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match file.read_at(at + count(length), &mut buffer[length..]) {
+            Ok(0) => return Err(truncated()),
+            Ok(more) => length += more,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(input::fault(error)),
+        }
+    }
+    Ok(())
 }
