@@ -46,10 +46,11 @@ impl Create {
         let daemon = console.daemon().await?;
         let mut record = daemon.ask(daemon.checkpoints().create_checkpoint(request)).await?;
         if wait {
-            talk(&format!("created {}", text::titled(&record)));
+            talk(&format!("created {}{}", text::titled(&record), text::transfer_lines(&record)));
             record = follow::until_ready(&daemon, &record).await?;
         }
-        console.answer(&document::Checkpoint::from(&record), || text::checkpoint_line(&record))
+        let line = || text::checkpoint_line(&record) + &text::transfer_lines(&record);
+        console.answer(&document::Checkpoint::from(&record), line)
     }
 
     fn request(self) -> Ended<wire::CreateCheckpointRequest> {
@@ -80,7 +81,7 @@ fn parse_type(text: &str) -> Result<SourceKind, String> {
     }
 }
 
-fn parse_option(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_option(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("write it as KEY=VALUE".to_owned()),

@@ -32,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::serve::attachments::Attachments;
+use crate::source::local::Tokens;
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
@@ -54,6 +55,8 @@ pub struct Floors {
     pub ingests: Ingests,
     /// Jobs and views.
     pub attachments: Attachments,
+    /// Tokens of local transfers, where the daemon listens for them.
+    pub tokens: Option<Arc<Tokens>>,
     /// Facts about the process.
     pub facts: Arc<Facts>,
 }

@@ -122,7 +122,8 @@ impl Ingests {
         let record = record.clone();
         self.spawn(record.id.clone(), |progress| async move {
             let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
-            shared.conclude(&record, outcome).await;
+            // What it failed with is in the record.
+            let _ = shared.conclude(&record, outcome).await;
         });
     }
 
@@ -142,12 +143,10 @@ impl Ingests {
         self.spawn(record.id.clone(), move |progress| async move {
             progress.expect(bytes_total, 0);
             let outcome = shared.fill_from_sender(&record, entries, &progress).await;
-            let answer = outcome.as_ref().map(|_| ()).map_err(Error::share);
             if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
                 shared.give_back(&record).await;
             }
-            shared.conclude(&record, outcome).await;
-            let _ = sender.send(answer);
+            let _ = sender.send(shared.conclude(&record, outcome).await);
         });
         receiver.await.map_err(|_| Error::new(Kind::Cancelled, "INGEST_CANCELLED", "the ingest was cancelled"))?
     }
@@ -371,26 +370,29 @@ impl Shared {
         self.record_event("ENTRIES_SKIPPED", record, message).await
     }
 
-    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) {
-        if outcome.as_ref().is_err_and(|error| error.reason() == NOT_WANTED) {
-            return;
-        }
+    /// Decides the record by what came of filling it.
+    ///
+    /// # Errors
+    /// What the record failed with, `NOT_WANTED` where it was decided before.
+    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) -> Result<()> {
         let result = match outcome {
             Ok((_, manifest, _)) if manifest.entries().is_empty() => Err(empty()),
             Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
+            Err(error) if error.reason() == NOT_WANTED => return Err(error),
             Err(error) => Err(error),
         };
-        if let Err(error) = result {
+        if let Err(error) = &result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
             if error.kind() == Kind::NoSpace {
                 self.give_back(record).await;
             }
-            while let Err(second) = self.make_failed(record, &error).await {
+            while let Err(second) = self.make_failed(record, error).await {
                 tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
                 tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             }
         }
         let _ = self.changes.send(record.id.clone());
+        result
     }
 
     async fn make_ready(

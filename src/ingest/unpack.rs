@@ -18,7 +18,7 @@ use super::plan;
 use crate::archive::{About, Archived, Format, Members};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
-use crate::source::{EntryStream, File, Listed, What};
+use crate::source::{EntryStream, File, Listed, What, listed_member};
 
 /// Bytes read back from the spool at a time.
 const READ_BYTES: u64 = 1 << 20;
@@ -69,7 +69,7 @@ impl Unpacked {
                 let mut members = Members::read(Archived::Random(Box::new(file), size), about);
                 let member = members.next().await?;
                 self.state = State::Members(members);
-                Ok(member.map(Listed::from))
+                Ok(member.map(listed_member))
             }
         }
     }
@@ -130,7 +130,7 @@ impl EntryStream for Unpacked {
         match &mut self.state {
             State::First => self.first().await,
             State::Plain => self.sent.next_entry().await,
-            State::Members(members) => Ok(members.next().await?.map(Listed::from)),
+            State::Members(members) => Ok(members.next().await?.map(listed_member)),
             State::Again { behind, .. } => {
                 let behind = behind.take();
                 self.state = State::Plain;

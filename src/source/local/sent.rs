@@ -20,7 +20,7 @@ use super::revision;
 use crate::archive::{About, Archived, Format, Members};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryName;
-use crate::source::{EntryStream, Listed};
+use crate::source::{EntryStream, Listed, listed_member};
 
 /// Largest piece: the protocol's client means to send 5 MiB, and sends 64 to 192 KiB.
 pub const PIECE_BYTES: usize = 8 << 20;
@@ -108,7 +108,7 @@ pub fn stream(extract: bool) -> Result<(Feed, SentTar)> {
         ended: false,
         heard: Arc::clone(&heard),
     };
-    let about = About { name: EntryName::new(b"the upload")?, format: Format::Tar, executable: false };
+    let about = About { name: EntryName::new(*b"the upload")?, format: Format::Tar, executable: false };
     let members = Members::read(Archived::Stream(Box::new(incoming)), about);
     let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)) };
     Ok((feed, SentTar { members, heard, extract }))
@@ -125,7 +125,7 @@ pub struct SentTar {
 #[async_trait]
 impl EntryStream for SentTar {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        Ok(self.members.next().await?.map(Listed::from))
+        Ok(self.members.next().await?.map(listed_member))
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
