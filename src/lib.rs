@@ -25,6 +25,7 @@ pub mod digest;
 pub mod error;
 pub mod limits;
 pub mod names;
+pub mod places;
 pub mod units;
 
 // 1: model.

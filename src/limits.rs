@@ -79,6 +79,10 @@ pub const QUEUE_COMMANDS: usize = 256;
 /// Blob descriptors kept open by the daemon for its own reads.
 pub const OPEN_BLOBS: usize = 1024;
 
+/// Read-ahead of the store's disk: what one page fault or read brings in. Reads through the page cache gain up to 4 MiB and
+/// no more beyond.
+pub const READ_AHEAD_DEFAULT: u64 = 4 << 20;
+
 /// Space that admission leaves free on the store's filesystem, so that the catalog can always commit.
 pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
@@ -112,3 +116,18 @@ pub const ARCHIVE_SPARSE_PIECES: usize = 1 << 18;
 
 /// Bytes of names and link targets remembered of one archive: what its manifest could hold anyway.
 pub const ARCHIVE_NAMES_BYTES: usize = MANIFEST_BYTES;
+
+/// Submodules of one git checkpoint, all levels together: each is a connection of its own.
+pub const GIT_SUBMODULES: usize = 256;
+
+/// Levels of submodules below a repository. Real ones have two or three; a repository that contains itself ends here.
+pub const GIT_SUBMODULE_DEPTH: usize = 8;
+
+/// `.gitmodules` or `.lfsconfig` of a repository: some kilobytes in real ones.
+pub const GIT_SETTINGS_BYTES: u64 = 1 << 20;
+
+/// Memory that one `git` may take: it holds a delta and its base whole, and servers send files above 512 MiB without deltas.
+pub const GIT_MEMORY_BYTES: u64 = 2 << 30;
+
+/// Longest pointer that git LFS recognises.
+pub const LFS_POINTER_BYTES: u64 = 1024;

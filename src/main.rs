@@ -128,7 +128,8 @@ fn run_quickstart(arguments: Quickstart) -> Result<()> {
 }
 
 fn check_config(file: Option<PathBuf>) -> Result<()> {
-    let (_, problems) = config::examine(file.as_deref(), environment())?;
+    let (config, mut problems) = config::examine(file.as_deref(), environment())?;
+    problems.extend(config::examine_host(&config));
     for problem in &problems {
         println!("{}: {}", problem.place, problem.what);
     }

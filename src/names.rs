@@ -79,6 +79,18 @@ impl EntryPath {
         Self::new(bytes)
     }
 
+    /// The path of `path`, seen from this directory.
+    ///
+    /// # Errors
+    /// As [`EntryPath::join`].
+    pub fn below(&self, path: &Self) -> Result<Self> {
+        match (self.is_root(), path.is_root()) {
+            (true, _) => Ok(path.clone()),
+            (_, true) => Ok(self.clone()),
+            _ => Self::new([&self.0, b"/".as_slice(), &path.0].concat()),
+        }
+    }
+
     /// The raw bytes; empty for the root.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -106,6 +106,17 @@ fn attaching_again_is_answered_like_the_first_time() {
 }
 
 #[test]
+fn attaching_several_again_after_a_rename_is_answered_like_the_first_time() {
+    let daemon = daemon_with(&["k", "other"], &[]);
+    let target = daemon.place().dir("at");
+    daemon.attach_at("job", &["k", "other"], &target).ok();
+    daemon.ctl(&["rename", "other", "another"]).ok();
+    daemon.attach_at("job", &["k", "another"], &target).ok();
+    assert_same_tree(&source(&daemon, "other"), &target.join("other"));
+    daemon.attach_at("job", &["another", "k"], &target).refused(&[4], &["job"]);
+}
+
+#[test]
 fn without_a_target_the_view_is_in_the_runtime_directory() {
     let daemon = daemon_with(&["k"], &[]);
     let attached = daemon.json(&["attach", "job", "k"]);

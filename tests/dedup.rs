@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use support::corpus::{Tensors, seed};
@@ -128,4 +129,23 @@ fn compare(daemon: &Daemon, sources: &Path, names: &[&str], when: &str) {
         let target = daemon.attach(&format!("{when}-{name}"), name);
         assert_same_tree(&sources.join(name), &target);
     }
+}
+
+#[test]
+fn the_disk_of_the_store_reads_ahead_as_configured() {
+    let read_ahead = |disk: &LoopFs| {
+        let device = disk.root().metadata().unwrap().dev();
+        let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+        let knob = format!("/sys/dev/block/{major}:{minor}/queue/read_ahead_kb");
+        std::fs::read_to_string(knob).unwrap().trim().parse::<u64>().unwrap()
+    };
+    let disk = LoopFs::ext4(256);
+    let before = read_ahead(&disk);
+    drop(Daemon::start_on(disk.dir("state"), &[("CKPTD_STORE__READ_AHEAD", "0")]));
+    assert_eq!(read_ahead(&disk), before);
+    drop(Daemon::start_on(disk.dir("state"), &[]));
+    assert!(read_ahead(&disk) >= 4096);
+    let raised = read_ahead(&disk);
+    drop(Daemon::start_on(disk.dir("state"), &[("CKPTD_STORE__READ_AHEAD", "65536")]));
+    assert_eq!(read_ahead(&disk), raised, "never lowered");
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The rooms of `src/`, lowest floor first. A room imports from lower floors only.
 const FLOORS: &[(&str, &[&str])] = &[
-    ("0 words", &["digest", "units", "names", "limits", "error"]),
+    ("0 words", &["digest", "units", "names", "places", "limits", "error"]),
     ("1 model", &["manifest", "layout"]),
     ("2 disk", &["disk"]),
     ("3 state and sources", &["catalog", "store", "source", "archive"]),
@@ -26,6 +26,8 @@ const NEIGHBOURS: &[(&str, &str, &str)] = &[
     ("digest", "error", "parsing a digest fails with the one error"),
     ("names", "error", "parsing a name fails with the one error"),
     ("names", "limits", "names are bounded"),
+    ("places", "error", "parsing a stamp fails with the one error"),
+    ("places", "names", "a place is a path below a datastore's root"),
     ("units", "error", "parsing a size fails with the one error"),
     ("daemon", "cli", "the quickstart drives its own instance as an operator would, and shows progress the same way"),
     ("store", "catalog", "a blob's state is its row: the store is the catalog's rows and the disk's files together"),

@@ -19,6 +19,7 @@ mod read;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod table;
+mod unpack;
 mod walk;
 
 use table::{Scale, Table};
@@ -29,6 +30,7 @@ type Take = fn(&Scale, &mut Table);
 const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
     ("ingest", ingest::take),
+    ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),
     ("walk", walk::take),

@@ -42,6 +42,31 @@ fn passthrough(scale: &Scale, table: &mut Table) {
     table.row("warm read / blob", figure, ">= 0.95", detail);
     let (figure, detail) = ratio(mapped, best(direct_mapped));
     table.row("mmap, a byte a page / blob", figure, ">= 0.95", detail);
+    one_fault(&daemon, &blobs, table);
+}
+
+/// What one touched page brings in, nothing being in page cache.
+fn one_fault(daemon: &Daemon, blobs: &[PathBuf], table: &mut Table) {
+    let files = large(&daemon.attach("faulting", "k"));
+    shell("sync; echo 3 > /proc/sys/vm/drop_caches", &[]).ok();
+    let file = File::open(&files[0]).unwrap();
+    // SAFETY: a file of the mount is never written or truncated.
+    let mapped = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+    std::hint::black_box(mapped[mapped.len() / 2]);
+    let come = resident_bytes(&blobs[0]);
+    table.row("a page fault brings in", format!("{} KiB", come >> 10), ">= 1024 KiB", "through the mount, cold");
+}
+
+/// Bytes of a file that are in page cache.
+fn resident_bytes(path: &Path) -> u64 {
+    let file = File::open(path).unwrap();
+    // SAFETY: a sealed blob is never written or truncated.
+    let mapped = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+    let mut pages = vec![0_u8; mapped.len().div_ceil(4096)];
+    // SAFETY: the mapping is as long as stated, and there is a byte for each of its pages.
+    let asked = unsafe { libc::mincore(mapped.as_ptr().cast_mut().cast(), mapped.len(), pages.as_mut_ptr()) };
+    assert_eq!(asked, 0, "mincore");
+    pages.iter().filter(|page| **page & 1 == 1).count() as u64 * 4096
 }
 
 fn through_the_daemon(scale: &Scale, table: &mut Table) {

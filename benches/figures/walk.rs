@@ -28,8 +28,8 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     let target = daemon.attach("job", "wide");
     let first = seconds("find \"$1\" -type f", &target, scale.files);
     let again = seconds("find \"$1\" -type f", &target, scale.files);
-    let attributes = seconds("find \"$1\" -type f -printf '%s %p\\n'", &target, scale.files);
-    let native = seconds("find \"$1\" -type f -printf '%s %p\\n'", &source, scale.files);
+    let attributes = seconds("find \"$1\" -type f -size +0c", &target, scale.files);
+    let native = seconds("find \"$1\" -type f -size +0c", &source, scale.files);
     table.row("find, first", format!("{first:.2} s"), "<= 0.5 s", &detail);
     table.row("find, again", format!("{again:.2} s"), "", &detail);
     table.row(

@@ -12,10 +12,12 @@ use std::str::FromStr;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde::{Deserialize, Serialize};
 
-use super::{catalog_error, from_sql, to_sql};
+use super::{catalog_error, from_sql, placements, to_sql};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::{EntryKind, Manifest};
+use crate::names::EntryPath;
+use crate::places::Place;
 
 /// State of a record: see the module's page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,16 +139,19 @@ pub struct Record {
     pub failure: Option<Failure>,
     /// Milliseconds since the epoch.
     pub created_ms: i64,
+    /// Where its bytes are, if they are not in the store; set when ready.
+    pub in_place: Option<Place>,
 }
 
-const COLUMNS: &str =
-    "id, name, owner, public, state, source, revision, manifest, files, logical_bytes, failure, created_ms";
+const COLUMNS: &str = "id, name, owner, public, state, source, revision, manifest, files, logical_bytes, failure, created_ms, datastore, below";
 
 struct Raw {
     record: Record,
     state: String,
     source: String,
     failure: Option<String>,
+    datastore: String,
+    below: Vec<u8>,
 }
 
 fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
@@ -155,6 +160,8 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         state: row.get(4)?,
         source: row.get(5)?,
         failure: row.get(10)?,
+        datastore: row.get(12)?,
+        below: row.get(13)?,
         record: Record {
             id: row.get(0)?,
             name: row.get(1)?,
@@ -168,6 +175,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
             logical_bytes: from_sql(row.get(9)?),
             failure: None,
             created_ms: row.get(11)?,
+            in_place: None,
         },
     })
 }
@@ -178,7 +186,12 @@ fn parse(raw: Raw) -> Result<Record> {
             .because(error)
     };
     let failure = raw.failure.as_deref().map(serde_json::from_str).transpose().map_err(damaged)?;
+    let in_place = match raw.datastore {
+        none if none.is_empty() => None,
+        datastore => Some(Place { datastore, below: EntryPath::new(raw.below)? }),
+    };
     Ok(Record {
+        in_place,
         state: raw.state.parse()?,
         origin: serde_json::from_str(&raw.source).map_err(damaged)?,
         failure,
@@ -361,28 +374,63 @@ pub fn set_name(tx: &Connection, id: &str, name: &str) -> Result<()> {
     update(tx, "UPDATE checkpoints SET name = ?2 WHERE id = ?1", params![id, name]).map(|_| ())
 }
 
-/// Makes a checkpoint ready: the manifest, its blobs and the state in the caller's one transaction.
+/// Where the bytes of a checkpoint are that is made ready.
+#[derive(Clone, Debug)]
+pub enum Bytes {
+    /// In the store: each file has a sealed blob.
+    Stored,
+    /// In a datastore, as the flight of this key has seen them.
+    InPlace(Place, String),
+}
+
+/// Makes a checkpoint ready: the manifest, its blobs or placements, and the state in the caller's one transaction.
 ///
 /// # Errors
-/// `MISSING_BLOB` (our bug) when a file of the manifest has no sealed blob; those of the catalog.
-pub fn set_ready(tx: &Connection, id: &str, revision: &str, manifest: &Manifest, digest: &Digest) -> Result<()> {
+/// `MISSING_BLOB`, `MISSING_PLACEMENT` (our bugs) when a file of the manifest has none; those of the catalog.
+pub fn set_ready(
+    tx: &Connection,
+    id: &str,
+    revision: &str,
+    manifest: &Manifest,
+    digest: &Digest,
+    bytes: &Bytes,
+) -> Result<()> {
+    let (datastore, below) = match bytes {
+        Bytes::Stored => ("", &[][..]),
+        Bytes::InPlace(place, _) => (place.datastore.as_str(), place.below.as_bytes()),
+    };
+    let blobs_are_linked = has_stored(tx, digest, id)?;
     // First, so that a record that is gone or going takes nothing with it.
     update(
         tx,
         "UPDATE checkpoints SET state = 'ready', failure = NULL, flight = '', revision = ?2, manifest = ?3, files = ?4,
-         logical_bytes = ?5 WHERE id = ?1 AND state <> 'removing'",
-        params![id, revision, digest.as_bytes(), to_sql(manifest.files()), to_sql(manifest.logical_bytes())],
+         logical_bytes = ?5, datastore = ?6, below = ?7 WHERE id = ?1 AND state <> 'removing'",
+        params![
+            id,
+            revision,
+            digest.as_bytes(),
+            to_sql(manifest.files()),
+            to_sql(manifest.logical_bytes()),
+            datastore,
+            below
+        ],
     )
     .and_then(still_there)?;
-    if tx
-        .prepare_cached("INSERT OR IGNORE INTO manifests (digest, encoded) VALUES (?, ?)")
+    tx.prepare_cached("INSERT OR IGNORE INTO manifests (digest, encoded) VALUES (?, ?)")
         .and_then(|mut insert| insert.execute(params![digest.as_bytes(), manifest.encode()]))
-        .map_err(catalog_error)?
-        > 0
-    {
-        link_blobs(tx, manifest, digest)?;
+        .map_err(catalog_error)?;
+    match bytes {
+        Bytes::Stored if blobs_are_linked => Ok(()),
+        Bytes::Stored => link_blobs(tx, manifest, digest),
+        Bytes::InPlace(_, flight) => placements::settle(tx, id, flight, manifest),
     }
-    Ok(())
+}
+
+/// Whether a checkpoint of this manifest, other than `except`, has its bytes in the store: only such ones name blobs.
+fn has_stored(tx: &Connection, manifest: &Digest, except: &str) -> Result<bool> {
+    tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ? AND datastore = '' AND id <> ?")
+        .and_then(|mut query| query.exists(params![manifest.as_bytes(), except]))
+        .map_err(catalog_error)
 }
 
 /// A change of a record that must be there.
@@ -430,34 +478,40 @@ pub fn manifest(tx: &Connection, digest: &Digest) -> Result<Manifest> {
     Manifest::decode(&encoded)
 }
 
-/// Drops a record, and its manifest if no other record has it. Returns the blobs that lost a reference.
+/// Drops a record, its placements, and its manifest if no other record has it. Returns the blobs that lost a reference.
 ///
 /// # Errors
 /// Those of the catalog.
 pub fn delete(tx: &Connection, id: &str) -> Result<Vec<i64>> {
     let Some(record) = get(tx, id)? else { return Ok(Vec::new()) };
     update(tx, "DELETE FROM checkpoints WHERE id = ?1", [id])?;
+    placements::forget(tx, id)?;
     let Some(manifest) = record.manifest else { return Ok(Vec::new()) };
+    if has_stored(tx, &manifest, id)? {
+        return Ok(Vec::new());
+    }
     let delete = || -> rusqlite::Result<Vec<i64>> {
-        if tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ?")?.exists([manifest.as_bytes()])? {
-            return Ok(Vec::new());
-        }
         let blobs = tx
             .prepare_cached("SELECT blob FROM manifest_blobs WHERE manifest = ?")?
             .query_map([manifest.as_bytes()], |row| row.get(0))?
             .collect::<rusqlite::Result<_>>()?;
         tx.prepare_cached("DELETE FROM manifest_blobs WHERE manifest = ?")?.execute([manifest.as_bytes()])?;
-        tx.prepare_cached("DELETE FROM manifests WHERE digest = ?")?.execute([manifest.as_bytes()])?;
+        // One that is served in place may still show the same tree.
+        if !tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ?")?.exists([manifest.as_bytes()])? {
+            tx.prepare_cached("DELETE FROM manifests WHERE digest = ?")?.execute([manifest.as_bytes()])?;
+        }
         Ok(blobs)
     };
     delete().map_err(catalog_error)
 }
 
-/// Unique and physical bytes of a ready checkpoint: after dedup, and on disk (shared blobs counted here too).
+/// Unique and physical bytes of a checkpoint: after dedup, and on disk (shared blobs counted here too). Nothing of one that is not
+/// ready or is served in place.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn footprint(tx: &Connection, manifest: &Digest) -> Result<(u64, u64)> {
+pub fn footprint(tx: &Connection, record: &Record) -> Result<(u64, u64)> {
+    let (Some(manifest), None) = (record.manifest, &record.in_place) else { return Ok((0, 0)) };
     tx.prepare_cached(
         "SELECT COALESCE(SUM(b.size - (SELECT COALESCE(SUM(r.len), 0) FROM borrows r WHERE r.blob = b.id)), 0),
                 COALESCE(SUM(b.stored_bytes), 0)

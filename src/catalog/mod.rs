@@ -13,6 +13,7 @@ pub mod checkpoints;
 pub mod events;
 pub mod fills;
 pub mod jobs;
+pub mod placements;
 mod schema;
 
 use std::path::Path;

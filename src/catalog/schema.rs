@@ -122,6 +122,29 @@ const MIGRATIONS: &[&str] = &[
         message     TEXT NOT NULL
     );
     ",
+    // 2: checkpoints that are served in place.
+    "
+    -- Where such a checkpoint's bytes are: datastore (empty: in the store) and the directory from its root.
+    ALTER TABLE checkpoints ADD COLUMN datastore TEXT NOT NULL DEFAULT '';
+    ALTER TABLE checkpoints ADD COLUMN below BLOB NOT NULL DEFAULT x'';
+
+    -- Each file of a ready checkpoint that is served in place, by its path in the checkpoint, with the stamp that its bytes had.
+    CREATE TABLE placements (
+        checkpoint  TEXT NOT NULL,
+        path        BLOB NOT NULL,
+        stamp       TEXT NOT NULL,
+        PRIMARY KEY (checkpoint, path)
+    ) WITHOUT ROWID;
+
+    -- Files that a flight has taken digests of in place: what it resumes from.
+    CREATE TABLE sightings (
+        flight  TEXT NOT NULL,
+        path    BLOB NOT NULL,
+        stamp   TEXT NOT NULL,
+        digest  BLOB NOT NULL,
+        PRIMARY KEY (flight, path)
+    ) WITHOUT ROWID;
+    ",
 ];
 
 /// Applies what is missing.
@@ -144,4 +167,62 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
         transaction.commit().map_err(catalog_error)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::checkpoints::{self, State};
+    use crate::catalog::{blobs, events, jobs};
+
+    /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
+    const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
+
+    #[test]
+    fn a_catalog_of_version_1_is_read_and_carried_on() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(VERSION_1).unwrap();
+        migrate(&mut connection).unwrap();
+        let version: usize = connection
+            .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
+            .unwrap()
+            .try_into()
+            .unwrap();
+        assert_eq!(version, MIGRATIONS.len());
+
+        let records = checkpoints::list(&connection, "", false).unwrap();
+        let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.in_place.is_none())).collect();
+        assert_eq!(seen, [("golden", State::Ready, true), ("broken", State::Failed, true)]);
+        let manifest = records[0].manifest.unwrap();
+        assert_eq!(checkpoints::manifest(&connection, &manifest).unwrap().digest(), manifest);
+        assert_eq!(checkpoints::footprint(&connection, &records[0]).unwrap(), (17, 8192));
+        assert_eq!(jobs::holders(&connection, &records[0].id).unwrap(), ["job-1"]);
+        assert_eq!(events::after(&connection, 0, 9).unwrap().len(), 2);
+
+        let lost = checkpoints::delete(&connection, &records[0].id).unwrap();
+        assert_eq!(blobs::condemn(&connection, &lost).unwrap().doomed.len(), 3);
+    }
+
+    #[test]
+    fn a_new_catalog_has_the_tables_of_one_that_was_migrated() {
+        let tables = |connection: &Connection| -> Vec<(String, String)> {
+            let mut columns = connection
+                .prepare(
+                    "SELECT m.name, c.name FROM sqlite_schema m, pragma_table_info(m.name) c WHERE m.type = 'table'
+                     ORDER BY 1, 2",
+                )
+                .unwrap();
+            columns
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+                .unwrap()
+                .collect::<rusqlite::Result<_>>()
+                .unwrap()
+        };
+        let mut old = Connection::open_in_memory().unwrap();
+        old.execute_batch(VERSION_1).unwrap();
+        migrate(&mut old).unwrap();
+        let mut new = Connection::open_in_memory().unwrap();
+        migrate(&mut new).unwrap();
+        assert_eq!(tables(&old), tables(&new));
+    }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::console::{Console, talk};
+use super::create::parse_option;
 use super::exit::Ended;
 use super::{document, follow, text};
 use crate::control::wire;
@@ -30,6 +31,9 @@ pub(super) struct Capture {
     /// What to call the checkpoint (default: `Job - <job name>`, with ` Worker <n>` where there are several)
     #[arg(long)]
     name: Option<String>,
+    /// `extract=false` keeps an archive as it is, where DIR is one
+    #[arg(long = "option", value_name = "KEY=VALUE", value_parser = parse_option)]
+    options: Vec<(String, String)>,
     /// Whose it is
     #[arg(long)]
     owner: Option<String>,
@@ -58,6 +62,7 @@ impl Capture {
             worker: self.worker.unwrap_or_default(),
             workers: self.workers.unwrap_or_default(),
             owner: self.owner.unwrap_or_default(),
+            options: self.options.into_iter().collect(),
         })
     }
 }

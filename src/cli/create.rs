@@ -12,15 +12,19 @@ use crate::source::SourceKind;
 /// Create a checkpoint and begin to fill it
 #[derive(Args)]
 pub(super) struct Create {
-    /// What to call it; need not be unique
-    name: String,
-    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/ or `<namespace>/<repo>`
-    #[arg(long)]
-    uri: String,
+    /// What to call it; need not be unique. With --catalog: its name there, unless given
+    #[arg(required_unless_present = "catalog")]
+    name: Option<String>,
+    /// Make a public checkpoint of the catalogue; `ckptctl catalog` lists them
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["uri", "type", "options", "owner"])]
+    catalog: Option<String>,
+    /// Where it comes from, in the form of the type, e.g. s3://bucket/prefix/, `<namespace>/<repo>` or a datastore's name
+    #[arg(long, required_unless_present = "catalog")]
+    uri: Option<String>,
     /// aws, azure, gcp, git, huggingface, kaggle, local, regional, wasabi or web; needed where the URI does not tell
     #[arg(long, value_name = "TYPE", value_parser = parse_type)]
     r#type: Option<SourceKind>,
-    /// Option of the type, repeatable: endpoint, branch, type, path, region, extract, copy
+    /// Option of the type, repeatable: endpoint, branch, type, path, region, extract, copy, credentials
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = parse_option)]
     options: Vec<(String, String)>,
     #[command(flatten)]
@@ -54,21 +58,23 @@ impl Create {
     }
 
     fn request(self) -> Ended<wire::CreateCheckpointRequest> {
-        if self.r#type.is_none() {
+        if let (None, Some(uri)) = (&self.r#type, &self.uri) {
             // Only to be told early: without a type the daemon infers it by the same rule, and reads the URI accordingly.
-            SourceKind::infer(&self.uri).map_err(|error| error.remedy("give --type"))?;
+            SourceKind::infer(uri).map_err(|error| error.remedy("give --type"))?;
         }
+        let source = self.uri.map(|uri| wire::Source {
+            r#type: self.r#type.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
+            uri,
+            options: self.options.into_iter().collect(),
+        });
         Ok(wire::CreateCheckpointRequest {
             id: self.id.unwrap_or_default(),
-            name: self.name,
+            name: self.name.unwrap_or_default(),
             owner: self.owner.unwrap_or_default(),
-            public: self.public,
-            source: Some(wire::Source {
-                r#type: self.r#type.map(|kind| kind.as_str().to_owned()).unwrap_or_default(),
-                uri: self.uri,
-                options: self.options.into_iter().collect(),
-            }),
+            public: self.public || self.catalog.is_some(),
+            source,
             credentials: self.secrets.read()?,
+            catalog: self.catalog.unwrap_or_default(),
         })
     }
 }
@@ -81,6 +87,7 @@ fn parse_type(text: &str) -> Result<SourceKind, String> {
     }
 }
 
+/// An option as the command line has it.
 pub(super) fn parse_option(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),

@@ -161,6 +161,30 @@ pub(super) struct Removed<'a> {
     pub(super) freed_bytes: u64,
 }
 
+/// The answer of `catalog`.
+#[derive(Serialize)]
+pub(super) struct Catalog<'a> {
+    checkpoints: Vec<CatalogEntry<'a>>,
+}
+
+#[derive(Serialize)]
+struct CatalogEntry<'a> {
+    name: &'a str,
+    source: Source<'a>,
+    terms_url: &'a str,
+}
+
+impl<'a> From<&'a [wire::CatalogEntry]> for Catalog<'a> {
+    fn from(entries: &'a [wire::CatalogEntry]) -> Self {
+        let entry = |entry: &'a wire::CatalogEntry| CatalogEntry {
+            name: &entry.name,
+            source: Source::of(entry.source.as_ref()),
+            terms_url: &entry.terms_url,
+        };
+        Self { checkpoints: entries.iter().map(entry).collect() }
+    }
+}
+
 /// A job's right to checkpoints, and where it sees them.
 #[derive(Serialize)]
 pub(super) struct Attachment<'a> {

@@ -19,6 +19,7 @@
 
 mod attach;
 mod capture;
+mod catalog;
 pub(crate) mod connect;
 mod console;
 mod create;
@@ -78,6 +79,7 @@ enum Verb {
     Create(create::Create),
     Upload(upload::Upload),
     Capture(capture::Capture),
+    Catalog(catalog::Catalog),
     Get(get::Get),
     List(list::List),
     Watch(watch::Watch),
@@ -100,6 +102,7 @@ impl Verb {
             Self::Create(verb) => verb.run(console).await,
             Self::Upload(verb) => verb.run(console).await,
             Self::Capture(verb) => verb.run(console).await,
+            Self::Catalog(verb) => verb.run(console).await,
             Self::Get(verb) => verb.run(console).await,
             Self::List(verb) => verb.run(console).await,
             Self::Watch(verb) => verb.run(console).await,
@@ -161,6 +164,9 @@ mod tests {
         for line in [
             "ckptctl create m --type aws --uri s3://b/p/ --option region=eu --option endpoint=x --owner me --id i --wait",
             "ckptctl create m --uri hf:a/b --public --credential token=env:HF_TOKEN",
+            "ckptctl create --catalog whisper-tiny --id i --wait",
+            "ckptctl create m --catalog whisper-tiny",
+            "ckptctl catalog --json",
             "ckptctl upload m ./model --owner me",
             "ckptctl capture job --from out --worker 2 --workers 4 --job-name Train --name n --owner me",
             "ckptctl list --owner me --public --json",
@@ -184,6 +190,9 @@ mod tests {
     #[test]
     fn lines_that_contradict_themselves_are_refused() {
         assert_eq!(fault("ckptctl create m --uri u --owner me --public"), Some(ErrorKind::ArgumentConflict));
+        assert_eq!(fault("ckptctl create m --catalog c --uri u"), Some(ErrorKind::ArgumentConflict));
+        assert_eq!(fault("ckptctl create --catalog c --owner me"), Some(ErrorKind::ArgumentConflict));
+        assert_eq!(fault("ckptctl create --uri u"), Some(ErrorKind::MissingRequiredArgument));
         assert_eq!(fault("ckptctl create m"), Some(ErrorKind::MissingRequiredArgument));
         assert_eq!(fault("ckptctl create m --uri u --option novalue"), Some(ErrorKind::ValueValidation));
         assert_eq!(fault("ckptctl create m --uri u --type floppy"), Some(ErrorKind::ValueValidation));

@@ -95,6 +95,15 @@ pub(super) fn checkpoint_details(record: &wire::Checkpoint) -> String {
     details(rows)
 }
 
+/// The table of `catalog`.
+pub(super) fn catalog_table(entries: &[wire::CatalogEntry]) -> String {
+    let rows = entries.iter().map(|entry| {
+        let source = entry.source.as_ref().map(shown_source).unwrap_or_default();
+        [plain(&entry.name), source, plain(&entry.terms_url)]
+    });
+    table(["NAME", "SOURCE", "TERMS"], rows, &[])
+}
+
 /// The table of `jobs`.
 pub(super) fn job_table(attachments: &[wire::Attachment]) -> String {
     let rows = attachments.iter().map(|attachment| {

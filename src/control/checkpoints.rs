@@ -15,7 +15,7 @@ use crate::catalog::events::NewEvent;
 use crate::catalog::jobs;
 use crate::error::{Error, Kind, Result};
 use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
-use crate::source::{self, Credentials, SourceKind};
+use crate::source::{self, Credentials, SourceKind, SourceSpec};
 use crate::units::now_unix_ms;
 
 /// A watched record is sent at most this often.
@@ -31,6 +31,9 @@ impl Service {
     }
 
     async fn create(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        if !request.catalog.is_empty() {
+            return self.create_offered(request).await;
+        }
         let wanted = request.source.unwrap_or_default();
         let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
         if matches!(kind, SourceKind::Directory | SourceKind::Upload) {
@@ -49,9 +52,15 @@ impl Service {
             .remedy("set `http.listen`, or use `ckptctl upload`"));
         }
         let (uri, user) = source::split_user_information(&wanted.uri);
+        let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
-        let origin = Origin { kind: kind.to_string(), uri, options: wanted.options.into_iter().collect() };
+        let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
+        self.floors.check_permitted(&spec, &request.owner)?;
+        let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
+        if let Some(signature) = signature {
+            secrets.entry("sas".into()).or_insert(signature);
+        }
         if let Some((username, password)) = user {
             secrets.entry("username".into()).or_insert(username);
             secrets.entry("password".into()).or_insert(password);
@@ -61,6 +70,19 @@ impl Service {
             record.state = State::Filling;
         }
         self.begin(record, Credentials::new(secrets)).await
+    }
+
+    /// A public checkpoint of the catalogue.
+    async fn create_offered(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        if request.source.is_some() || !request.owner.is_empty() {
+            let message =
+                format!("`{}` is of the catalogue, which gives its source and makes it public", request.catalog);
+            return Err(Error::invalid("CATALOG_HAS_THE_SOURCE", message).remedy("give neither a source nor an owner"));
+        }
+        let origin = self.floors.facts.catalogue.origin(&request.catalog)?;
+        let name = if request.name.is_empty() { request.catalog } else { request.name };
+        let record = new_record(request.id, name, String::new(), true, origin)?;
+        self.begin(record, Credentials::new(request.credentials.into_iter().collect())).await
     }
 
     /// Records and starts, in a task of its own: a caller that goes away must not leave a record that nobody fills.
@@ -102,8 +124,12 @@ impl Service {
         } else {
             request.name
         };
-        let origin =
-            Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options: Default::default() };
+        if let Some(unknown) = request.options.keys().find(|key| *key != "extract") {
+            return Err(Error::invalid("UNKNOWN_OPTION", format!("capturing has no option `{unknown}`"))
+                .remedy("the only one is `extract`"));
+        }
+        let options = request.options.into_iter().collect();
+        let origin = Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options };
         let record = new_record(request.id, name, request.owner, false, origin)?;
         self.begin(record, Credentials::default()).await
     }
@@ -201,6 +227,15 @@ impl Floors {
         }
     }
 
+    /// Whether a source can be what it says and `owner` may use it, as far as is told without contacting anybody.
+    ///
+    /// # Errors
+    /// Invalid options, `NO_SUCH_DATASTORE`.
+    fn check_permitted(&self, spec: &SourceSpec, owner: &str) -> Result<()> {
+        source::check_options(spec)?;
+        if spec.kind == SourceKind::Regional { self.datastores.find(&spec.uri, owner).map(drop) } else { Ok(()) }
+    }
+
     /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
     ///
     /// # Errors
@@ -271,6 +306,7 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         logical_bytes: 0,
         failure: None,
         created_ms: now_unix_ms(),
+        in_place: None,
     })
 }
 
@@ -448,6 +484,13 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::CaptureOutputRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
         self.capture(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn list_catalog(
+        &self,
+        _request: Request<wire::ListCatalogRequest>,
+    ) -> Result<Response<wire::ListCatalogResponse>, Status> {
+        Ok(Response::new(wire::ListCatalogResponse { entries: self.floors.facts.catalogue.entries() }))
     }
 }
 

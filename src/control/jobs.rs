@@ -105,16 +105,19 @@ impl Service {
     }
 
     async fn get(&self, request: wire::GetJobRequest) -> Result<wire::Attachment> {
+        let facts = self.floors.facts.clone();
         let find = move |tx: &rusqlite::Connection| {
             let row = rows::get(tx, &request.job)?.ok_or_else(|| no_such_job(&request.job))?;
-            records::attachment(tx, row)
+            records::attachment(tx, row, &facts.catalogue)
         };
         self.floors.store.catalog().read(find).await
     }
 
     async fn list(&self) -> Result<wire::ListJobsResponse> {
-        let list = |tx: &rusqlite::Connection| {
-            rows::list(tx)?.into_iter().map(|row| records::attachment(tx, row)).collect::<Result<Vec<_>>>()
+        let facts = self.floors.facts.clone();
+        let list = move |tx: &rusqlite::Connection| {
+            let show = |row| records::attachment(tx, row, &facts.catalogue);
+            rows::list(tx)?.into_iter().map(show).collect::<Result<Vec<_>>>()
         };
         let jobs = self.floors.store.catalog().read(list).await?;
         Ok(wire::ListJobsResponse { jobs })

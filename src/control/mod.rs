@@ -7,6 +7,7 @@
 //! The Unix socket is the only listener of this version. It has mode 0600, and who calls is also asked of the kernel ([`peer`]): root, or
 //! the daemon's own user, is the scheduler; nobody else is answered.
 
+pub mod catalogue;
 mod checkpoints;
 mod jobs;
 mod node;
@@ -32,10 +33,12 @@ use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::serve::attachments::Attachments;
+use crate::source::Datastores;
 use crate::source::local::Tokens;
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
+use catalogue::Catalogue;
 use wire::checkpoints_server::CheckpointsServer;
 use wire::jobs_server::JobsServer;
 use wire::node_server::NodeServer;
@@ -55,13 +58,15 @@ pub struct Floors {
     pub ingests: Ingests,
     /// Jobs and views.
     pub attachments: Attachments,
+    /// What regional checkpoints may be below.
+    pub datastores: Arc<Datastores>,
     /// Tokens of local transfers, where the daemon listens for them.
     pub tokens: Option<Arc<Tokens>>,
-    /// Facts about the process.
+    /// Facts that hold as long as the process.
     pub facts: Arc<Facts>,
 }
 
-/// Facts about the process that `GetStatus` tells.
+/// Facts that hold as long as the process.
 #[derive(Debug)]
 pub struct Facts {
     /// When it started.
@@ -70,6 +75,8 @@ pub struct Facts {
     pub runtime_dir: PathBuf,
     /// Bytes the store may occupy; 0: the whole filesystem.
     pub capacity_bytes: u64,
+    /// Public checkpoints that can be made by name.
+    pub catalogue: Catalogue,
 }
 
 impl Floors {

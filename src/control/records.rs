@@ -2,6 +2,7 @@
 
 use rusqlite::Connection;
 
+use super::catalogue::Catalogue;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
@@ -31,11 +32,8 @@ const fn job_state(state: JobState) -> wire::AttachmentState {
 impl Floors {
     /// A record as it is now, with its footprint and progress.
     pub(super) async fn show(&self, record: Record) -> Result<wire::Checkpoint> {
-        let manifest = record.manifest;
-        let footprint = match manifest {
-            Some(manifest) => self.store.catalog().read(move |tx| checkpoints::footprint(tx, &manifest)).await?,
-            None => (0, 0),
-        };
+        let asked = record.clone();
+        let footprint = self.store.catalog().read(move |tx| checkpoints::footprint(tx, &asked)).await?;
         Ok(self.message(record, footprint))
     }
 
@@ -60,7 +58,7 @@ impl Floors {
             .catalog()
             .read(move |tx| {
                 let footprint = |record: Record| {
-                    let bytes = record.manifest.map_or(Ok((0, 0)), |manifest| checkpoints::footprint(tx, &manifest))?;
+                    let bytes = checkpoints::footprint(tx, &record)?;
                     Ok((record, bytes))
                 };
                 select(tx)?.into_iter().map(footprint).collect::<Result<Vec<_>>>()
@@ -110,15 +108,18 @@ impl Floors {
 
     /// A job's row with the names of its checkpoints.
     pub(super) async fn show_job(&self, row: JobRow) -> Result<wire::Attachment> {
-        self.store.catalog().read(move |tx| attachment(tx, row)).await
+        let facts = self.facts.clone();
+        self.store.catalog().read(move |tx| attachment(tx, row, &facts.catalogue)).await
     }
 }
 
 /// A job's row as a message.
-pub(super) fn attachment(tx: &Connection, row: JobRow) -> Result<wire::Attachment> {
+pub(super) fn attachment(tx: &Connection, row: JobRow, catalogue: &Catalogue) -> Result<wire::Attachment> {
+    let mut terms = Vec::new();
     let mut checkpoints = Vec::with_capacity(row.leases.len());
     for lease in &row.leases {
         let record = checkpoints::get(tx, &lease.checkpoint)?;
+        terms.extend(record.as_ref().and_then(|record| catalogue.terms(record)));
         let path = match (row.target.as_str(), lease.subdir.as_str()) {
             ("", _) => String::new(),
             (target, "") => target.to_owned(),
@@ -142,7 +143,7 @@ pub(super) fn attachment(tx: &Connection, row: JobRow) -> Result<wire::Attachmen
         checkpoints,
         env,
         state: job_state(row.state).into(),
-        terms: Vec::new(),
+        terms,
         pid: row.pid,
     })
 }

@@ -1,6 +1,7 @@
 //! Configuration: defaults, then the file, then `CKPTD_*` variables, then flags; each key checked where it is read.
 //!
-//! The keys are one table ([`KEYS`]): name, what it means, default, how it is read. Everything else follows from the table: unknown keys are
+//! The keys are one table ([`KEYS`]): name, what it means, default, how it is read; and one for each datastore ([`DATASTORE_KEYS`]), whose
+//! names are the operator's. Everything else follows from the table: unknown keys are
 //! errors, `check-config` reports every problem at once with its line, and the packaged file is tested against it. A value in the
 //! environment is written as in TOML: `CKPTD_SOURCES__ALLOW_NETWORKS='["10.0.0.0/8"]'`.
 
@@ -12,7 +13,9 @@ use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::names::OwnerId;
 use crate::source::egress::Cidr;
+use crate::source::{Datastore, Datastores};
 
 /// Where the packaged service keeps its configuration.
 pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";
@@ -22,6 +25,9 @@ const PREFIX: &str = "CKPTD_";
 
 /// Variables with our prefix that are no keys: they belong to `ckptctl`.
 const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT"];
+
+/// Where systemd puts the credentials of a service that has some; our default where it is set.
+const SYSTEMD_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
 
 /// Everything that can be set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +40,8 @@ pub struct Config {
     pub capacity_bytes: u64,
     /// Logical bytes one checkpoint may have.
     pub checkpoint_bytes: u64,
+    /// Bytes that the store's disk is to read ahead at least; 0: as it is.
+    pub read_ahead_bytes: u64,
     /// Whether the kernel reads whole blobs itself where it can.
     pub passthrough: bool,
     /// Networks that sources may reach besides public addresses.
@@ -42,6 +50,10 @@ pub struct Config {
     pub attempts: u32,
     /// Longest silence of a source in the middle of a body.
     pub inactivity_timeout: Duration,
+    /// Where the operator keeps named credentials.
+    pub credentials_dir: PathBuf,
+    /// The operator's own catalogue of public checkpoints; `None`: the one that is built in.
+    pub catalogue_file: Option<PathBuf>,
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
     /// Where HTTP is listened for, if at all.
@@ -50,6 +62,8 @@ pub struct Config {
     pub http_url: String,
     /// Silence after which an upload by HTTP is dropped.
     pub upload_idle: Duration,
+    /// Directories that are mounted on this host and served from.
+    pub datastores: Datastores,
 }
 
 impl Default for Config {
@@ -59,14 +73,18 @@ impl Default for Config {
             runtime_dir: PathBuf::from("/run/ckptd"),
             capacity_bytes: 0,
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
+            read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
             inactivity_timeout: Duration::from_secs(30),
+            credentials_dir: PathBuf::from("/etc/ckptd/credentials"),
+            catalogue_file: None,
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
             http_listen: None,
             http_url: String::new(),
             upload_idle: Duration::from_secs(3600),
+            datastores: Datastores::default(),
         }
     }
 }
@@ -85,6 +103,7 @@ const KEYS: &[Key] = &[
     Key { name: "store.runtime_dir", read: |config, value| set(&mut config.runtime_dir, absolute_path(value)) },
     Key { name: "store.capacity", read: |config, value| set(&mut config.capacity_bytes, bytes(value)) },
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
+    Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
@@ -93,12 +112,34 @@ const KEYS: &[Key] = &[
         read: |config, value| set(&mut config.inactivity_timeout, seconds(value)),
     },
     Key {
+        name: "sources.credentials_dir",
+        read: |config, value| set(&mut config.credentials_dir, absolute_path(value)),
+    },
+    Key { name: "catalogue.file", read: |config, value| set(&mut config.catalogue_file, file_or_none(value)) },
+    Key {
         name: "memory.budget",
         read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)),
     },
     Key { name: "http.listen", read: |config, value| set(&mut config.http_listen, listen_address(value)) },
     Key { name: "http.url", read: |config, value| set(&mut config.http_url, base_url(value)) },
     Key { name: "http.upload_idle_s", read: |config, value| set(&mut config.upload_idle, seconds(value)) },
+];
+
+type ReadOf<T> = fn(&mut T, &Value) -> std::result::Result<(), String>;
+
+/// A key of every datastore, `datastores.NAME.<this>`.
+struct DatastoreKey {
+    name: &'static str,
+    read: ReadOf<Datastore>,
+}
+
+/// The table whose tables have free names.
+const DATASTORES: &str = "datastores";
+
+/// Every key there is of a datastore.
+const DATASTORE_KEYS: &[DatastoreKey] = &[
+    DatastoreKey { name: "path", read: |datastore, value| set(&mut datastore.path, absolute_path(value)) },
+    DatastoreKey { name: "owners", read: |datastore, value| set(&mut datastore.owners, owners(value)) },
 ];
 
 /// A problem of a configuration.
@@ -132,7 +173,11 @@ pub fn examine(
     file: Option<&Path>,
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<(Config, Vec<Problem>)> {
+    let environment: Vec<_> = environment.collect();
     let mut config = Config::default();
+    if let Some((_, directory)) = environment.iter().find(|(variable, _)| variable == SYSTEMD_CREDENTIALS) {
+        config.credentials_dir = PathBuf::from(directory);
+    }
     let mut problems = Vec::new();
     let path = file.unwrap_or(Path::new(DEFAULT_FILE));
     match std::fs::read_to_string(path) {
@@ -146,13 +191,52 @@ pub fn examine(
         let Some(name) = variable.strip_prefix(PREFIX).filter(|_| !NOT_KEYS.contains(&variable.as_str())) else {
             continue;
         };
-        let name = name.to_ascii_lowercase().replace("__", ".");
+        let name = key_of_variable(name, &config.datastores);
         let value = text.parse::<Value>().unwrap_or(Value::String(text));
         if let Err(what) = apply(&mut config, &name, &value) {
             problems.push(Problem { place: variable, what });
         }
     }
+    for (name, datastore) in &config.datastores.0 {
+        let place = format!("{DATASTORES}.{name}.path");
+        let is_wrong = |problem: &Problem| problem.what.contains(&format!("`{place}`"));
+        if datastore.path.as_os_str().is_empty() && !problems.iter().any(is_wrong) {
+            problems.push(Problem { place, what: "must be given: where the datastore is mounted".to_owned() });
+        }
+    }
     Ok((config, problems))
+}
+
+/// What is not as it should be on this host just now: it may be put right while the daemon runs, and does not keep it from starting.
+pub fn examine_host(config: &Config) -> Vec<Problem> {
+    let absent = config
+        .datastores
+        .0
+        .iter()
+        .filter(|(_, datastore)| !datastore.path.as_os_str().is_empty() && !datastore.path.is_dir());
+    let problem = |(name, datastore): (&String, &Datastore)| Problem {
+        place: format!("{DATASTORES}.{name}.path"),
+        what: format!("there is no directory {}; mount the datastore there", datastore.path.display()),
+    };
+    absent.map(problem).collect()
+}
+
+/// The key that a variable means, less its prefix. The name of a datastore is taken as one of the file's that differs in case only; else, if
+/// it is in capitals throughout, as variables are, in lower case; else as it is written.
+fn key_of_variable(name: &str, known: &Datastores) -> String {
+    let datastore = name
+        .split_once("__")
+        .filter(|(table, _)| table.eq_ignore_ascii_case(DATASTORES))
+        .and_then(|(_, rest)| rest.rsplit_once("__"));
+    let Some((datastore, key)) = datastore else { return name.to_ascii_lowercase().replace("__", ".") };
+    let same = known.0.keys().find(|other| other.eq_ignore_ascii_case(datastore));
+    let in_capitals = !datastore.bytes().any(|byte| byte.is_ascii_lowercase());
+    let datastore = match same {
+        Some(same) => same.clone(),
+        None if in_capitals => datastore.to_ascii_lowercase(),
+        None => datastore.to_owned(),
+    };
+    format!("{DATASTORES}.{datastore}.{}", key.to_ascii_lowercase())
 }
 
 fn read_file(text: &str, path: &Path, config: &mut Config, problems: &mut Vec<Problem>) {
@@ -167,6 +251,11 @@ fn read_file(text: &str, path: &Path, config: &mut Config, problems: &mut Vec<Pr
     let mut leaves = Vec::new();
     flatten("", &table, &mut leaves);
     let mut found = Vec::new();
+    if let Some(Value::Table(datastores)) = table.get(DATASTORES) {
+        // Also one without a key, which is missed below.
+        let tables = datastores.iter().filter(|(name, value)| value.is_table() && is_datastore_name(name));
+        config.datastores.0.extend(tables.map(|(name, _)| (name.clone(), Datastore::default())));
+    }
     for (name, value) in leaves {
         if let Err(what) = apply(config, &name, value) {
             found.push((line_of(text, &name), what));
@@ -188,13 +277,30 @@ fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Val
 }
 
 fn apply(config: &mut Config, name: &str, value: &Value) -> std::result::Result<(), String> {
-    match KEYS.iter().find(|key| key.name == name) {
-        Some(key) => (key.read)(config, value).map_err(|what| format!("`{name}` {what}")),
-        None => {
-            let known: Vec<_> = KEYS.iter().map(|key| key.name).collect();
-            Err(format!("there is no key `{name}`; the keys are {}", known.join(", ")))
-        }
+    let wrong = |what| format!("`{name}` {what}");
+    if let Some(key) = KEYS.iter().find(|key| key.name == name) {
+        return (key.read)(config, value).map_err(wrong);
     }
+    let parts = name.strip_prefix(DATASTORES).and_then(|rest| rest.strip_prefix('.')?.rsplit_once('.'));
+    if let Some((datastore, last)) = parts
+        && let Some(key) = DATASTORE_KEYS.iter().find(|key| key.name == last)
+    {
+        if !is_datastore_name(datastore) {
+            return Err(format!(
+                "`{datastore}` cannot be the name of a datastore: use letters, digits, `-`, `_` and `.`"
+            ));
+        }
+        return (key.read)(config.datastores.0.entry(datastore.to_owned()).or_default(), value).map_err(wrong);
+    }
+    let datastore_keys = DATASTORE_KEYS.iter().map(|key| format!("{DATASTORES}.NAME.{}", key.name));
+    let known: Vec<_> = KEYS.iter().map(|key| key.name.to_owned()).chain(datastore_keys).collect();
+    Err(format!("there is no key `{name}`; the keys are {}", known.join(", ")))
+}
+
+/// Whether requests can name it: it is the URI of a source.
+fn is_datastore_name(name: &str) -> bool {
+    (1..=limits::ID_BYTES).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
 }
 
 fn line_at(text: &str, byte: usize) -> usize {
@@ -230,6 +336,13 @@ fn absolute_path(value: &Value) -> std::result::Result<PathBuf, String> {
     }
 }
 
+fn file_or_none(value: &Value) -> std::result::Result<Option<PathBuf>, String> {
+    match value.as_str() {
+        Some("") => Ok(None),
+        _ => absolute_path(value).map(Some).map_err(|what| format!("{what}, or empty")),
+    }
+}
+
 fn bytes(value: &Value) -> std::result::Result<u64, String> {
     value
         .as_integer()
@@ -259,6 +372,17 @@ fn networks(value: &Value) -> std::result::Result<Vec<Cidr>, String> {
         .map(|network| {
             let text = network.as_str().ok_or_else(|| expected.to_owned())?;
             text.parse::<Cidr>().map_err(|error| format!("{expected}: {}", error.report()))
+        })
+        .collect()
+}
+
+fn owners(value: &Value) -> std::result::Result<Vec<String>, String> {
+    let expected = || "must be a list of owners such as [\"team-a\"]; [] is everybody".to_owned();
+    let list = value.as_array().ok_or_else(expected)?;
+    list.iter()
+        .map(|owner| {
+            let owner = owner.as_str().ok_or_else(expected)?;
+            OwnerId::new(owner).map(|owner| owner.to_string()).map_err(|error| error.report())
         })
         .collect()
 }
@@ -340,6 +464,15 @@ mod tests {
     }
 
     #[test]
+    fn credentials_are_where_systemd_puts_them_unless_the_operator_says_otherwise() {
+        let systemd = [("CREDENTIALS_DIRECTORY", "/run/credentials/ckptd.service")];
+        let (config, _) = problems_of("", &systemd);
+        assert_eq!(config.credentials_dir, Path::new("/run/credentials/ckptd.service"));
+        let (config, _) = problems_of("[sources]\ncredentials_dir = '/keys'\n", &systemd);
+        assert_eq!(config.credentials_dir, Path::new("/keys"));
+    }
+
+    #[test]
     fn the_packaged_file_equals_the_defaults() {
         let packaged = include_str!("../../systemd/config.toml");
         let uncommented: String = packaged
@@ -372,6 +505,53 @@ mod tests {
             assert_eq!(problems_of(&format!("[http]\nlisten = {text}\n"), &[]).1.len(), 1, "{text}");
         }
         assert_eq!(problems_of("[http]\nurl = 'h:1'\n", &[]).1.len(), 1);
+    }
+
+    fn datastores_have_names_of_their_own() {
+        let text =
+            "[datastores.Weights]\npath = '/mnt/w'\nowners = ['a', 'b']\n[datastores.\"x.y\"]\npath = '/mnt/xy'\n";
+        let environment = [
+            ("CKPTD_DATASTORES__WEIGHTS__PATH", "/mnt/elsewhere"),
+            ("CKPTD_DATASTORES__A_B__PATH", "\"/mnt/ab\""),
+            ("CKPTD_DATASTORES__Mixed__OWNERS", "[]"),
+            ("CKPTD_DATASTORES__Mixed__path", "/mnt/m"),
+        ];
+        let (config, problems) = problems_of(text, &environment);
+        assert_eq!(problems, []);
+        let shown = |(name, datastore): (&String, &Datastore)| {
+            format!("{name}={}:{}", datastore.path.display(), datastore.owners.join("+"))
+        };
+        let all: Vec<_> = config.datastores.0.iter().map(shown).collect();
+        assert_eq!(all, ["Mixed=/mnt/m:", "Weights=/mnt/elsewhere:a+b", "a_b=/mnt/ab:", "x.y=/mnt/xy:"]);
+    }
+
+    #[test]
+    fn datastores_that_cannot_be_are_reported() {
+        let text = "[datastores.a]\npath = 'mnt'\n[datastores.b]\n[datastores.c]\nowners = 'me'\nport = 1\n[datastores.'d/']\npath = '/x'\n";
+        let (_, problems) = problems_of(text, &[("CKPTD_DATASTORES__E", "/x")]);
+        let shown: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.place, problem.what)).collect();
+        for (at, words) in [
+            ("file:2", "must be an absolute path"),
+            ("file:5", "must be a list of owners"),
+            ("file:6", "the keys are"),
+            ("file:8", "cannot be the name"),
+            ("CKPTD_DATASTORES__E", "there is no key `datastores.e`"),
+            ("datastores.b.path", "must be given"),
+            ("datastores.c.path", "must be given"),
+        ] {
+            assert!(shown.iter().any(|line| line.starts_with(at) && line.contains(words)), "{at} {words}: {shown:#?}");
+        }
+        assert_eq!(problems.len(), 7, "{shown:#?}");
+    }
+
+    #[test]
+    fn a_datastore_that_is_not_mounted_is_a_word_and_no_error() {
+        let (config, problems) =
+            problems_of("[datastores.a]\npath = '/nowhere/at/all'\n[datastores.b]\npath = '/'\n", &[]);
+        assert_eq!(problems, []);
+        let found = examine_host(&config);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].place, "datastores.a.path");
     }
 
     #[test]

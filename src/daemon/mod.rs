@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener};
 
+use crate::control::catalogue::Catalogue;
 use crate::control::{self, Facts, Floors};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
@@ -25,7 +26,9 @@ use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
 use crate::source::egress::EgressPolicy;
 use crate::source::local::Tokens;
-use crate::source::{self, Credentials, HttpSettings, SourceContext, SourceSpec};
+use crate::source::{
+    self, Credentials, CredentialsDirectory, Datastores, HttpSettings, SourceContext, SourceKind, SourceSpec,
+};
 use crate::store::Store;
 use config::Config;
 
@@ -52,9 +55,18 @@ impl Instance {
         let started = Instant::now();
         require_root()?;
         raise_descriptor_limit();
+        for problem in config::examine_host(config) {
+            tracing::warn!(key = problem.place, "{}", problem.what);
+        }
         let (state_dir, runtime_dir, passthrough) =
             (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
-        let store = blocking(move || Store::open(&state_dir)).await?;
+        let read_ahead_bytes = config.read_ahead_bytes;
+        let store = blocking(move || {
+            let store = Store::open(&state_dir)?;
+            store.disk().raise_read_ahead(read_ahead_bytes);
+            Ok(store)
+        })
+        .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
         let listener = control::bind(&socket).await?;
@@ -138,10 +150,12 @@ async fn compose(
 ) -> Result<Floors> {
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
-    let attachments = blocking(move || Attachments::open(on, &below, passthrough)).await?;
+    let datastores = Arc::new(config.datastores.clone());
+    let known = datastores.clone();
+    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config)?,
+        connector(config, &store, datastores.clone())?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -149,16 +163,28 @@ async fn compose(
             capacity_bytes: config.capacity_bytes,
         },
     );
-    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes });
-    Ok(Floors { store, ingests, attachments, tokens, facts })
+    let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
+    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
+    Ok(Floors { store, ingests, attachments, datastores, tokens, facts })
 }
 
-/// Sources as the configuration allows them. Directories of this host come from `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config) -> Result<Connector> {
+/// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from
+/// `capture` alone, which only the socket's owner can ask for.
+fn connector(config: &Config, store: &Store, datastores: Arc<Datastores>) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
-    let context = SourceContext::new(&settings, policy)?.with_host_directories();
-    Ok(Arc::new(move |spec: &SourceSpec, credentials: &Credentials| source::connect(spec, credentials, &context)))
+    let context = SourceContext::new(&settings, policy)?
+        .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
+        .with_host_credentials(Some(config.credentials_dir.clone()))
+        .with_host_directories()
+        .with_datastores(datastores.clone());
+    let directory = CredentialsDirectory::new(config.credentials_dir.clone());
+    Ok(Arc::new(move |spec: &SourceSpec, owner: &str, given: &Credentials| {
+        if spec.kind == SourceKind::Regional {
+            datastores.find(&spec.uri, owner)?;
+        }
+        source::connect(spec, &directory.resolve(spec, owner, given)?, &context)
+    }))
 }
 
 fn require_root() -> Result<()> {

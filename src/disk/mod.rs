@@ -8,6 +8,7 @@
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
+//! scratch/<n>/                 what a source needs on disk while it is read; emptied at every start
 //! ```
 //!
 //! Durability: [`Disk::sync_file`] returns after `fdatasync`, [`Disk::sync_directories`] after `fsync` of the named
@@ -20,6 +21,8 @@
 
 mod extents;
 mod ownership;
+mod read_ahead;
+mod scratch;
 mod secret;
 
 use std::fs::{self, File, OpenOptions};
@@ -38,6 +41,7 @@ use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
 use crate::units::show_bytes;
 
 pub use extents::{SealedFile, clone_file};
+pub use scratch::Scratch;
 pub use secret::SECRET_BYTES;
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
@@ -63,7 +67,8 @@ impl Disk {
         make_directory(root)?;
         let lock = ownership::take_lock(root)?;
         ownership::check_version(root)?;
-        for part in ["filling", "blobs", "quarantine"] {
+        scratch::clear(root);
+        for part in ["filling", "blobs", "quarantine", "scratch"] {
             make_directory(&root.join(part))?;
         }
         for byte in 0..=u8::MAX {
@@ -84,6 +89,20 @@ impl Disk {
     /// Whether the filesystem shares extents between files.
     pub fn reflink(&self) -> bool {
         self.reflink
+    }
+
+    /// Raises the read-ahead of the store's disk to `bytes`, if it is lower. What cannot be raised is logged and left: reads are
+    /// slower then, and right.
+    pub fn raise_read_ahead(&self, bytes: u64) {
+        match read_ahead::raise(&self.root_handle, bytes) {
+            Ok((before, after)) if after > before => {
+                tracing::info!(before_kib = before, after_kib = after, "the read-ahead of the store's disk was raised");
+            }
+            Ok(_) => {}
+            Err(why) => {
+                tracing::warn!(root = %self.root.display(), why, "the read-ahead of the store's disk stays as it is")
+            }
+        }
     }
 
     /// Why nothing is written any more, if so.

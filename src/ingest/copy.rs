@@ -2,13 +2,13 @@
 
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::fetch::{Flying, GiveUp, WRITE_BYTES, blocking, changed, join_fill, publish};
+use super::fetch::{Flying, WRITE_BYTES, blocking, changed, filled, join_fill};
 use super::plan::ToFill;
 use super::progress::Progress;
+use super::publish::GiveUp;
 use super::seal;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::manifest::Entry;
 use crate::source::File;
@@ -22,11 +22,10 @@ pub(super) async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: s
     let size = file.file.size.unwrap_or(0);
     let disk = flying.shared.store.disk().clone();
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
-    let stopped = Arc::new(AtomicBool::new(false));
-    let _give_up = GiveUp(filling.clone(), stopped.clone());
+    let _give_up = GiveUp(filling.clone());
     let layout =
         seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
-    let _core = flying.shared.bounds.core().await?;
+    let _core = flying.core().await?;
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
         blocking(move || seal::follow(&filling, &path, &expected, layout))
@@ -34,24 +33,18 @@ pub(super) async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: s
     let copier = {
         let (flying, filling, file) = (flying.clone(), filling.clone(), file.file.clone());
         blocking(move || {
-            let copied = copy_here(&opened, &filling, &file, &flying.progress, &stopped)
+            let copied = copy_here(&opened, &filling, &file, &flying.progress)
                 .and_then(|()| flying.source.check_unchanged(&file, &opened))
                 .and_then(|()| filling.flush().map(|_| ()));
             copied.inspect_err(|_| filling.give_up())
         })
     };
     let digested = join_fill(copier, sealer).await?;
-    publish(&flying, file, size, digested, true).await
+    filled(&flying, file, size, digested, true).await
 }
 
 /// Shares extents where the filesystem can, else copies in the kernel, unit by unit.
-fn copy_here(
-    from: &std::fs::File,
-    filling: &Filling,
-    file: &File,
-    progress: &Progress,
-    stopped: &AtomicBool,
-) -> Result<()> {
+fn copy_here(from: &std::fs::File, filling: &Filling, file: &File, progress: &Progress) -> Result<()> {
     let size = file.size.unwrap_or(0);
     if crate::disk::clone_file(from.as_fd(), filling.file(), size) {
         let units = filling.units();
@@ -61,9 +54,7 @@ fn copy_here(
     }
     let mut at = 0;
     while at < size {
-        if stopped.load(Ordering::Relaxed) {
-            return Err(Error::new(Kind::Cancelled, "FILL_GIVEN_UP", "the fill was given up"));
-        }
+        filling.check_wanted()?;
         let want = usize::try_from(size - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
         filling.check_room(want as u64)?;
         copy_piece(from, filling.file(), at, want).map_err(|error| match error.kind() {

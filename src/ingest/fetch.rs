@@ -9,7 +9,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,14 +19,14 @@ use super::Shared;
 use super::copy;
 use super::plan::{self, ToFill};
 use super::progress::Progress;
+use super::publish::{Filled, GiveUp, publish};
 use super::retry::Ladder;
 use super::seal::{self, Digested};
 use crate::catalog::fills;
 use crate::error::{Error, Kind, Result};
 use crate::limits::{self, UNIT_BYTES};
-use crate::manifest::{Entry, EntryKind};
+use crate::manifest::Entry;
 use crate::source::{File, Source};
-use crate::store::Sealing;
 use crate::store::filling::{Filling, UnitMap};
 
 /// Units asked for in one range: few requests, yet several in flight for one file.
@@ -48,6 +47,34 @@ pub(super) struct Flying {
     pub(super) source: Arc<dyn Source>,
     pub(super) key: String,
     pub(super) progress: Arc<Progress>,
+    /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
+    /// not hold those of others.
+    cores: Arc<Semaphore>,
+}
+
+impl Flying {
+    pub(super) fn new(shared: Arc<Shared>, source: Arc<dyn Source>, key: String, progress: Arc<Progress>) -> Self {
+        let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
+        Self { shared, source, key, progress, cores }
+    }
+
+    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
+        self.cores.clone().acquire_owned().await.map_err(|_| closed())
+    }
+
+    /// The file itself where it is on this host; does not wait for its disk on a thread of the runtime.
+    async fn open_local(&self, file: &File) -> Result<Option<std::fs::File>> {
+        if !self.source.is_local() {
+            return Ok(None);
+        }
+        let (source, file) = (self.source.clone(), file.clone());
+        blocking(move || source.open_local(&file)).await
+    }
+}
+
+/// Permits for blocking work that uses a core: some of it waits for the disk.
+fn cores() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
 }
 
 /// What bounds all fetchers of the daemon.
@@ -64,11 +91,10 @@ pub(super) struct Bounds {
 impl Bounds {
     pub(super) fn new(memory_budget_bytes: u64) -> Self {
         let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
         Self {
             memory: Arc::new(Semaphore::new(budget_kib as usize)),
             streams: Arc::new(Semaphore::new(limits::FETCHES_PER_SOURCE * 4)),
-            cores: Arc::new(Semaphore::new(cores * 2)),
+            cores: cores(),
             budget_kib,
         }
     }
@@ -87,10 +113,6 @@ impl Bounds {
     /// keep the others from being read.
     async fn large(&self) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         Ok((self.stream().await?, self.claim(2 * WRITE_BYTES as u64).await?))
-    }
-
-    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
-        self.cores.clone().acquire_owned().await.map_err(|_| closed())
     }
 }
 
@@ -114,7 +136,9 @@ impl Shared {
     /// Bytes that flights under way still have to write: promised to them, though not taken yet.
     fn promised_bytes(&self) -> u64 {
         let flights = super::lock(&self.flights);
-        let readings = flights.values().filter_map(std::sync::Weak::upgrade).map(|flight| flight.progress().reading());
+        let writing =
+            flights.values().filter_map(std::sync::Weak::upgrade).filter(|flight| flight.in_place().is_none());
+        let readings = writing.map(|flight| flight.progress().reading());
         readings.map(|reading| reading.bytes_total.saturating_sub(reading.bytes_done)).sum()
     }
 }
@@ -129,15 +153,14 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
 /// Fetches and seals a file of at most one fill unit.
 pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     let size = file.file.size.unwrap_or(0);
-    let shared = &flying.shared;
-    let (bytes, memory) = match flying.source.open_local(&file.file)? {
-        Some(_) => (None, shared.bounds.claim(size).await?),
-        None => {
-            let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
-            (Some(bytes), memory)
-        }
+    let (bytes, memory, core) = if flying.source.is_local() {
+        // Memory last: what waits for a disk must not hold it.
+        let core = flying.core().await?;
+        (None, flying.shared.bounds.claim(size).await?, core)
+    } else {
+        let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
+        (Some(bytes), memory, flying.core().await?)
     };
-    let core = shared.bounds.core().await?;
     let (work, flight) = (file.clone(), flying.clone());
     let digested = blocking(move || {
         let bytes = match bytes {
@@ -153,7 +176,7 @@ pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     if file.file.size.is_some() {
         flying.progress.arrived(size);
     }
-    publish(&flying, file, size, digested, false).await
+    filled(&flying, file, size, digested, false).await
 }
 
 fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8>> {
@@ -217,22 +240,12 @@ fn too_long(size: u64) -> Error {
 
 /// Fetches and seals a large file, or one of unknown size.
 pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
-    if let Some(opened) = flying.source.open_local(&file.file)? {
+    if let Some(opened) = flying.open_local(&file.file).await? {
         return copy::large_from_here(flying, file, opened).await;
     }
     match file.file.size {
         Some(size) => large_from_ranges(flying, file, size).await,
         None => large_unsized(flying, file).await,
-    }
-}
-
-/// Ends the blocking side of a fill when the async side goes away.
-pub(super) struct GiveUp(pub(super) Arc<Filling>, pub(super) Arc<AtomicBool>);
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        self.1.store(true, Ordering::Relaxed);
-        self.0.give_up();
     }
 }
 
@@ -252,8 +265,7 @@ async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Resu
     let believed = units.here_bytes();
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, units)?);
     flying.progress.take_back(believed - filling.units().here_bytes());
-    let stopped = Arc::new(AtomicBool::new(false));
-    let _give_up = GiveUp(filling.clone(), stopped);
+    let _give_up = GiveUp(filling.clone());
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
         blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
@@ -275,7 +287,7 @@ async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Resu
         blocking(move || filling.flush().map(|_| ())).await
     };
     match join_fill(filler, sealer).await {
-        Ok(digested) => publish(&flying, file, size, digested, true).await,
+        Ok(digested) => filled(&flying, file, size, digested, true).await,
         Err(error) => {
             if error.kind() == Kind::Corrupt {
                 distrust(&flying, &file, size).await?;
@@ -461,7 +473,7 @@ async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
         seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling)
     })
     .await?;
-    publish(&flying, file, size, digested, true).await
+    filled(&flying, file, size, digested, true).await
 }
 
 async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<u64, (u64, Error)> {
@@ -481,27 +493,17 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     Ok(at)
 }
 
-pub(super) async fn publish(
+/// Seals a file of the listing.
+pub(super) async fn filled(
     flying: &Arc<Flying>,
     file: ToFill,
     size: u64,
     digested: Digested,
     synced: bool,
 ) -> Result<Entry> {
-    let digest = digested.digest;
-    let sealing = Sealing {
-        flight: flying.key.clone(),
-        number: file.number,
-        path: file.path.clone(),
-        size,
-        digest,
-        chunks: digested.chunks,
-        synced,
-    };
-    flying.shared.store.publish(sealing).await?;
-    flying.progress.sealed();
-    let kind = EntryKind::File { size, executable: file.file.executable, digest };
-    Ok(Entry { path: file.path, kind })
+    let executable = file.file.executable;
+    let filled = Filled { path: file.path, number: file.number, size, executable, digested, synced };
+    publish(&flying.shared, &flying.key, &flying.progress, filled).await
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind, Manifest};
+use crate::places::Place;
 use crate::source::Listing;
 
 type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
@@ -28,6 +29,7 @@ type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
 pub(super) struct Flight {
     key: String,
     revision: String,
+    in_place: Option<Place>,
     progress: Arc<Progress>,
     outcome: watch::Receiver<Outcome>,
     task: AbortHandle,
@@ -51,10 +53,11 @@ pub(super) fn key(record: &Record, revision: &str) -> String {
 }
 
 impl Flight {
-    /// Starts a flight whose tree `work` brings.
+    /// Starts a flight whose tree `work` brings, or leaves `in_place`.
     pub(super) fn start(
         key: String,
         revision: String,
+        in_place: Option<Place>,
         progress: Arc<Progress>,
         work: impl Future<Output = Result<Manifest>> + Send + 'static,
     ) -> Arc<Self> {
@@ -62,7 +65,7 @@ impl Flight {
         let task = tokio::spawn(async move {
             let _ = sender.send(Some(work.await.map(Arc::new).map_err(Arc::new)));
         });
-        Arc::new(Self { key, revision, progress, outcome, task: task.abort_handle() })
+        Arc::new(Self { key, revision, in_place, progress, outcome, task: task.abort_handle() })
     }
 
     pub(super) fn key(&self) -> &str {
@@ -71,6 +74,11 @@ impl Flight {
 
     pub(super) fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// Where the bytes stay, if they do.
+    pub(super) fn in_place(&self) -> Option<&Place> {
+        self.in_place.as_ref()
     }
 
     pub(super) fn progress(&self) -> Arc<Progress> {

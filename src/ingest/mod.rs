@@ -8,6 +8,9 @@
 //! A task ends in exactly one of: `ready`; `failed` with the error recorded (durable units stay, `retry` resumes); or cancelled
 //! by removal. `kill -9` leaves `filling`, and the next start begins the task again.
 //!
+//! A source may want its bytes left where they are ([`in_place`]): then the flight only takes digests, and `ready` means that each file's
+//! stamp is recorded.
+//!
 //! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`; senders, who may be slow for hours, for one of
 //! `limits::SENDERS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
@@ -16,8 +19,10 @@ mod copy;
 mod extract;
 mod fetch;
 mod flight;
+mod in_place;
 pub mod plan;
 pub mod progress;
+mod publish;
 pub mod retry;
 mod seal;
 mod stream;
@@ -30,8 +35,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::{Semaphore, broadcast};
 use tokio::task::JoinHandle;
 
-use crate::catalog::checkpoints::{self, Failure, Record, State};
+use crate::catalog::checkpoints::{self, Bytes, Failure, Record, State};
 use crate::catalog::events::{self, NewEvent};
+use crate::catalog::placements;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::manifest::Manifest;
@@ -48,8 +54,8 @@ const NOT_WANTED: &str = "NOT_WANTED";
 /// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
 const RECORD_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Makes a source of what a request asks for; tests and other processes give their own.
-pub type Connector = Arc<dyn Fn(&SourceSpec, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
+/// Makes a source of what a request asks for, its owner, and the secrets that came with it.
+pub type Connector = Arc<dyn Fn(&SourceSpec, &str, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
 
 /// What operators may set.
 #[derive(Clone, Copy, Debug)]
@@ -240,7 +246,7 @@ impl Shared {
             uri: record.origin.uri.clone(),
             options: record.origin.options.clone(),
         };
-        let source = (self.connect)(&spec, credentials)?;
+        let source = (self.connect)(&spec, &record.owner, credentials)?;
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
                 let flight = self.join_flight(record, source, listing, progress).await?;
@@ -318,7 +324,13 @@ impl Shared {
         let before = self
             .store
             .catalog()
-            .write(move |tx| checkpoints::set_listing(tx, &id, &shown, &key_row, plan.files, plan.known_bytes))
+            .write(move |tx| {
+                let before = checkpoints::set_listing(tx, &id, &shown, &key_row, plan.files, plan.known_bytes)?;
+                if before != key_row {
+                    placements::hand_over(tx, &before, &key_row)?;
+                }
+                Ok(before)
+            })
             .await?;
         let _ = self.changes.send(record.id.clone());
         if !before.is_empty() && before != key {
@@ -351,11 +363,11 @@ impl Shared {
         archive: Option<extract::Archive>,
     ) -> Arc<Flight> {
         let progress = Arc::new(Progress::default());
-        let flying = fetch::Flying { shared: self.clone(), source, key: key.clone(), progress: progress.clone() };
-        let flying = Arc::new(flying);
-        Flight::start(key, revision, progress, async move {
+        let flying = Arc::new(fetch::Flying::new(self.clone(), source, key.clone(), progress.clone()));
+        Flight::start(key, revision, listing.in_place.clone(), progress, async move {
             match archive {
                 Some(archive) => extract::extract(&flying, &archive).await,
+                None if listing.in_place.is_some() => in_place::fly(&flying, listing).await,
                 None => flight::fly(&flying, listing).await,
             }
         })
@@ -404,13 +416,15 @@ impl Shared {
     ) -> Result<()> {
         let id = record.id.clone();
         let own_flight = flight.as_ref().map_or_else(|| record.id.clone(), |flight| flight.key().to_owned());
+        let in_place = flight.as_ref().and_then(|flight| flight.in_place().cloned());
+        let bytes = in_place.map_or(Bytes::Stored, |place| Bytes::InPlace(place, own_flight.clone()));
         let message =
             format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
         self.store
             .catalog()
             .write(move |tx| {
                 let digest = manifest.digest();
-                checkpoints::set_ready(tx, &id, &revision, &manifest, &digest)?;
+                checkpoints::set_ready(tx, &id, &revision, &manifest, &digest, &bytes)?;
                 let event =
                     NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
                 events::record(tx, now_unix_ms(), &event)

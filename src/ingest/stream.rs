@@ -16,13 +16,13 @@ use super::Shared;
 use super::fetch::blocking;
 use super::plan;
 use super::progress::Progress;
+use super::publish::{Filled, GiveUp, publish};
 use super::seal::{self, Digested};
 use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::names::EntryPath;
 use crate::source::{EntryStream, Expected, File, What};
-use crate::store::Sealing;
 use crate::store::filling::{Filling, UnitMap};
 
 /// Space that must be left before a file of unknown size grows by as much.
@@ -65,7 +65,7 @@ pub(super) async fn fill(
         let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
         let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
         bytes += taken.size;
-        sealing.push(taker.publish(taken));
+        sealing.push(publish(shared, flight, progress, taken));
         while sealing.len() >= limits::PUBLISH_BATCH_FILES {
             entries.extend(sealing.next().await.transpose()?);
         }
@@ -108,15 +108,6 @@ struct Taker<'a> {
     progress: &'a Arc<Progress>,
 }
 
-struct Taken {
-    path: EntryPath,
-    number: u64,
-    size: u64,
-    executable: bool,
-    digested: Digested,
-    synced: bool,
-}
-
 impl Taker<'_> {
     /// Takes one file; `before` bytes came before it.
     async fn take(
@@ -126,7 +117,7 @@ impl Taker<'_> {
         file: &File,
         number: u64,
         before: u64,
-    ) -> Result<Taken> {
+    ) -> Result<Filled> {
         let Some(size) = file.size else {
             return self.take_unsized(stream, path, file, number, before).await;
         };
@@ -138,7 +129,7 @@ impl Taker<'_> {
         } else {
             (self.take_large(stream, &path, size, number, &file.expected).await?, true)
         };
-        Ok(Taken { path, number, size, executable, digested, synced })
+        Ok(Filled { path, number, size, executable, digested, synced })
     }
 
     async fn take_small(
@@ -205,7 +196,7 @@ impl Taker<'_> {
         file: &File,
         number: u64,
         before: u64,
-    ) -> Result<Taken> {
+    ) -> Result<Filled> {
         let executable = file.executable;
         let mut bytes = Vec::new();
         let mut ended = false;
@@ -220,7 +211,7 @@ impl Taker<'_> {
         self.progress.arrived(size);
         if size <= UNIT_BYTES {
             let digested = self.seal_small(bytes, &path, number, &file.expected).await?;
-            return Ok(Taken { path, number, size, executable, digested, synced: false });
+            return Ok(Filled { path, number, size, executable, digested, synced: false });
         }
         let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);
         append(&filling, bytes.into(), 0).await?;
@@ -238,7 +229,7 @@ impl Taker<'_> {
             seal::follow(&filling, &own, &expected, seal::LayoutFrom::Filling)
         })
         .await?;
-        Ok(Taken { path, number, size, executable, digested, synced: true })
+        Ok(Filled { path, number, size, executable, digested, synced: true })
     }
 
     /// Checks the limit for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
@@ -284,36 +275,11 @@ impl Taker<'_> {
         self.progress.arrived(end - at);
         Ok(end)
     }
-
-    async fn publish(&self, taken: Taken) -> Result<Entry> {
-        let Taken { path, number, size, executable, digested, synced } = taken;
-        let digest = digested.digest;
-        let sealing = Sealing {
-            flight: self.flight.to_owned(),
-            number,
-            path: path.clone(),
-            size,
-            digest,
-            chunks: digested.chunks,
-            synced,
-        };
-        self.shared.store.publish(sealing).await?;
-        self.progress.sealed();
-        Ok(Entry { path, kind: EntryKind::File { size, executable, digest } })
-    }
 }
 
 pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
     let filling = filling.clone();
     blocking(move || filling.write_at(&piece, at)).await
-}
-
-struct GiveUp(Arc<Filling>);
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        self.0.give_up();
-    }
 }
 
 fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {

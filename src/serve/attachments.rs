@@ -16,17 +16,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::content::Content;
 use super::gates::Gates;
+use super::placed::InPlace;
 use super::stored::StoredContent;
 use super::{Features, NamedView, Place, ReadBuffers, Session, SessionConfig, Views, features};
 use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
+use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::manifest::Tree;
 use crate::names::{CheckpointName, EntryName, JobId};
+use crate::source::Datastores;
 use crate::store::Store;
+use crate::store::read::Reader;
 use crate::units::now_unix_ms;
 
 /// Where a job inside a container expects its checkpoint.
@@ -56,6 +61,7 @@ pub struct Attachments(Arc<Shared>);
 
 struct Shared {
     store: Store,
+    in_place: InPlace,
     sessions_dir: PathBuf,
     jobs_dir: PathBuf,
     passthrough: bool,
@@ -78,7 +84,7 @@ impl Attachments {
     ///
     /// # Errors
     /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
-    pub fn open(store: Store, runtime_dir: &Path, passthrough: bool) -> Result<Self> {
+    pub fn open(store: Store, datastores: Arc<Datastores>, runtime_dir: &Path, passthrough: bool) -> Result<Self> {
         let sessions_dir = runtime_dir.join("sessions");
         let jobs_dir = runtime_dir.join("jobs");
         for directory in [runtime_dir, &jobs_dir] {
@@ -89,6 +95,7 @@ impl Attachments {
         let features = super::probe()?;
         let stack_depth = features::stack_depth(store.disk().root());
         Ok(Self(Arc::new(Shared {
+            in_place: InPlace::new(store.catalog().clone(), datastores),
             store,
             sessions_dir,
             jobs_dir,
@@ -120,7 +127,7 @@ impl Attachments {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
         let leases = arrange(&wanted)?;
         if let Some(row) = self.row(job).await? {
-            return if same_checkpoints(&row.leases, &leases) { Ok(row) } else { Err(has_others(&row)) };
+            return if same_checkpoints(&row.leases, &wanted) { Ok(row) } else { Err(has_others(&row)) };
         }
         let row = JobRow {
             job: job.to_string(),
@@ -139,16 +146,18 @@ impl Attachments {
     /// Makes a job see checkpoints; stands on return.
     ///
     /// # Errors
-    /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`; nothing is mounted then.
+    /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`, `DATASTORE_*`; nothing is
+    /// mounted then.
     pub async fn attach(&self, wanted: Wanted) -> Result<JobRow> {
         let _gate = self.0.job_gates.pass(wanted.job.as_str()).await?;
-        let leases = arrange(&wanted.checkpoints)?;
+        let mut leases = arrange(&wanted.checkpoints)?;
         let before = self.row(&wanted.job).await?;
         let (target, made) = self.target_of(&wanted)?;
         if let Some(row) = &before {
-            if !same_checkpoints(&row.leases, &leases) {
+            if !same_checkpoints(&row.leases, &wanted.checkpoints) {
                 return Err(has_others(row));
             }
+            leases.clone_from(&row.leases);
             if row.state == JobState::Attached {
                 if row.target != target.to_string_lossy() || row.pid != wanted.pid {
                     return Err(attached_elsewhere(row));
@@ -157,6 +166,9 @@ impl Attachments {
                     return Ok(row.clone());
                 }
             }
+        }
+        for (record, _) in &wanted.checkpoints {
+            self.0.in_place.check(record).await?;
         }
         let row = JobRow {
             job: wanted.job.to_string(),
@@ -354,17 +366,29 @@ impl Attachments {
             record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
         let manifest = Arc::new(manifest);
-        let reader = self.0.store.reader(digest, manifest.clone()).await?;
+        let (content, reader): (Arc<dyn Content>, _) = if let Some(place) = record.in_place.clone() {
+            (Arc::new(self.0.in_place.content(record, place, manifest.clone()).await?), None)
+        } else {
+            let reader = self.0.store.reader(digest, manifest.clone()).await?;
+            (Arc::new(StoredContent(reader.clone())), Some(reader))
+        };
         let config = SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
             passthrough: self.0.passthrough,
             stack_depth: self.0.stack_depth,
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         };
-        let content = Arc::new(StoredContent(reader.clone()));
         let session = blocking(move || Session::start(config, Arc::new(Tree::new(manifest)), content)).await?;
+        if let Some(reader) = reader {
+            self.hydrate(record.id.clone(), digest, reader);
+        }
+        let jobs = BTreeSet::from([job.to_owned()]);
+        Ok(Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) }))
+    }
+
+    /// Makes whole, in the background, what is compact of a served checkpoint.
+    fn hydrate(&self, id: String, digest: Digest, reader: Arc<Reader>) {
         let store = self.0.store.clone();
-        let id = record.id.clone();
         tokio::spawn(async move {
             match store.hydrate(digest, &reader).await {
                 Ok(hydrated) if hydrated.left > 0 => {
@@ -374,8 +398,6 @@ impl Attachments {
                 Err(error) => tracing::warn!(checkpoint = id, error = %error.report(), "hydrating failed"),
             }
         });
-        let jobs = BTreeSet::from([job.to_owned()]);
-        Ok(Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) }))
     }
 
     /// Takes a job off its sessions and stops those without jobs.
@@ -521,8 +543,12 @@ fn arrange(wanted: &[(Record, String)]) -> Result<Vec<Lease>> {
     Ok(leases)
 }
 
-fn same_checkpoints(held: &[Lease], wanted: &[Lease]) -> bool {
-    held == wanted
+/// Whether a job asks for what it holds. A directory that the request leaves open is the one it got, whatever the checkpoint is called by now.
+fn same_checkpoints(held: &[Lease], wanted: &[(Record, String)]) -> bool {
+    held.len() == wanted.len()
+        && held.iter().zip(wanted).all(|(lease, (record, subdir))| {
+            lease.checkpoint == record.id && (subdir.is_empty() || *subdir == lease.subdir)
+        })
 }
 
 fn has_others(row: &JobRow) -> Error {

@@ -15,16 +15,27 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::error::Result;
 
+/// A regular file of the checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileNode {
+    /// Inode number: which entry it is.
+    pub inode: u64,
+    /// Digest of its bytes.
+    pub digest: Digest,
+    /// Length in bytes when they are all here.
+    pub size: u64,
+}
+
 /// The bytes of all files that a session shows.
 pub trait Content: Send + Sync + 'static {
-    /// Opens the bytes of `file`, which are `size` long when they are all here.
+    /// Opens the bytes of `file`.
     ///
     /// # Errors
     /// The errno that the opener sees follows from the kind.
-    fn open(&self, file: &Digest, size: u64) -> Result<Arc<dyn OpenFile>>;
+    fn open(&self, file: &FileNode) -> Result<Arc<dyn OpenFile>>;
 
     /// How the bytes of `file` are here now.
-    fn state(&self, file: &Digest, size: u64) -> FileState;
+    fn state(&self, file: &FileNode) -> FileState;
 }
 
 /// What is run once bytes are here, or cannot come.
@@ -62,7 +73,7 @@ pub trait OpenFile: Send + Sync {
 pub enum FileState {
     /// Sealed and whole: the kernel may read it itself.
     Passthrough,
-    /// Sealed, with holes: the daemon puts it together.
+    /// The daemon answers: sealed with holes, or kept elsewhere.
     Daemon,
     /// Still arriving.
     Filling {

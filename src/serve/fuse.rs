@@ -95,7 +95,7 @@ impl Adapter {
 
     fn open_file(&self, inode: u64) -> Result<Arc<dyn OpenFile>, Refusal> {
         let node = self.view.file(inode)?;
-        Ok(self.open.file(inode, || self.view.content().open(&node.digest, node.size))?)
+        Ok(self.open.file(inode, || self.view.content().open(&node))?)
     }
 
     fn opened(&self, inode: u64, flags: OpenFlags) -> Result<Mode, Refusal> {
@@ -103,7 +103,7 @@ impl Adapter {
         if flags.acc_mode() != OpenAccMode::O_RDONLY || flags.0 & libc::O_TRUNC != 0 {
             return Err(Refusal::ReadOnly);
         }
-        Ok(self.open.open(inode, || self.view.content().open(&node.digest, node.size))?)
+        Ok(self.open.open(inode, || self.view.content().open(&node))?)
     }
 
     /// What a read of `size` bytes at `offset` is of: the file and how many bytes there must be.

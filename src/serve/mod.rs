@@ -6,7 +6,8 @@
 //! open_files.rs  what the kernel has open       backing.rs     files given to the kernel
 //! fuse.rs        requests -> view -> answers    buffers.rs     memory for answers
 //! attachments.rs jobs, their rights and views   gates.rs    one at a time per job, per checkpoint
-//! stored.rs      the store as content
+//! stored.rs      the store as content           placed.rs      a datastore as content
+//! readers.rs     threads that may be held up
 //! features.rs    what the kernel offers         handshake.rs   fuser on a connection of ours
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
@@ -39,12 +40,14 @@ mod handshake;
 mod mount_calls;
 mod mountinfo;
 mod namespace;
+mod placed;
+mod readers;
 mod stored;
 mod target;
 
 pub use attach::{Detached, Mounted, NamedView, Place, Views, attach, detach, standing};
 pub use buffers::ReadBuffers;
-pub use content::{Content, FileState, OpenFile, Resume};
+pub use content::{Content, FileNode, FileState, OpenFile, Resume};
 pub use features::{Features, probe};
 pub use mount_calls::Device;
 pub use session::{Session, SessionConfig, Stopped};

@@ -3,8 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::content::{Content, FileState, OpenFile};
-use crate::digest::Digest;
+use super::content::{Content, FileNode, FileState, OpenFile};
 use crate::error::Result;
 use crate::store::read::{OpenBlob, Reader};
 
@@ -13,12 +12,12 @@ use crate::store::read::{OpenBlob, Reader};
 pub(super) struct StoredContent(pub(super) Arc<Reader>);
 
 impl Content for StoredContent {
-    fn open(&self, file: &Digest, size: u64) -> Result<Arc<dyn OpenFile>> {
-        Ok(Arc::new(StoredFile(self.0.open(file, size)?)))
+    fn open(&self, file: &FileNode) -> Result<Arc<dyn OpenFile>> {
+        Ok(Arc::new(StoredFile(self.0.open(&file.digest, file.size)?)))
     }
 
-    fn state(&self, file: &Digest, _size: u64) -> FileState {
-        if self.0.is_whole(file) { FileState::Passthrough } else { FileState::Daemon }
+    fn state(&self, file: &FileNode) -> FileState {
+        if self.0.is_whole(&file.digest) { FileState::Passthrough } else { FileState::Daemon }
     }
 }
 

@@ -6,9 +6,8 @@
 
 use std::sync::Arc;
 
-use super::content::{Content, FileState};
+use super::content::{Content, FileNode, FileState};
 use super::refusal::Refusal;
-use crate::digest::Digest;
 use crate::manifest::{Entry, EntryKind, ROOT, Tree};
 
 /// Inode of the root.
@@ -61,15 +60,6 @@ pub struct Child<'a> {
     pub name: &'a [u8],
     /// Its inode.
     pub inode: u64,
-}
-
-/// A regular file of the checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileNode {
-    /// Digest of its bytes.
-    pub digest: Digest,
-    /// Length in bytes.
-    pub size: u64,
 }
 
 /// Figures of the whole file system.
@@ -164,7 +154,7 @@ impl View {
     /// No such entry, or not a regular file.
     pub fn file(&self, inode: u64) -> Result<FileNode, Refusal> {
         match self.entry(inode)?.map(|entry| &entry.kind) {
-            Some(EntryKind::File { size, digest, .. }) => Ok(FileNode { digest: *digest, size: *size }),
+            Some(EntryKind::File { size, digest, .. }) => Ok(FileNode { inode, digest: *digest, size: *size }),
             None | Some(EntryKind::Directory) => Err(Refusal::IsADirectory),
             Some(EntryKind::Symlink { .. }) => Err(Refusal::NotAFile),
         }
@@ -215,7 +205,7 @@ impl View {
             Some(XATTR_DIGEST) => Ok(self.file(inode)?.digest.to_hex()),
             Some(XATTR_STATE) => {
                 let file = self.file(inode)?;
-                Ok(show_state(self.content.state(&file.digest, file.size), passthrough))
+                Ok(show_state(self.content.state(&file), passthrough))
             }
             _ => Err(Refusal::NoSuchAttribute),
         }
@@ -259,6 +249,7 @@ fn show_state(state: FileState, passthrough: impl FnOnce() -> bool) -> String {
 mod tests {
     use super::super::content::OpenFile;
     use super::*;
+    use crate::digest::Digest;
     use crate::error::{Error, Result};
     use crate::manifest::Manifest;
     use crate::names::EntryPath;
@@ -266,11 +257,11 @@ mod tests {
     struct Nothing(FileState);
 
     impl Content for Nothing {
-        fn open(&self, _: &Digest, _: u64) -> Result<Arc<dyn OpenFile>> {
+        fn open(&self, _: &FileNode) -> Result<Arc<dyn OpenFile>> {
             Err(Error::internal("nothing is here"))
         }
 
-        fn state(&self, _: &Digest, _: u64) -> FileState {
+        fn state(&self, _: &FileNode) -> FileState {
             self.0
         }
     }

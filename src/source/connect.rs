@@ -3,17 +3,21 @@
 //! The rules are those of the platform's user page. A URI that breaks its kind's rule is refused here, before a record
 //! is made of it; a kind that this build does not fetch yet is `SOURCE_NOT_SUPPORTED`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reqwest::Url;
+use tokio::sync::Semaphore;
 
+use super::datastore::Datastores;
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::{Credentials, Source, SourceKind, SourceSpec, huggingface, web};
+use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
+use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
+use crate::limits;
 use crate::names::show_bytes;
 
 /// Longest branch, tag or commit: git keeps references as files.
@@ -26,7 +30,24 @@ pub struct SourceContext {
     pub(super) http: HttpClient,
     /// For what connects by other means.
     pub(super) policy: Arc<EgressPolicy>,
+    /// What regional sources are below.
+    pub(super) datastores: Arc<Datastores>,
+    /// Datastores listed at a time: one that does not answer must not take every thread there is.
+    pub(super) listings: Arc<Semaphore>,
+    /// Times and proxies, for what connects by other means.
+    pub(super) settings: HttpSettings,
+    /// For what has to lie on disk while it is read.
+    pub(super) scratch: Option<ScratchSpace>,
+    /// Secrets of the host, one file each, for sources that take them by name.
+    pub(super) host_credentials: Option<PathBuf>,
     host_directories: bool,
+}
+
+/// Where sources may make scratch directories, and how much may lie in one.
+#[derive(Clone, Debug)]
+pub(super) struct ScratchSpace {
+    pub(super) disk: Arc<Disk>,
+    pub(super) limit_bytes: u64,
 }
 
 impl SourceContext {
@@ -37,13 +58,40 @@ impl SourceContext {
     /// As [`HttpClient::new`].
     pub fn new(settings: &HttpSettings, policy: EgressPolicy) -> Result<Self> {
         let policy = Arc::new(policy);
-        Ok(Self { http: HttpClient::new(settings, Arc::clone(&policy))?, policy, host_directories: false })
+        Ok(Self {
+            http: HttpClient::new(settings, Arc::clone(&policy))?,
+            policy,
+            settings: settings.clone(),
+            scratch: None,
+            host_credentials: None,
+            datastores: Arc::default(),
+            listings: Arc::new(Semaphore::new(limits::INGESTS_AT_A_TIME)),
+            host_directories: false,
+        })
+    }
+
+    /// The same, with scratch directories on `disk` of at most `limit_bytes` each. Without, sources that need one are refused.
+    #[must_use]
+    pub fn with_scratch(self, disk: Arc<Disk>, limit_bytes: u64) -> Self {
+        Self { scratch: Some(ScratchSpace { disk, limit_bytes }), ..self }
+    }
+
+    /// The same, with the host's own secrets in the files of `directory` (systemd's `$CREDENTIALS_DIRECTORY`).
+    #[must_use]
+    pub fn with_host_credentials(self, directory: Option<PathBuf>) -> Self {
+        Self { host_credentials: directory, ..self }
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.
     #[must_use]
     pub fn with_host_directories(&self) -> Self {
         Self { host_directories: true, ..self.clone() }
+    }
+
+    /// The same with the datastores of this host.
+    #[must_use]
+    pub fn with_datastores(&self, datastores: Arc<Datastores>) -> Self {
+        Self { datastores, ..self.clone() }
     }
 }
 
@@ -55,8 +103,11 @@ impl SourceContext {
 pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
     check_uri(spec.kind, &spec.uri)?;
     match spec.kind {
+        SourceKind::Git => git::connect(spec, credentials, context),
         SourceKind::HuggingFace => huggingface::connect(spec, credentials, context),
+        SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
+        SourceKind::Regional => regional::connect(spec, context),
         SourceKind::Directory if context.host_directories => {
             let extract = spec.option("extract") != Some("false");
             Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
@@ -65,15 +116,10 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))
         }
-        SourceKind::Aws
-        | SourceKind::Azure
-        | SourceKind::Gcp
-        | SourceKind::Git
-        | SourceKind::Kaggle
-        | SourceKind::Local
-        | SourceKind::Regional
-        | SourceKind::Wasabi
-        | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
+        SourceKind::Aws | SourceKind::Wasabi => objects::s3::connect(spec, credentials, context),
+        SourceKind::Azure => objects::azure::connect(spec, credentials, context),
+        SourceKind::Gcp => objects::gcs::connect(spec, credentials, context),
+        SourceKind::Local | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
     }
 }
 
@@ -92,7 +138,7 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
             (!uri.is_empty() && !uri.contains("://"), "be the short name of a competition, dataset or kernel")
         }
         SourceKind::Local => (uri.starts_with(['/', '$']) || uri.starts_with("~/"), "begin with `/`, `~/` or `$`"),
-        SourceKind::Regional => (!uri.is_empty(), "name a datastore"),
+        SourceKind::Regional => (!uri.is_empty() && !uri.contains('/'), "be the name of a datastore"),
         SourceKind::Web => {
             (has_scheme(uri, &["http", "https", "ftp", "ftps"]), "begin with http://, https://, ftp:// or ftps://")
         }
@@ -104,6 +150,14 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     }
     let shown = show_bytes(shown_uri(kind, uri).as_bytes());
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
+}
+
+/// Whether the options keep the rules of their kind, where those can be told without contacting anybody.
+///
+/// # Errors
+/// Invalid, with the option.
+pub fn check_options(spec: &SourceSpec) -> Result<()> {
+    if spec.kind == SourceKind::Regional { regional::options(spec).map(drop) } else { Ok(()) }
 }
 
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
@@ -134,7 +188,8 @@ fn has_plain_port(rest: &str) -> bool {
 }
 
 /// `uri` without user information, and user name and password where it had them (percent-decoded). A URI without
-/// `://` has none: the user of `git@host:path` is no secret.
+/// `://` has none: the user of `git@host:path` is no secret, nor is that of `ssh://git@host/path`, which stays; there a password
+/// has no use and is dropped.
 pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let Some((scheme, rest)) = uri.split_once("://") else {
         return (uri.to_owned(), None);
@@ -144,9 +199,25 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     let Some((user_information, host)) = authority.rsplit_once('@') else {
         return (uri.to_owned(), None);
     };
+    if scheme.eq_ignore_ascii_case("ssh") {
+        let user = user_information.split(':').next().unwrap_or_default();
+        return (format!("{scheme}://{user}@{host}{path}"), None);
+    }
     let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let (username, password) = user_information.split_once(':').unwrap_or((user_information, ""));
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
+}
+
+/// `uri` without the signature that gives access to it, and that signature: for Azure the query, which is a shared access
+/// signature or nothing that we know.
+pub fn split_signature(kind: SourceKind, uri: &str) -> (String, Option<String>) {
+    let plain = uri.split('#').next().unwrap_or_default();
+    match plain.split_once('?') {
+        Some((plain, query)) if kind == SourceKind::Azure => {
+            (plain.to_owned(), Some(query.to_owned()).filter(|query| !query.is_empty()))
+        }
+        _ => (uri.to_owned(), None),
+    }
 }
 
 /// The http or https address that `text` is; `what` says for the error what it was given as.
@@ -191,7 +262,7 @@ fn is_git(uri: &str) -> bool {
             && !path.is_empty()
             && !path.starts_with("//")
     });
-    scp || has_scheme(uri, &["http", "https", "ssh", "git"])
+    scp || has_scheme(uri, &["http", "https", "ssh"])
 }
 
 pub(super) fn not_supported(what: impl std::fmt::Display) -> Error {
@@ -226,6 +297,8 @@ mod tests {
             (K::Git, "git@github.com:o/r.git", "o/r"),
             (K::Git, "https://h/o/r", "file:///r"),
             (K::Git, "ssh://git@h/o/r", "-oProxyCommand=x@h:p"),
+            (K::Git, "http://h/o/r", "git://h/o/r"),
+            (K::Git, "ssh://h:22/r", "ext::sh -c x@h:y"),
             (K::HuggingFace, "openai/whisper-tiny", "a/b/c"),
             (K::Kaggle, "lish-moa", "https://kaggle.com/x"),
             (K::Local, "~/x", "./x"),
@@ -241,12 +314,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_says_so() {
-        for (kind, uri) in [
-            (SourceKind::Aws, "s3://b/k"),
-            (SourceKind::Web, "ftp://h/x"),
-            (SourceKind::Web, "https://h/dir/"),
-            (SourceKind::Web, "https://h"),
-        ] {
+        for (kind, uri) in [(SourceKind::Upload, "")] {
             let error = refused(kind, uri);
             assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"), "{uri}");
         }
@@ -270,10 +338,20 @@ mod tests {
             assert_eq!(shown_uri(SourceKind::Web, uri), shown);
         }
         assert_eq!(shown_uri(SourceKind::Git, "git@github.com:o/r.git"), "git@github.com:o/r.git");
+        assert_eq!(shown_uri(SourceKind::Git, "ssh://git:secret@h:22/o/r.git"), "ssh://git@h:22/o/r.git");
         assert_eq!(shown_uri(SourceKind::Aws, "s3://b/k?x#y"), "s3://b/k?x#y");
         assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
         let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");
         assert_eq!((plain.as_str(), secret), ("https://h:1/x?q", Some(("user".to_owned(), "pa ss".to_owned()))));
+    }
+
+    #[test]
+    fn a_signature_in_the_uri_is_taken_out_of_it() {
+        let (plain, signature) = split_signature(SourceKind::Azure, "https://a/c/p?sv=1&sig=x#f");
+        assert_eq!((plain.as_str(), signature.as_deref()), ("https://a/c/p", Some("sv=1&sig=x")));
+        for (kind, uri) in [(SourceKind::Azure, "https://a/c/p"), (SourceKind::Aws, "s3://b/k?x#y")] {
+            assert_eq!(split_signature(kind, uri), (uri.to_owned(), None));
+        }
     }
 
     #[test]

@@ -9,9 +9,9 @@
 //!
 //! Operators open networks with `sources.allow_networks`; the allow list wins over the table.
 //!
-//! With `HTTPS_PROXY` or `HTTP_PROXY` in the daemon's environment the proxy resolves names, not we: then the
-//! policy still judges schemes and literal addresses, but what a *name* reaches is the proxy's to refuse. A proxy that is itself
-//! given by name is resolved here like any other host, so its network must be on the allow list if it is private.
+//! With `HTTPS_PROXY` or `HTTP_PROXY` in the daemon's environment it is the proxy that connects. The proxy itself is the operator's choice and
+//! needs no place on the allow list; what is asked of it is judged as without it, names by what they resolve to here. A name that
+//! the proxy resolves otherwise, or that only the proxy resolves, is the proxy's to refuse.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -225,20 +225,25 @@ impl From<Refusal> for Error {
 /// Resolves names with the system's resolver and hands on only the addresses that the policy permits.
 pub(super) struct GuardedResolver {
     policy: Arc<EgressPolicy>,
+    proxies: Vec<String>,
 }
 
 impl GuardedResolver {
-    /// A resolver under `policy`.
-    pub(super) fn new(policy: Arc<EgressPolicy>) -> Self {
-        Self { policy }
+    /// A resolver under `policy`, but for the names of `proxies`; whoever asks for one of these as a source's is judged before.
+    pub(super) fn new(policy: Arc<EgressPolicy>, proxies: Vec<String>) -> Self {
+        Self { policy, proxies }
     }
 }
 
 impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let policy = Arc::clone(&self.policy);
+        let is_proxy = self.proxies.iter().any(|proxy| proxy.eq_ignore_ascii_case(name.as_str()));
         Box::pin(async move {
             let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+            if is_proxy {
+                return Ok(Box::new(found.collect::<Vec<_>>().into_iter()) as Addrs);
+            }
             let permitted = permitted(&policy, name.as_str(), found)?;
             Ok(Box::new(permitted.into_iter()) as Addrs)
         })

@@ -15,13 +15,21 @@
 //! [`Kind::Unavailable`](crate::error::Kind::Unavailable) is retried, everything else is final.
 
 mod archived;
+mod beneath;
 mod connect;
+mod credentials;
+mod datastore;
 mod directory;
 pub mod egress;
+mod git;
 mod http;
 mod huggingface;
+mod kaggle;
 pub mod local;
+mod objects;
+mod regional;
 mod spec;
+mod walk;
 mod web;
 
 use std::ops::Range;
@@ -33,11 +41,16 @@ use futures_util::Stream;
 
 use crate::error::{Error, Result};
 use crate::names::EntryPath;
+use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
-pub use connect::{SourceContext, check_uri, connect, shown_uri, split_user_information};
+pub use connect::{
+    SourceContext, check_options, check_uri, connect, shown_uri, split_signature, split_user_information,
+};
+pub use credentials::{Credentials, CredentialsDirectory};
+pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
-pub use spec::{Credentials, SourceKind, SourceSpec};
+pub use spec::{SourceKind, SourceSpec};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -58,6 +71,11 @@ pub trait Source: Send + Sync {
     /// [`File::ranges`] is false, only ranges beginning at 0 are asked for; where the size is unknown the end
     /// is `u64::MAX` and the stream ends with the file.
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream>;
+
+    /// Whether files are opened by [`Source::open_local`], which may then wait for a disk or a server behind it.
+    fn is_local(&self) -> bool {
+        false
+    }
 
     /// The file itself, where the source is on this host: lets the ingest copy in the kernel or share extents.
     ///
@@ -96,12 +114,14 @@ pub struct Listing {
     /// Whether what was asked for is one file by its own address, and not a tree that happens to hold one: an archive
     /// given so is extracted.
     pub one_file: bool,
+    /// Set where the bytes are to stay where they are and be served from there; each file then has a stamp ([`File::stamp`]).
+    pub in_place: Option<Place>,
 }
 
 impl Listing {
     /// A tree of `entries` at `revision`, nothing left out.
     pub fn new(revision: String, entries: Vec<Listed>) -> Self {
-        Self { revision, entries, skipped: Vec::new(), one_file: false }
+        Self { revision, entries, skipped: Vec::new(), one_file: false, in_place: None }
     }
 }
 
@@ -146,6 +166,14 @@ impl File {
     /// A file whose bytes come right behind its entry in a stream, with nothing stated but its size.
     pub fn streamed(size: Option<u64>, executable: bool) -> Self {
         Self { locator: String::new(), size, executable, ranges: false, expected: Expected::default() }
+    }
+
+    /// What tells that a file of this host is untouched.
+    ///
+    /// # Errors
+    /// Internal for files of any other source.
+    pub fn stamp(&self) -> Result<Stamp> {
+        self.locator.parse::<beneath::Locator>().map(|locator| locator.stamp)
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the caller asked for: kind, URI, options, credentials.
+//! What the caller asked for: kind, URI, options.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -77,7 +77,7 @@ impl SourceKind {
         let scheme = uri.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
         match scheme.as_deref() {
             Some("gs") => Ok(Self::Gcp),
-            Some("ssh" | "git") => Ok(Self::Git),
+            Some("ssh") => Ok(Self::Git),
             Some("ftp" | "ftps" | "http") => Ok(Self::Web),
             Some("https") if uri.contains(".blob.core.windows.net/") => Ok(Self::Azure),
             Some("https") if uri.ends_with(".git") => Ok(Self::Git),
@@ -115,7 +115,7 @@ pub struct SourceSpec {
     pub kind: SourceKind,
     /// As the caller wrote it, less user information.
     pub uri: String,
-    /// Options by key: `branch`, `endpoint`, `region`, `type`, `path`, `extract`, `copy`.
+    /// Options by key: `branch`, `endpoint`, `region`, `type`, `path`, `extract`, `copy`, `credentials`.
     pub options: BTreeMap<String, String>,
 }
 
@@ -123,32 +123,5 @@ impl SourceSpec {
     /// The option `key`, if given and not empty.
     pub fn option(&self, key: &str) -> Option<&str> {
         self.options.get(key).map(String::as_str).filter(|value| !value.is_empty())
-    }
-}
-
-/// Secrets of one request, by name (`token`, `username`, `password`, `key_id`, ...): in memory only; `Debug` shows the names alone.
-#[derive(Clone, Default, PartialEq, Eq)]
-pub struct Credentials(BTreeMap<String, String>);
-
-impl Credentials {
-    /// Wraps named secrets.
-    pub fn new(secrets: BTreeMap<String, String>) -> Self {
-        Self(secrets)
-    }
-
-    /// The secret called `name`, if given and not empty.
-    pub fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
-    }
-
-    /// Whether none was given.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
     }
 }

@@ -213,6 +213,14 @@ impl Filling {
         self.moved.notify_all();
     }
 
+    /// Says so once the fill is given up, to whoever fills without waiting.
+    ///
+    /// # Errors
+    /// Cancelled.
+    pub fn check_wanted(&self) -> Result<()> {
+        if self.locked().given_up { Err(given_up()) } else { Ok(()) }
+    }
+
     /// Waits until more than `bytes` are here from the beginning, or all; returns the frontier. Blocks.
     ///
     /// # Errors
@@ -225,7 +233,7 @@ impl Filling {
                 return Ok(frontier);
             }
             if progress.given_up {
-                return Err(Error::new(Kind::Cancelled, "FILL_GIVEN_UP", "the fill was given up"));
+                return Err(given_up());
             }
             progress = self.moved.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }
@@ -244,6 +252,10 @@ impl Filling {
     fn locked(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn given_up() -> Error {
+    Error::new(Kind::Cancelled, "FILL_GIVEN_UP", "the fill was given up")
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::catalog::{Catalog, blobs, checkpoints, fills};
+use crate::catalog::{Catalog, blobs, checkpoints, fills, placements};
 use crate::digest::Digest;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -157,9 +157,10 @@ fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
     catalog.write_blocking(|tx| checkpoints::drop_unnamed_manifests(tx).map(|_| ()))?;
     let abandoned = catalog.write_blocking(|tx| {
         let mut abandoned = Vec::new();
-        for flight in fills::flights(tx)? {
+        for flight in fills::flights(tx)?.into_iter().chain(placements::flights(tx)?) {
             if !checkpoints::flight_is_needed(tx, &flight)? {
                 fills::delete(tx, &flight)?;
+                placements::forget_flight(tx, &flight)?;
                 abandoned.push(flight);
             }
         }

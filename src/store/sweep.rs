@@ -1,7 +1,7 @@
 //! Removal, on the publisher thread: doomed rows, then unlink or punch, then rows gone.
 
 use super::publish::Publisher;
-use crate::catalog::{blobs, checkpoints, fills};
+use crate::catalog::{blobs, checkpoints, fills, placements};
 use crate::error::Result;
 
 /// What is to be given back.
@@ -40,6 +40,7 @@ pub(super) fn carry_out(publisher: &Publisher, order: &Order) -> Result<Swept> {
                 if checkpoints::flight_is_needed(tx, &key)? {
                     return Ok(None);
                 }
+                placements::forget_flight(tx, &key)?;
                 let candidates = fills::delete(tx, &key)?;
                 blobs::condemn(tx, &candidates).map(Some)
             })?;

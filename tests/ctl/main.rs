@@ -341,3 +341,20 @@ fn a_reader_that_has_gone_ends_the_run_quietly() {
         assert_eq!((code(&output), stderr(&output).as_str()), (0, ""), "{line}");
     }
 }
+
+#[test]
+fn the_catalogue_is_listed_and_made_from() {
+    let host = Host::new();
+    let output = host.run("catalog");
+    for words in ["tiny", "huggingface acme/tiny branch=half", "https://hub.example/acme/tiny"] {
+        assert!(stdout(&output).contains(words), "{}", stdout(&output));
+    }
+    let source = json!({"type": "huggingface", "uri": "acme/tiny", "options": {"branch": "half"}});
+    let entry = json!({"name": "tiny", "source": source, "terms_url": "https://hub.example/acme/tiny"});
+    assert_eq!(document(&host.run("--json catalog")), json!({"checkpoints": [entry]}));
+    assert_eq!(code(&host.run("create --catalog tiny --id i")), 0);
+    assert_eq!(code(&host.run("create mine --catalog tiny")), 0);
+    let calls = host.calls();
+    assert!(calls[0].contains(r#"id: "i", name: "", owner: "", public: true, source: None"#), "{calls:?}");
+    assert!(calls[0].contains(r#"catalog: "tiny""#) && calls[1].contains(r#"name: "mine""#), "{calls:?}");
+}

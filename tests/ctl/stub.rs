@@ -277,6 +277,14 @@ impl Checkpoints for Answers {
         Err(Status::invalid_argument("the stream ended without finish"))
     }
 
+    async fn list_catalog(&self, _: Request<wire::ListCatalogRequest>) -> Answer<wire::ListCatalogResponse> {
+        let options = [("branch".to_owned(), "half".to_owned())].into();
+        let source = wire::Source { r#type: "huggingface".into(), uri: "acme/tiny".into(), options };
+        let terms_url = "https://hub.example/acme/tiny".into();
+        let entry = wire::CatalogEntry { name: "tiny".into(), source: Some(source), terms_url };
+        Ok(Response::new(wire::ListCatalogResponse { entries: vec![entry] }))
+    }
+
     async fn capture_output(&self, request: Request<wire::CaptureOutputRequest>) -> Answer<wire::Checkpoint> {
         self.note(request.get_ref());
         Ok(Response::new(record("good", wire::CheckpointState::New)))

@@ -7,4 +7,17 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod archives;
+mod azure;
+mod buckets;
+mod catalogue;
+mod credentials;
+mod ftp;
+mod gcs;
+mod git;
+mod huggingface;
+mod kaggle;
+mod regional;
+mod s3;
 mod web;
+mod web_policy;

@@ -1,13 +1,63 @@
-//! Files of the web behind nginx-like servers, here Python's own.
+//! Files and trees of the web: the index pages of every usual server, and whatever goes wrong on the way.
 
 use std::fs;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use crate::support::corpus::{random_file, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::assert_same_tree;
+use crate::support::files::{assert_same_file, assert_same_tree, b3sum, regular_files, xattr};
 use crate::support::place::Place;
-use crate::support::server::{Server, free_port};
+use crate::support::ran::{run, shell, wait_until};
+use crate::support::webserver::{apache, caddy, nginx, python};
+
+/// Short enough that a stall is over soon.
+pub(crate) const SHORT_SILENCE: (&str, &str) = ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2");
+
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Names that a URL, a page or a listing might spoil.
+pub(crate) const ODD_NAMES: &[&str] = &[
+    "a b.bin",
+    "100%.txt",
+    "percent%20name",
+    "a+b",
+    "x#y",
+    "q&r='s'",
+    "semi;colon",
+    "what?.txt",
+    "quote\"s",
+    "<tag>",
+    "a:b",
+    "dotted..name",
+    "ü-ñ-漢.txt",
+    "~tilde",
+    "deep/er/fi le",
+    "d#r/x",
+];
+
+/// A tree with all of them, an empty file and an empty directory.
+pub(crate) fn odd_tree(place: &Place) -> PathBuf {
+    let root = place.dir("tree");
+    for name in ODD_NAMES {
+        let path = root.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, name.repeat(100)).unwrap();
+    }
+    fs::write(root.join("empty"), "").unwrap();
+    fs::create_dir(root.join("empty dir")).unwrap();
+    random_file(&root.join("weights.bin"), seed(), 9 << 20);
+    root
+}
+
+pub(crate) fn create(daemon: &Daemon, name: &str, url: &str) {
+    daemon.ctl(&["create", name, "--type", "web", "--uri", url, "--wait"]).ok();
+}
+
+pub(crate) fn refused(daemon: &Daemon, name: &str, url: &str, reason: &str) {
+    daemon.ctl(&["create", name, "--type", "web", "--uri", url, "--wait"]).refused(&[2, 3, 4, 6, 7], &[reason]);
+}
 
 #[test]
 fn a_file_comes_whole_through_resets_and_refusals() {
@@ -15,19 +65,220 @@ fn a_file_comes_whole_through_resets_and_refusals() {
     let site = place.dir("site");
     let bytes: Vec<u8> = (0..9_000_000_u32).flat_map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     fs::write(site.join("weights.bin"), bytes).unwrap();
-    let port = free_port();
-    let server = Server::start(
-        Command::new("python3")
-            .args(["-m", "http.server", "--bind", "127.0.0.1"])
-            .arg(port.to_string())
-            .current_dir(&site),
-        port,
-    );
+    let server = python(&site);
     let faults = Faults::before(server.port);
     faults.spoil("/weights.bin", Fault::Status(503, "Retry-After: 0"), 1);
     faults.spoil("/weights.bin", Fault::Reset(10 << 20), 1);
     let daemon = Daemon::start_with(&[LOOPBACK]);
-    daemon.ctl(&["create", "w", "--uri", &faults.url("/weights.bin"), "--wait"]).ok();
+    create(&daemon, "w", &faults.url("/weights.bin"));
     assert_eq!(faults.faults_left(), 0);
     assert_same_tree(&site, &daemon.attach("job", "w"));
+}
+
+#[test]
+fn the_index_pages_of_every_server_are_the_tree_they_are_of() {
+    let place = Place::new();
+    let tree = odd_tree(&place);
+    let root = tree.display();
+    let formats = format!(
+        "location /json/ {{ alias {root}/; autoindex_format json; }}\n\
+         location /xml/ {{ alias {root}/; autoindex_format xml; }}\n\
+         location /norange/ {{ alias {root}/; max_ranges 0; }}"
+    );
+    let servers = [nginx(&place, &tree, &formats), apache(&place, &tree), python(&tree), caddy(&place, &tree)];
+    let [nginx, apache, python, caddy] = &servers;
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    for (name, url) in [
+        ("nginx", nginx.url("/")),
+        ("nginx-json", nginx.url("/json/")),
+        ("nginx-xml", nginx.url("/xml/")),
+        ("nginx-norange", nginx.url("/norange/")),
+        ("apache", apache.url("/")),
+        ("apache-fancy", apache.url("/fancy/")),
+        ("python", python.url("/")),
+        ("caddy", caddy.url("/")),
+        ("caddy-html", caddy.url("/html/")),
+    ] {
+        create(&daemon, name, &url);
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
+    let digests: Vec<_> = daemon.rows("list").iter().map(|row| row["digest"].clone()).collect();
+    assert!(digests.windows(2).all(|pair| pair[0] == pair[1]), "one tree has one digest: {digests:?}");
+    create(&daemon, "part", &nginx.url("/deep/"));
+    assert_same_tree(&tree.join("deep"), &daemon.attach("part", "part"));
+}
+
+#[test]
+fn a_tree_comes_whole_through_faults() {
+    let place = Place::new();
+    let tree = odd_tree(&place);
+    let server = nginx(&place, &tree, "");
+    let faults = Faults::before(server.port);
+    for (words, fault) in [
+        ("GET / ", Fault::Status(503, "Retry-After: 0")),
+        ("GET /deep/ ", Fault::Reset(20)),
+        ("GET /deep/er/ ", Fault::Stall(20)),
+        ("HEAD /a+b", Fault::Status(429, "Retry-After: 1")),
+        ("HEAD /a:b", Fault::Status(500, "")),
+        ("GET /weights.bin", Fault::Status(500, "")),
+        ("GET /weights.bin", Fault::Reset(5 << 20)),
+        ("GET /weights.bin", Fault::Stall(1 << 20)),
+        ("GET /weights.bin", Fault::Truncate(1 << 20)),
+        ("GET /semi", Fault::Status(429, "Retry-After: 1")),
+        ("GET /a+b", Fault::Truncate(7)),
+        ("GET /d%23r/x", Fault::Reset(0)),
+    ] {
+        faults.spoil(words, fault, 1);
+    }
+    let daemon = Daemon::start_with(&[LOOPBACK, SHORT_SILENCE]);
+    create(&daemon, "w", &faults.url("/"));
+    assert_eq!(faults.faults_left(), 0, "{:?}", faults.heads());
+    assert_same_tree(&tree, &daemon.attach("job", "w"));
+}
+
+#[test]
+fn a_tree_that_was_killed_goes_on_with_what_is_here() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    random_file(&tree.join("large.bin"), seed(), 40 << 20);
+    (0..20_u64).for_each(|index| random_file(&tree.join(format!("f{index:02}")), seed() + index, 1 << 20));
+    let server = nginx(&place, &tree, "");
+    let faults = Faults::before(server.port);
+    let mut daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(8 << 20);
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &faults.url("/")]).ok();
+    wait_until("half is here", PATIENCE, || daemon.bytes_done("w") > 40 << 20);
+    daemon.kill9();
+    let before = faults.body_bytes();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", PATIENCE);
+    assert_same_tree(&tree, &daemon.attach("job", "w"));
+    let after = faults.body_bytes() - before;
+    assert!(after < 45 << 20, "{after} bytes were fetched again of 60 MiB, after {before}");
+}
+
+#[test]
+fn twenty_thousand_files_are_listed_and_fetched_in_reasonable_time() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    for directory in 0..20 {
+        let directory = place.dir(&format!("tree/d{directory}"));
+        (0..1000).for_each(|file| fs::write(directory.join(format!("f{file}")), format!("{file}")).unwrap());
+    }
+    let server = nginx(&place, &tree, "");
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let began = Instant::now();
+    create(&daemon, "w", &server.url("/"));
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(60), "{took:?}");
+    eprintln!("20,000 files in {took:?}");
+    assert_eq!(regular_files(&daemon.attach("job", "w")).len(), 20_000);
+}
+
+#[test]
+fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    let server = nginx(&place, &tree, "");
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    for (name, path) in [("file", "/weights.bin"), ("tree", "/")] {
+        random_file(&tree.join("weights.bin"), seed(), 96 << 20);
+        let faults = Faults::before(server.port);
+        faults.slow_down(16 << 20);
+        daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
+        wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+        random_file(&place.join("other.bin"), seed() + 1, 96 << 20);
+        fs::rename(place.join("other.bin"), tree.join("weights.bin")).unwrap();
+        faults.slow_down(0);
+        daemon.wait_state(name, "failed", PATIENCE);
+        let record = daemon.json(&["get", name]).to_string();
+        assert!(record.contains("SOURCE_CHANGED"), "{record}");
+        daemon.ctl(&["retry", name, "--wait"]).ok();
+        assert_same_file(&tree.join("weights.bin"), &daemon.attach(name, name).join("weights.bin"));
+    }
+}
+
+#[test]
+fn what_cannot_be_a_tree_says_why() {
+    let place = Place::new();
+    let tree = odd_tree(&place);
+    let dir = place.path().display();
+    fs::create_dir(tree.join("app")).unwrap();
+    fs::write(tree.join("app/index.html"), "<title>Shop</title><a href=https://example.org/>elsewhere</a>").unwrap();
+    fs::write(place.join("passwords"), "u:{PLAIN}p@ss:word\n").unwrap();
+    let elsewhere = python(&tree);
+    let locations = format!(
+        "location /away/ {{ return 302 {}; }}\n\
+         location /auth/ {{ alias {}/; auth_basic x; auth_basic_user_file {dir}/passwords; }}\n\
+         location /forbidden/ {{ return 403; }}\n\
+         location /down/ {{ return 503; }}",
+        elsewhere.url("/"),
+        tree.join("deep").display()
+    );
+    let server = nginx(&place, &tree, &locations);
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    for (name, path, reason) in [
+        ("app", "/app/", "NOT_AN_INDEX"),
+        ("all", "/", "NOT_AN_INDEX"),
+        ("empty", "/empty%20dir/", "EMPTY_SOURCE"),
+        ("missing", "/missing/", "NO_SUCH_FILE"),
+        ("missing-file", "/missing", "NO_SUCH_FILE"),
+        ("away", "/away/", "BAD_REDIRECT"),
+        ("auth", "/auth/", "CREDENTIALS_REQUIRED"),
+        ("forbidden", "/forbidden/", "ACCESS_REFUSED"),
+        ("down", "/down/", "SERVER_ERROR"),
+        ("query", "/deep/?token=hush", "BAD_URI"),
+    ] {
+        refused(&daemon, name, &server.url(path), reason);
+    }
+    let url = server.url("/auth/");
+    let wrong = ["create", "wrong", "--type", "web", "--uri", &url, "--wait"];
+    let wrong = [&wrong[..], &["--credential", "username=u", "--credential", "password=env:WRONG"]].concat();
+    let ran = run(daemon.ctl_command().args(wrong).env("WRONG", "hush-hush"));
+    ran.refused(&[2], &["CREDENTIALS_REFUSED"]);
+    create(&daemon, "right", &url.replace("http://", "http://u:p%40ss%3Aword@"));
+    assert_same_tree(&tree.join("deep"), &daemon.attach("right", "right"));
+    assert_shown_nowhere(&daemon, &["hush-hush", "p@ss:word", "p%40ss%3Aword"]);
+}
+
+/// Whether none of `secrets` is in what the daemon wrote, in its rows and events, or in what its client shows.
+pub(crate) fn assert_shown_nowhere(daemon: &Daemon, secrets: &[&str]) {
+    for secret in secrets {
+        let ran = shell(
+            "! grep -rFl -e \"$1\" \"$2\" \"$3\"",
+            &[Path::new(secret), &daemon.state().join("catalog.db"), &daemon.place().join("stderr")],
+        );
+        assert_eq!(ran.code, Some(0), "{ran}");
+        for verb in [["list"].as_slice(), &["events"]] {
+            let shown = daemon.ctl(verb);
+            assert!(!format!("{shown}").contains(secret), "{shown}");
+        }
+    }
+}
+
+#[test]
+fn a_slow_server_is_no_silent_one() {
+    let place = Place::new();
+    let tree = odd_tree(&place);
+    fs::remove_file(tree.join("weights.bin")).unwrap();
+    random_file(&tree.join("slow.bin"), seed(), 6 << 20);
+    let server = nginx(&place, &tree, "location ~ slow { limit_rate 1500k; }");
+    let daemon = Daemon::start_with(&[LOOPBACK, SHORT_SILENCE, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    create(&daemon, "w", &server.url("/"));
+    assert_same_tree(&tree, &daemon.attach("job", "w"));
+}
+
+#[test]
+fn b3sum_says_of_the_mount_what_it_says_of_the_file() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    random_file(&tree.join("weights.bin"), seed(), 5 << 20);
+    let server = nginx(&place, &tree, "");
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    create(&daemon, "w", &server.url("/"));
+    let mounted = daemon.attach("job", "w").join("weights.bin");
+    let digest = b3sum(&tree.join("weights.bin"));
+    assert_eq!(b3sum(&mounted), digest);
+    assert_eq!(xattr(&mounted, "user.ckptd.digest"), digest);
 }

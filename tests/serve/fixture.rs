@@ -15,7 +15,7 @@ use ckptd::error::{Error, Result};
 use ckptd::manifest::{Entry, EntryKind, Manifest, Tree};
 use ckptd::names::EntryPath;
 use ckptd::serve::{
-    Content, FileState, OpenFile, ReadBuffers, Resume, Session, SessionConfig, Stopped, prepare_sessions_dir,
+    Content, FileNode, FileState, OpenFile, ReadBuffers, Resume, Session, SessionConfig, Stopped, prepare_sessions_dir,
 };
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -75,8 +75,8 @@ struct DirectoryFile {
 }
 
 impl Content for Directory {
-    fn open(&self, file: &Digest, _: u64) -> Result<Arc<dyn OpenFile>> {
-        let path = self.files.lock().unwrap().get(file).cloned();
+    fn open(&self, file: &FileNode) -> Result<Arc<dyn OpenFile>> {
+        let path = self.files.lock().unwrap().get(&file.digest).cloned();
         let path = path.ok_or_else(|| Error::not_found("NO_SUCH_BLOB", "no such blob"))?;
         let file = File::open(&path).map_err(|error| Error::io("opening", &path, error))?;
         Ok(Arc::new(DirectoryFile {
@@ -90,7 +90,7 @@ impl Content for Directory {
         }))
     }
 
-    fn state(&self, _: &Digest, _: u64) -> FileState {
+    fn state(&self, _: &FileNode) -> FileState {
         if self.filling.load(Ordering::SeqCst) {
             FileState::Filling { percent: 43 }
         } else if self.compact.load(Ordering::SeqCst) {

@@ -2,7 +2,7 @@
 
 use ckptd::error::{Kind, Result};
 
-use super::{Standin, TOKEN, fault, file_of, list, paths, read};
+use super::{Sources, Standin, TOKEN, fault, file_of, list, paths, read};
 
 #[tokio::test]
 async fn a_repository_is_listed_over_its_pages_with_the_digest_of_each_file() {

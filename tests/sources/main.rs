@@ -7,13 +7,12 @@
 
 mod directory;
 mod hub;
+#[path = "../support/standin.rs"]
+mod standin;
 mod web;
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,39 +23,15 @@ use ckptd::source::{
 };
 use futures_util::StreamExt;
 
-/// The running stand-in; ends with the test, also with one that fails.
-struct Standin {
-    child: Child,
-    port: u16,
+use standin::Standin;
+
+/// Sources at the stand-in.
+trait Sources {
+    fn web(&self, path: &str) -> Arc<dyn Source>;
+    fn hub(&self, id: &str, branch: &str, token: Option<&str>) -> Arc<dyn Source>;
 }
 
-impl Standin {
-    fn start() -> Self {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/standin.py");
-        let mut child =
-            Command::new("python3").arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        Self { port: line.trim().parse().unwrap(), child }
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
-    }
-
-    /// What was asked so far, one line each.
-    fn requests(&self) -> Vec<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
-        stream.write_all(b"GET /-/requests HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text.split_once("\r\n\r\n").unwrap().1.lines().map(str::to_owned).collect()
-    }
-
-    fn asked(&self, start: &str) -> usize {
-        self.requests().iter().filter(|line| line.starts_with(start)).count()
-    }
-
+impl Sources for Standin {
     fn web(&self, path: &str) -> Arc<dyn Source> {
         web(&self.url(path), &[])
     }
@@ -65,13 +40,6 @@ impl Standin {
         let options = [("endpoint", self.url("")), ("branch", branch.to_owned())];
         let secrets: Vec<_> = token.iter().map(|token| ("token", *token)).collect();
         source(SourceKind::HuggingFace, id, &options, &secrets, &loopback()).unwrap()
-    }
-}
-
-impl Drop for Standin {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

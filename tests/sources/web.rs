@@ -7,7 +7,7 @@ use ckptd::error::Kind;
 use ckptd::source::egress::EgressPolicy;
 use ckptd::source::{Source, SourceContext, SourceKind};
 
-use super::{Standin, data, fault, list, only, read, settings, source, web};
+use super::{Sources, Standin, data, fault, list, only, read, settings, source, web};
 
 #[tokio::test]
 async fn a_web_file_is_read_in_ranges_bound_to_its_etag() {

@@ -21,6 +21,8 @@ pub(crate) const CKPTCTL: &str = env!("CARGO_BIN_EXE_ckptctl");
 
 /// Lets sources reach the web sites of the tests.
 pub(crate) const LOOPBACK: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.0/8"]"#);
+/// The same where they go by the name `localhost`.
+pub(crate) const LOCALHOST: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.0/8", "::1/128"]"#);
 /// Keeps every read in the daemon.
 pub(crate) const NO_PASSTHROUGH: (&str, &str) = ("CKPTD_SERVE__PASSTHROUGH", r#""never""#);
 
@@ -166,10 +168,15 @@ impl Daemon {
         &self.place
     }
 
-    /// The last lines that the daemon wrote on stderr.
-    pub(crate) fn stderr_tail(&self) -> String {
+    /// All that the daemon wrote on stderr, over its restarts.
+    pub(crate) fn stderr(&self) -> String {
         let text = fs::read(self.place.join("stderr")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// The last lines of it.
+    pub(crate) fn stderr_tail(&self) -> String {
+        let text = self.stderr();
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(40)..].join("\n")
     }

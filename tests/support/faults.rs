@@ -23,6 +23,8 @@ pub(crate) enum Fault {
     Truncate(u64),
     /// So many bytes of the body pass, then nothing more comes.
     Stall(u64),
+    /// So many bytes of the body pass, and the next is another than it was.
+    Damage(u64),
 }
 
 #[derive(Debug, Default)]
@@ -74,6 +76,11 @@ impl Faults {
     /// The next `times` requests whose head contains `words` meet `fault`.
     pub(crate) fn spoil(&self, words: &str, fault: Fault, times: usize) {
         self.shared.faults.lock().unwrap().push((words.to_owned(), fault, times));
+    }
+
+    /// Nothing more is spoiled.
+    pub(crate) fn spare(&self) {
+        self.shared.faults.lock().unwrap().clear();
     }
 
     /// How many spoilings are still to be met.
@@ -131,7 +138,7 @@ impl Shared {
     fn pass_body(&self, from: &mut impl Read, client: &TcpStream, fault: Option<Fault>) -> std::io::Result<()> {
         let until = match fault {
             Some(Fault::Reset(bytes) | Fault::Truncate(bytes) | Fault::Stall(bytes)) => bytes,
-            Some(Fault::Status(..)) | None => u64::MAX,
+            Some(Fault::Status(..) | Fault::Damage(_)) | None => u64::MAX,
         };
         let mut passed = 0;
         let mut buffer = vec![0; 64 << 10];
@@ -140,6 +147,13 @@ impl Shared {
             let length = from.read(&mut buffer[..most])?;
             if length == 0 {
                 return client.shutdown(Shutdown::Both);
+            }
+            if let Some(Fault::Damage(at)) = fault
+                && let Some(byte) =
+                    usize::try_from(at - passed.min(at)).ok().and_then(|at| buffer[..length].get_mut(at))
+                && at >= passed
+            {
+                *byte ^= 1;
             }
             (&mut (&*client)).write_all(&buffer[..length])?;
             let length = u64::try_from(length).unwrap_or(0);

@@ -8,10 +8,14 @@
 
 pub(crate) mod corpus;
 pub(crate) mod daemon;
+pub(crate) mod faultfs;
 pub(crate) mod faults;
 pub(crate) mod files;
+pub(crate) mod ftp_faults;
 pub(crate) mod loopfs;
 pub(crate) mod place;
 pub(crate) mod ran;
 pub(crate) mod server;
 pub(crate) mod site;
+pub(crate) mod standin;
+pub(crate) mod webserver;

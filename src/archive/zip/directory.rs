@@ -116,9 +116,11 @@ impl End {
         let length = size.min(END_SEARCH_BYTES);
         let mut tail = vec![0; usize::try_from(length).unwrap_or(0)];
         read_exact_at(file, &mut tail, size - length)?;
+        // Behind it come its comment and, where a writer fills blocks as bsdtar does into a pipe, zeros.
         let fits = |at: &usize| {
-            let comment = count(usize::from(u16_at(&tail, at + 20)));
-            tail[*at..].starts_with(b"PK\x05\x06") && count(*at) + END_BYTES + comment == length
+            let end = at + 22 + usize::from(u16_at(&tail, at + 20));
+            tail[*at..].starts_with(b"PK\x05\x06")
+                && tail.get(end..).is_some_and(|rest| rest.iter().all(|byte| *byte == 0))
         };
         let last = tail.len().checked_sub(22).ok_or_else(missing)?;
         let at = (0..=last).rev().find(fits).ok_or_else(missing)?;

@@ -7,7 +7,7 @@
 //!   port) it was given for and to no other; a redirect from https to http is refused.
 //! * *Time.* Connecting has a limit, and so has every silence, while waiting for the answer as well as between two
 //!   pieces of its body; a transfer as a whole has none, for a checkpoint may take hours.
-//! * *Bytes.* Bodies are asked for as they are (`Accept-Encoding: identity`) and are never decoded. [`Wanted`] holds a reply to the
+//! * *Bytes.* Bodies are asked for as they are (`Accept-Encoding: identity`, unless a source knows better) and are never decoded. [`Wanted`] holds a reply to the
 //!   range that was asked for, to the byte.
 //! * *Secrets.* Errors name a URL without user information and query, and the transport's own errors are stripped of theirs.
 //!
@@ -17,6 +17,7 @@
 //! provider unless `main` has installed one.
 
 mod body;
+mod proxy;
 mod status;
 mod target;
 
@@ -30,6 +31,7 @@ use reqwest::header::{ACCEPT_ENCODING, HeaderName, LOCATION};
 use reqwest::{Client, Method, RequestBuilder, StatusCode, Url};
 use tokio::time::timeout;
 
+use self::proxy::Proxies;
 use super::egress::{EgressPolicy, GuardedResolver, Refusal};
 use crate::error::{Error, Result};
 
@@ -43,6 +45,12 @@ const REDIRECTS: usize = 10;
 /// Body of a redirect that is read so that its connection can be used again; more is not worth it.
 const REDIRECT_BODY_BYTES: usize = 64 << 10;
 
+/// Body of a refusal that is kept: object stores say in some hundred bytes why they refuse.
+const EXPLANATION_BYTES: usize = 16 << 10;
+
+/// How long the next piece of such a body is waited for: the refusal is known without it.
+const EXPLANATION_WITHIN: Duration = Duration::from_secs(5);
+
 /// Times of the client.
 #[derive(Clone, Debug)]
 pub struct HttpSettings {
@@ -50,7 +58,7 @@ pub struct HttpSettings {
     pub connect_timeout: Duration,
     /// For any silence of the other side after that.
     pub inactivity_timeout: Duration,
-    /// Whether `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` of the environment count; see `egress` for what that means.
+    /// Whether `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` of the environment count; see [`proxy`] for what that means.
     pub environment_proxy: bool,
 }
 
@@ -69,6 +77,7 @@ impl Default for HttpSettings {
 pub struct HttpClient {
     client: Client,
     policy: Arc<EgressPolicy>,
+    proxies: Arc<Proxies>,
     inactivity: Duration,
     answer_within: Duration,
 }
@@ -83,13 +92,14 @@ impl HttpClient {
             // Fails only if somebody else was first, which is as good.
             let _ = rustls::crypto::ring::default_provider().install_default();
         }
+        let proxies = Arc::new(Proxies::new(settings.environment_proxy));
         let mut builder = Client::builder()
             .user_agent(concat!("ckptd/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .http1_only()
             .connect_timeout(settings.connect_timeout)
-            .dns_resolver(GuardedResolver::new(Arc::clone(&policy)));
+            .dns_resolver(GuardedResolver::new(Arc::clone(&policy), proxies.hosts()));
         if !settings.environment_proxy {
             builder = builder.no_proxy();
         }
@@ -101,6 +111,7 @@ impl HttpClient {
         Ok(Self {
             client,
             policy,
+            proxies,
             inactivity: settings.inactivity_timeout,
             answer_within: settings.connect_timeout + settings.inactivity_timeout,
         })
@@ -112,8 +123,8 @@ impl HttpClient {
         let mut authorization = request.authorization;
         for _ in 0..=REDIRECTS {
             let response = self.exchange(request, &url, authorization).await?;
-            if !is_redirect(response.status()) {
-                return judge(response, url, authorization.is_some());
+            if !request.follow || !is_redirect(response.status()) {
+                return self.judge(response, url, authorization.is_some()).await;
             }
             let next = redirect_of(&response, &url)?;
             if request.body.is_some() && !matches!(response.status().as_u16(), 307 | 308) {
@@ -137,8 +148,13 @@ impl HttpClient {
         url: &Url,
         authorization: Option<&Authorization>,
     ) -> Result<reqwest::Response> {
-        self.policy.check_url(url).map_err(|refused| refused.during(format!("fetching {}", shown(url))))?;
-        let mut call = self.client.request(request.method.clone(), url.clone()).header(ACCEPT_ENCODING, "identity");
+        let during = |refused: Error| refused.during(format!("fetching {}", shown(url)));
+        self.policy.check_url(url).map_err(during)?;
+        self.proxies.check(url, &self.policy).await.map_err(during)?;
+        let mut call = self.client.request(request.method.clone(), url.clone());
+        if !request.headers.iter().any(|(name, _)| *name == ACCEPT_ENCODING) {
+            call = call.header(ACCEPT_ENCODING, "identity");
+        }
         for (name, value) in &request.headers {
             call = call.header(name, value);
         }
@@ -156,6 +172,28 @@ impl HttpClient {
             Ok(sent) => sent.map_err(|error| transport_fault(error, url)),
             Err(_) => Err(stalled(url, self.answer_within)),
         }
+    }
+
+    async fn judge(&self, response: reqwest::Response, url: Url, authorized: bool) -> Result<Reply, Failure> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(Reply { response, url });
+        }
+        let (headers, shown) = (response.headers().clone(), shown(&url));
+        let body = self.explanation(response).await;
+        Err(Failure::Refused(Box::new(Answer { status, headers, body, shown, authorized })))
+    }
+
+    /// The beginning of a refusal's body; whatever goes wrong, the refusal itself is what counts.
+    async fn explanation(&self, mut response: reqwest::Response) -> Vec<u8> {
+        let mut body = Vec::new();
+        while let Ok(Ok(Some(bytes))) = timeout(self.inactivity.min(EXPLANATION_WITHIN), response.chunk()).await {
+            body.extend_from_slice(&bytes[..bytes.len().min(EXPLANATION_BYTES - body.len())]);
+            if body.len() == EXPLANATION_BYTES {
+                break;
+            }
+        }
+        body
     }
 
     async fn drain(&self, mut response: reqwest::Response) {
@@ -182,12 +220,13 @@ pub(super) struct Request<'a> {
     authorization: Option<&'a Authorization>,
     headers: Vec<(HeaderName, String)>,
     body: Option<Bytes>,
+    follow: bool,
 }
 
 impl<'a> Request<'a> {
     /// A GET; `authorization` is for the origin of `url` alone.
     pub(super) fn get(url: &'a Url, authorization: Option<&'a Authorization>) -> Self {
-        Self { method: Method::GET, url, authorization, headers: Vec::new(), body: None }
+        Self { method: Method::GET, url, authorization, headers: Vec::new(), body: None, follow: true }
     }
 
     /// A HEAD.
@@ -198,6 +237,11 @@ impl<'a> Request<'a> {
     /// A POST of `body`; only redirects that keep the method are followed.
     pub(super) fn post(url: &'a Url, authorization: Option<&'a Authorization>, body: Bytes) -> Self {
         Self { method: Method::POST, body: Some(body), ..Self::get(url, authorization) }
+    }
+
+    /// The same, and a redirect is a refusal: for what is signed for one address.
+    pub(super) fn without_redirects(self) -> Self {
+        Self { follow: false, ..self }
     }
 
     /// Adds headers that redirects keep.
@@ -290,18 +334,6 @@ fn redirect_of(response: &reqwest::Response, url: &Url) -> Result<Url> {
             .remedy("ask the server's operator to mend it, or give the http address itself"));
     }
     Ok(next)
-}
-
-fn judge(response: reqwest::Response, url: Url, authorized: bool) -> Result<Reply, Failure> {
-    if response.status().is_success() {
-        return Ok(Reply { response, url });
-    }
-    Err(Failure::Refused(Box::new(Answer {
-        status: response.status(),
-        headers: response.headers().clone(),
-        shown: shown(&url),
-        authorized,
-    })))
 }
 
 fn stalled(url: &Url, limit: Duration) -> Error {

@@ -50,6 +50,8 @@ pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     /// Its headers.
     pub(crate) headers: HeaderMap,
+    /// The beginning of its body.
+    pub(crate) body: Vec<u8>,
     /// The URL that gave it, for people.
     pub(crate) shown: String,
     /// Whether credentials were sent with the request.
@@ -129,7 +131,8 @@ mod tests {
 
     fn answer(status: u16, headers: &[(&'static str, &str)]) -> Answer {
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        Answer { status: StatusCode::from_u16(status).unwrap(), headers, shown: "http://x/".into(), authorized: false }
+        let status = StatusCode::from_u16(status).unwrap();
+        Answer { status, headers, body: Vec::new(), shown: "http://x/".into(), authorized: false }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What is asked of a hub, what it answers, and what its refusals mean.
 //!
-//! `GET /api/models/<id>/revision/<revision>` gives the commit; `GET /api/models/<id>/tree/<commit>?recursive=true` lists it, in
-//! pages joined by `Link: <..>; rel="next"`. Refusals bear `X-Error-Code`; the hub says 401 `RepoNotFound` for a private
+//! `GET /api/models/<id>/revision/<revision>` (`datasets`, `spaces`) gives the commit; `GET /api/models/<id>/tree/<commit>?recursive=true`
+//! lists it, in pages joined by `Link: <..>; rel="next"`. Refusals bear `X-Error-Code`; the hub says 401 `RepoNotFound` for a private
 //! repository too, so that its existence is no news.
+
+use std::time::Duration;
 
 use reqwest::Url;
 use reqwest::header::LINK;
@@ -21,6 +23,12 @@ const ANSWER_BYTES: usize = 64 << 20;
 
 /// Pages of one listing: at 1,000 entries each, more than a checkpoint may have.
 const PAGES: usize = 2 * limits::CHECKPOINT_ENTRIES / 1000;
+
+/// Times one page is asked for, where the hub says when; beyond that the whole listing is tried again.
+const PAGE_ATTEMPTS: u32 = 5;
+
+/// Longest wait for one page: the hub's limits are counted over five minutes.
+const PAGE_WAIT: Duration = Duration::from_secs(300);
 
 /// One repository at a hub.
 #[derive(Debug)]
@@ -57,7 +65,7 @@ struct Lfs {
 impl Hub {
     /// The commit that `revision` means now.
     pub(super) async fn commit(&self, revision: &str) -> Result<String> {
-        let url = self.url(&format!("api/models/{}/revision/{}", self.id.as_str(), component(revision)))?;
+        let url = self.url(&format!("api/{}/revision/{}", self.id.record(), component(revision)))?;
         let (record, _) = self.ask::<Record>(&url).await.map_err(|failure| self.explain_revision(failure, revision))?;
         record
             .sha
@@ -67,11 +75,10 @@ impl Hub {
 
     /// Everything in `commit`.
     pub(super) async fn tree(&self, commit: &str) -> Result<Vec<Item>> {
-        let mut url =
-            self.url(&format!("api/models/{}/tree/{commit}?recursive=true&expand=false", self.id.as_str()))?;
+        let mut url = self.url(&format!("api/{}/tree/{commit}?recursive=true&expand=false", self.id.record()))?;
         let mut items = Vec::new();
         for _ in 0..PAGES {
-            let (page, next) = self.ask::<Vec<Item>>(&url).await.map_err(|failure| self.explain(failure))?;
+            let (page, next) = self.page(&url).await?;
             items.extend(page);
             if items.len() > limits::CHECKPOINT_ENTRIES {
                 let message =
@@ -85,6 +92,24 @@ impl Hub {
             }
         }
         Err(bad_listing(&self.id, "the listing does not end"))
+    }
+
+    /// One page. Where the hub asks to wait, that is done here: a long listing must not begin anew for it.
+    async fn page(&self, url: &Url) -> Result<(Vec<Item>, Option<Url>)> {
+        let mut left = PAGE_ATTEMPTS;
+        loop {
+            let error = match self.ask(url).await {
+                Ok(page) => return Ok(page),
+                Err(failure) => self.explain(failure),
+            };
+            left -= 1;
+            let asked = error.facts().iter().find(|(key, _)| key == "retry_after_s");
+            let wait = asked.and_then(|(_, seconds)| seconds.parse().ok().map(Duration::from_secs));
+            match wait.filter(|wait| left > 0 && *wait <= PAGE_WAIT) {
+                Some(wait) => tokio::time::sleep(wait).await,
+                None => return Err(error),
+            }
+        }
     }
 
     /// Where a file of `commit` is read.

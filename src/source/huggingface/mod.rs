@@ -1,4 +1,4 @@
-//! A Hugging Face repository, over the hub's plain HTTP interface.
+//! A Hugging Face repository (model, dataset or space), over the hub's plain HTTP interface.
 //!
 //! [`HuggingFaceSource::open`] turns the branch, tag or commit into the commit it means now and lists that commit; nothing after it
 //! names the branch again, so the revision cannot move under an ingest. Files come from `resolve/<commit>/<path>`, which
@@ -141,9 +141,20 @@ impl Source for HuggingFaceSource {
     }
 }
 
-/// `<namespace>/<repository>`, or a legacy repository without a namespace.
+/// What kind of repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Model,
+    Dataset,
+    Space,
+}
+
+/// `<namespace>/<repository>` or a legacy name without a namespace, with `datasets/` or `spaces/` in front of what is no model.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct RepositoryId(String);
+pub(super) struct RepositoryId {
+    kind: Kind,
+    path: String,
+}
 
 impl RepositoryId {
     /// Parses an id, with or without `hf:` in front.
@@ -151,17 +162,32 @@ impl RepositoryId {
     /// # Errors
     /// `BAD_URI` with the form that is expected.
     pub(super) fn parse(uri: &str) -> Result<Self> {
-        let id = uri.strip_prefix("hf:").unwrap_or(uri);
-        if id.split('/').count() <= 2 && id.split('/').all(is_repository_word) {
-            return Ok(Self(id.to_owned()));
+        let path = uri.strip_prefix("hf:").unwrap_or(uri);
+        let (kind, id) = match path.split_once('/') {
+            Some(("datasets", id)) => (Kind::Dataset, id),
+            Some(("spaces", id)) => (Kind::Space, id),
+            _ => (Kind::Model, path),
+        };
+        let words = id.split('/').count();
+        if words <= 2 && (kind != Kind::Space || words == 2) && id.split('/').all(is_repository_word) {
+            return Ok(Self { kind, path: path.to_owned() });
         }
-        Err(Error::invalid("BAD_URI", format!("`{uri}` does not name a Hugging Face repository"))
-            .remedy("write <namespace>/<repository>, as in openai/whisper-tiny"))
+        Err(Error::invalid("BAD_URI", format!("`{uri}` does not name a Hugging Face repository")).remedy(
+            "write <namespace>/<repository>, as in openai/whisper-tiny, with datasets/ or spaces/ in front of those",
+        ))
     }
 
-    /// The id as the hub knows it; safe in a URL.
+    /// The path of its page at the hub, and of its files below that; safe in a URL.
     pub(super) fn as_str(&self) -> &str {
-        &self.0
+        &self.path
+    }
+
+    /// The path of its record below `api/`; safe in a URL.
+    pub(super) fn record(&self) -> String {
+        match self.kind {
+            Kind::Model => format!("models/{}", self.path),
+            Kind::Dataset | Kind::Space => self.path.clone(),
+        }
     }
 }
 
@@ -186,8 +212,16 @@ mod tests {
 
     #[test]
     fn ids_are_those_of_the_hub() {
-        for good in ["gpt2", "openai/whisper-tiny", "hf:EleutherAI/gpt-j-6B", "a/b.c_d-e"] {
-            assert!(RepositoryId::parse(good).is_ok(), "{good}");
+        for (good, record) in [
+            ("gpt2", "models/gpt2"),
+            ("openai/whisper-tiny", "models/openai/whisper-tiny"),
+            ("hf:EleutherAI/gpt-j-6B", "models/EleutherAI/gpt-j-6B"),
+            ("a/b.c_d-e", "models/a/b.c_d-e"),
+            ("datasets/squad", "datasets/squad"),
+            ("hf:datasets/a/b", "datasets/a/b"),
+            ("spaces/a/b", "spaces/a/b"),
+        ] {
+            assert_eq!(RepositoryId::parse(good).unwrap().record(), record, "{good}");
         }
         for bad in [
             "",
@@ -195,6 +229,10 @@ mod tests {
             "a/",
             "/a",
             "a/b/c",
+            "datasets/",
+            "datasets/a/b/c",
+            "spaces/a",
+            "models/a/b",
             "../a",
             "a/..",
             "a b/c",

@@ -1,0 +1,157 @@
+//! Archives behind an address: extracted while they arrive, whatever the server can and cannot do.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::support::corpus::{odd_tree, random_file, seed};
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::files::{assert_same_tree, disk_bytes, regular_files};
+use crate::support::place::Place;
+use crate::support::ran::{run, wait_until};
+use crate::support::site::{Page, Site};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A tree with everything an archive can carry, and one file of several fill units.
+fn tree(place: &Place) -> PathBuf {
+    let tree = place.dir("tree");
+    odd_tree(&tree, seed());
+    (100..3000).for_each(|index| fs::remove_file(tree.join(format!("deep/f{index}"))).unwrap());
+    random_file(&tree.join("weights.bin"), seed(), 11 << 20);
+    tree
+}
+
+/// What Python's standard library makes of `tree`.
+fn packed(tree: &Path, kind: &str) -> Arc<Vec<u8>> {
+    let out = tree.with_extension(kind);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/archives.py");
+    run(Command::new("python3").arg(script).arg(kind).arg(tree).arg(&out)).ok();
+    Arc::new(fs::read(out).unwrap())
+}
+
+fn create(daemon: &Daemon, name: &str, url: &str) {
+    daemon.ctl(&["create", name, "--uri", url, "--wait"]).ok();
+}
+
+#[test]
+fn an_archive_is_its_tree_whatever_the_server_can_do() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree(&place);
+    for (kind, name) in
+        [("tar-pax", "a.tar"), ("tar-gz", "b.tar.gz"), ("zip-deflated", "c.zip"), ("zip-streamed", "d.zip")]
+    {
+        let bytes = packed(&tree, kind);
+        let pages = [
+            Page::Ranged(bytes.clone()),
+            Page::Whole(bytes.clone()),
+            Page::Unsized(bytes.clone()),
+            Page::Short(bytes.clone(), 3),
+        ];
+        for (number, page) in pages.into_iter().enumerate() {
+            let checkpoint = format!("{kind}-{number}");
+            create(&daemon, &checkpoint, &site.put(&format!("/{number}/{name}"), page));
+            let job = format!("job-{checkpoint}");
+            assert_same_tree(&tree, &daemon.attach(&job, &checkpoint));
+        }
+    }
+    let digests: Vec<_> = daemon.rows("list").iter().map(|row| row["digest"].clone()).collect();
+    assert!(digests.windows(2).all(|pair| pair[0] == pair[1]), "one tree has one digest: {digests:?}");
+    assert!(regular_files(&daemon.state().join("filling")).is_empty());
+    assert!(disk_bytes(&daemon.state().join("blobs")) < 30 << 20, "members are kept once");
+}
+
+#[test]
+fn an_archive_that_is_to_be_kept_is_a_file() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let bytes = packed(&tree(&place), "tar-gz");
+    let url = site.put("/a.tar.gz", Page::Ranged(bytes.clone()));
+    daemon.ctl(&["create", "kept", "--uri", &url, "--option", "extract=false", "--wait"]).ok();
+    assert!(fs::read(daemon.attach("job", "kept").join("a.tar.gz")).unwrap() == *bytes);
+}
+
+#[test]
+fn a_single_compressed_file_comes_without_its_ending() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let file = place.join("model.bin");
+    random_file(&file, seed(), 6 << 20);
+    run(Command::new("gzip").arg("-k1").arg(&file)).ok();
+    let bytes = Arc::new(fs::read(place.join("model.bin.gz")).unwrap());
+    create(&daemon, "single", &site.put("/model.bin.gz", Page::Ranged(bytes)));
+    assert!(fs::read(daemon.attach("job", "single").join("model.bin")).unwrap() == fs::read(&file).unwrap());
+}
+
+#[test]
+fn a_kill_in_the_middle_of_an_archive_is_made_good() {
+    let (place, site, mut daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree(&place);
+    let tar = site.put("/a.tar.gz", Page::Ranged(packed(&tree, "tar-gz")));
+    let zip = site.put("/a.zip", Page::Ranged(packed(&tree, "zip-deflated")));
+    site.limit(6 << 20);
+    daemon.ctl(&["create", "tar", "--uri", &tar]).ok();
+    daemon.ctl(&["create", "zip", "--uri", &zip]).ok();
+    wait_until("both arrive", PATIENCE, || ["tar", "zip"].iter().all(|name| daemon.bytes_done(name) > 1 << 20));
+    daemon.kill9();
+    site.limit(0);
+    daemon.restart();
+    for name in ["tar", "zip"] {
+        daemon.wait_state(name, "ready", PATIENCE);
+        assert_same_tree(&tree, &daemon.attach(&format!("job-{name}"), name));
+    }
+}
+
+#[test]
+fn what_is_hostile_or_no_archive_fails_by_name_and_leaves_nothing() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree(&place);
+    let zip = packed(&tree, "zip-deflated");
+    let cut = Arc::new(zip[..zip.len() / 2].to_vec());
+    let climbing = packed(&tree, "climbing");
+    let device = packed(&tree, "device");
+    for (name, bytes, code, words) in [
+        ("no.zip", Arc::new(vec![7; 5000]), 2, "not a zip"),
+        ("cut.zip", cut, 6, "truncated"),
+        ("climbing.tar", climbing, 2, "climb"),
+        ("device.tar", device, 2, "device"),
+    ] {
+        let url = site.put(&format!("/{name}"), Page::Ranged(bytes));
+        daemon.ctl(&["create", name, "--uri", &url, "--wait"]).refused(&[code], &[name, words]);
+        daemon.ctl(&["remove", name, "--yes"]).ok();
+    }
+    assert!(regular_files(&daemon.state().join("blobs")).is_empty());
+    assert!(regular_files(&daemon.state().join("filling")).is_empty());
+}
+
+#[test]
+fn an_archive_that_is_replaced_while_it_arrives_is_not_mixed() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree(&place);
+    let (gz, other) = (packed(&tree, "tar-gz"), packed(&tree, "tar-pax"));
+    let url = site.put("/a.tar.gz", Page::Short(gz, u64::MAX));
+    site.limit(4 << 20);
+    daemon.ctl(&["create", "mixed", "--uri", &url]).ok();
+    wait_until("it arrives", PATIENCE, || daemon.bytes_done("mixed") > 0 || site.bodies() > 2);
+    site.put("/a.tar.gz", Page::Ranged(other));
+    site.limit(0);
+    daemon.wait_state("mixed", "failed", PATIENCE);
+    assert_eq!(daemon.json(&["get", "mixed"])["error"]["reason"], "SOURCE_CHANGED");
+}
+
+#[test]
+fn an_archive_asked_for_twice_is_fetched_once() {
+    let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree(&place);
+    let bytes = packed(&tree, "tar-gz");
+    let size = u64::try_from(bytes.len()).unwrap();
+    let url = site.put("/a.tar.gz", Page::Ranged(bytes));
+    site.limit(8 << 20);
+    for name in ["one", "two"] {
+        daemon.ctl(&["create", name, "--uri", &url]).ok();
+    }
+    for name in ["one", "two"] {
+        daemon.wait_state(name, "ready", PATIENCE);
+    }
+    assert!(site.take_sent() < size + size / 2, "fetched once");
+}

@@ -1,0 +1,204 @@
+//! Azure Blob Storage against azurite, which verifies keys and signatures.
+
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use crate::support::corpus::random_file;
+use crate::support::daemon::Daemon;
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::{assert_same_file, assert_same_tree, walk};
+use crate::support::place::Place;
+use crate::support::ran::wait_until;
+use crate::support::server::{Server, free_port, tool};
+
+const ACCOUNT: &str = "ckptaccount";
+const KEY: &str = "c2VjcmV0LWtleS1vZi10aGUtdGVzdHMtMDEyMzQ1Njc4OQ==";
+
+/// Fills containers as the plan says: `containers` [name, public], `put` [container, name, text], `trees` [container, prefix, folder]. Prints
+/// two shared access signatures of the container `ckpt`: one that holds, one that has expired.
+const FILL: &str = r#"
+import base64, datetime, json, os, sys
+from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, generate_container_sas
+endpoint, key, plan = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+account = endpoint.rsplit('/', 1)[1]
+service = BlobServiceClient(endpoint, credential={'account_name': account, 'account_key': key}, api_version='2021-12-02')
+for name, public in plan.get('containers', []):
+    service.create_container(name, public_access='container' if public else None)
+for container, name, text in plan.get('put', []):
+    service.get_blob_client(container, name).upload_blob(text.encode(), overwrite=True)
+for container, prefix, folder in plan.get('trees', []):
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            with open(path, 'rb') as data:
+                service.get_blob_client(container, prefix + os.path.relpath(path, folder)).upload_blob(data, overwrite=True)
+now = datetime.datetime.now(datetime.timezone.utc)
+for hours in (1, -1):
+    print(generate_container_sas(account, 'ckpt', account_key=key, permission=ContainerSasPermissions(read=True, list=True),
+                                 start=now - datetime.timedelta(days=1), expiry=now + datetime.timedelta(hours=hours)))
+"#;
+
+struct Azurite {
+    server: Server,
+    _place: Place,
+}
+
+impl Azurite {
+    fn start() -> Self {
+        let (port, place) = (free_port(), Place::new());
+        let mut command = Command::new("node");
+        command
+            .arg(tool("azurite/node_modules/azurite/dist/src/blob/main.js"))
+            .args(["--blobHost", "127.0.0.1", "--blobPort", &port.to_string(), "--location"])
+            .arg(place.path())
+            .args(["--silent", "--disableTelemetry", "--skipApiVersionCheck"])
+            .env("AZURITE_ACCOUNTS", format!("{ACCOUNT}:{KEY}"));
+        Self { server: Server::start(&mut command, port), _place: place }
+    }
+
+    /// Fills containers; a signature that holds and one that has expired.
+    fn fill(&self, plan: &serde_json::Value) -> (String, String) {
+        let endpoint = self.server.url(&format!("/{ACCOUNT}"));
+        let ran = python(FILL, &[&endpoint, KEY, &plan.to_string()]);
+        let mut lines = ran.stdout.lines().map(str::to_owned);
+        (lines.next().unwrap(), lines.next().unwrap())
+    }
+}
+
+fn endpoint(faults: &Faults) -> String {
+    format!("endpoint={}", faults.url(&format!("/{ACCOUNT}")))
+}
+
+fn uri(path: &str) -> String {
+    format!("https://{ACCOUNT}.blob.core.windows.net/{path}")
+}
+
+#[test]
+fn a_prefix_comes_whole_through_every_fault() {
+    let place = Place::new();
+    tree(&place.dir("tree"));
+    let folder = place.join("tree");
+    let azurite = Azurite::start();
+    let (good, expired) =
+        azurite.fill(&json!({"containers": [["ckpt", false]], "trees": [["ckpt", "some/pre fix/", folder]]}));
+    let faults = Faults::before(azurite.server.port);
+    faults.spoil("comp=list", Fault::Status(500, ""), 1);
+    faults.spoil("comp=list", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
+    faults.spoil("/2.json", Fault::Reset(1), 1);
+    faults.spoil("/3.json", Fault::Truncate(2), 1);
+    faults.spoil("/4.json", Fault::Stall(0), 1);
+    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+    let daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    let key = format!("@account_key={KEY}");
+    create(&daemon, "azure", "slash", &uri("ckpt/some/pre%20fix/"), &[&own, &key]).ok();
+    assert_same_tree(&folder, &daemon.attach("slash", "slash"));
+    assert_eq!(faults.faults_left(), 0);
+    let heads = faults.heads();
+    assert!(heads.iter().filter(|head| head.contains(".json")).all(|head| head.contains("if-match: \"")));
+
+    // A signature as a credential, and in the address.
+    create(&daemon, "azure", "sas", &uri("ckpt/some/pre fix"), &[&own, &format!("@sas={good}")]).ok();
+    assert_same_tree(&folder, &daemon.attach("sas", "sas"));
+    let address = uri(&format!("ckpt/some/pre%20fix/model/few.bin?{good}"));
+    create(&daemon, "azure", "address", &address, &[&own]).ok();
+    assert_same_file(&folder.join("model/few.bin"), &daemon.attach("address", "address").join("few.bin"));
+    assert_eq!(daemon.json(&["get", "address"])["source"]["uri"], uri("ckpt/some/pre%20fix/model/few.bin"));
+
+    for (name, more, word) in [
+        ("nobody", &[own.as_str()][..], "CREDENTIALS_REQUIRED"),
+        ("late", &[&own, &format!("@sas={expired}")], "CREDENTIALS_EXPIRED"),
+        ("wrong", &[&own, "@account_key=d3JvbmcgIGtleQ=="], "CREDENTIALS_REFUSED"),
+        ("junk", &[&own, "@account_key=?"], "BAD_CREDENTIALS"),
+    ] {
+        create(&daemon, "azure", name, &uri("ckpt/some/"), more).refused(&[2], &[]);
+        assert_eq!(reason(&daemon, name), word);
+    }
+    let signature = good.split("sig=").nth(1).unwrap().split('&').next().unwrap();
+    assert_kept_nowhere(&daemon, &[KEY, signature, "d3JvbmcgIGtleQ"]);
+}
+
+#[test]
+fn keys_are_entries_or_are_named_and_digests_are_verified() {
+    let azurite = Azurite::start();
+    let mut put: Vec<[&str; 3]> = vec![
+        ["plain", "a//b", "1"],
+        ["plain", "d", "3"],
+        ["plain", " é&<%20>+#", "5"],
+        ["clash", "weights", "1"],
+        ["clash", "weights/part1", "2"],
+        ["twice", "a/b", "1"],
+        ["twice", "a//b", "2"],
+        ["many", "model.bin", "exactly this"],
+        ["many", "model.bin.old", "not this"],
+        ["many", "tiny", "some bytes"],
+    ];
+    let numbered: Vec<String> = (0..1100).map(|number| format!("pages/{number}")).collect();
+    put.extend(numbered.iter().map(|name| ["many", name.as_str(), "x"]));
+    let containers: Vec<_> = ["plain", "clash", "twice", "many", "nothing"].map(|name| json!([name, true])).into();
+    azurite.fill(&json!({"containers": containers, "put": put}));
+    let faults = Faults::before(azurite.server.port);
+    let daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    let names = |name: &str, path: &str| {
+        create(&daemon, "azure", name, &uri(path), &[&own]).ok();
+        let at = daemon.attach(name, name);
+        walk(&at).iter().map(|path| path.strip_prefix(&at).unwrap().display().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("plain", "plain"), [" é&<%20>+#", "a", "a/b", "d"]);
+    assert_eq!(names("exact", "many/model.bin"), ["model.bin"]);
+    assert_eq!(names("pages", "many/pages").len(), 1100);
+    faults.spoil("/many/tiny", Fault::Damage(3), 9);
+    for (name, path, word, exit, words) in [
+        ("clash", "clash/", "BAD_KEYS", 2, &["`weights/part1`", "`weights`"][..]),
+        ("twice", "twice", "BAD_KEYS", 2, &["`a//b`", "`a/b`"]),
+        ("nothing", "nothing", "NO_SUCH_OBJECT", 3, &["nothing is there"]),
+        ("neither", "many/mod", "NO_SUCH_OBJECT", 3, &["many/mod"]),
+        ("damaged", "many/tiny", "DIGEST_MISMATCH", 6, &["tiny", "MD5"]),
+    ] {
+        create(&daemon, "azure", name, &uri(path), &[&own]).refused(&[exit], words);
+        assert_eq!(reason(&daemon, name), word);
+    }
+    let key = format!("@account_key={KEY}");
+    create(&daemon, "azure", "nowhere", &uri("no-such-container/x"), &[&own, &key])
+        .refused(&[3], &["no such container"]);
+}
+
+#[test]
+fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
+    let place = Place::new();
+    let (first, second) = (place.join("one/big.bin"), place.join("two/big.bin"));
+    random_file(&first, 1, 48 << 20);
+    random_file(&second, 2, 48 << 20);
+    let azurite = Azurite::start();
+    let put = |folder: &std::path::Path| json!([["open", "", folder.parent().unwrap()]]);
+    azurite.fill(&json!({"containers": [["open", true]], "trees": put(&first)}));
+    let faults = Faults::before(azurite.server.port);
+    let mut daemon = Daemon::start_with(HASTY);
+    faults.slow_down(6 << 20);
+    start(&daemon, "azure", "resumed", &uri("open/"), &[&endpoint(&faults)]);
+    wait_bytes(&daemon, "resumed", 28 << 20);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
+    assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
+
+    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
+    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+    start(&daemon, "azure", "replaced", &uri("open/big.bin"), &[&endpoint(&faults)]);
+    wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+    azurite.fill(&json!({"trees": put(&second)}));
+    daemon.wait_state("replaced", "failed", Duration::from_secs(60));
+    assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
+    daemon.ctl(&["retry", "replaced", "--wait"]).ok();
+    assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}

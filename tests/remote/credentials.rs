@@ -1,0 +1,126 @@
+//! Named credentials of the operator: who gets which, that they come back after a kill, and that they show nowhere.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::support::daemon::{Daemon, LOCALHOST, clean};
+use crate::support::faults::Faults;
+use crate::support::place::Place;
+use crate::support::ran::{Ran, run, wait_until};
+use crate::support::standin::Standin;
+
+/// The token that the stand-in trusts.
+const TOKEN: &str = "hf_secret_token";
+
+fn daemon_with(directory: &Path) -> Daemon {
+    Daemon::start_with(&[LOCALHOST, ("CKPTD_SOURCES__CREDENTIALS_DIR", directory.to_str().unwrap())])
+}
+
+/// Puts a credential for loopback into `directory`.
+fn put(directory: &Path, name: &str, text: &str) -> PathBuf {
+    let path = directory.join(format!("{name}.toml"));
+    fs::write(&path, format!("hosts = ['127.0.0.1', 'localhost']\n{text}\n")).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path
+}
+
+fn create(daemon: &Daemon, endpoint: &str, name: &str, more: &[&str]) -> Ran {
+    let endpoint = format!("endpoint={endpoint}");
+    let arguments = ["create", name, "--type", "huggingface", "--uri", "acme/private", "--option", &endpoint];
+    daemon.ctl(&[&arguments[..], more].concat())
+}
+
+/// Fails if any of `secrets` is in what the daemon shows or keeps.
+fn assert_hidden(daemon: &Daemon, secrets: &[&str]) {
+    let mut shown = daemon.ctl(&["events"]).ok().stdout + &daemon.ctl(&["--json", "list"]).ok().stdout;
+    for row in daemon.rows("list") {
+        shown += &daemon.ctl(&["get", row["id"].as_str().unwrap()]).ok().stdout;
+    }
+    shown += &fs::read_to_string(daemon.place().join("stderr")).unwrap();
+    for secret in secrets {
+        assert!(!shown.contains(secret), "`{secret}` is shown");
+        let kept = run(clean("grep").args(["-rlF", secret]).arg(daemon.state()));
+        assert_eq!(kept.stdout, "", "`{secret}` is in the state directory");
+    }
+}
+
+#[test]
+fn a_request_gets_the_secrets_that_it_may_use_and_no_other() {
+    let (place, hub) = (Place::new(), Standin::start());
+    let keys = place.dir("keys");
+    let daemon = daemon_with(&keys);
+    let endpoint = hub.url("");
+    let good = format!("token = '{TOKEN}'");
+    put(&keys, "anybody", &good);
+    put(&keys, "team", &format!("{good}\nowners = ['team-a', 'team-b']"));
+    put(&keys, "buckets", &format!("{good}\ntypes = ['aws']"));
+    put(&keys, "stale", "token = 'hf_secret_stale'");
+    fs::write(put(&keys, "elsewhere", ""), format!("{good}\nhosts = ['hub.example']")).unwrap();
+    fs::write(put(&keys, "nonsense", ""), format!("token = = '{TOKEN}'")).unwrap();
+    let open = put(&keys, "open", &good);
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o640)).unwrap();
+    let foreign = put(&keys, "foreign", &good);
+    std::os::unix::fs::chown(&foreign, Some(12345), None).unwrap();
+    let not_available = "no credentials `NAME` are available to this request";
+    for (name, owner, refusal) in [
+        ("anybody", "", None),
+        ("anybody", "team-c", None),
+        ("team", "team-b", None),
+        ("team", "team-c", Some(not_available)),
+        ("team", "", Some(not_available)),
+        ("buckets", "team-a", Some(not_available)),
+        ("elsewhere", "team-a", Some(not_available)),
+        ("unknown", "team-a", Some(not_available)),
+        ("../keys/anybody", "team-a", Some(not_available)),
+        ("open", "team-a", Some("a file that others than root can read or write")),
+        ("foreign", "team-a", Some("a file that others than root can read or write")),
+        ("nonsense", "team-a", Some("not in the form of credentials")),
+        ("stale", "team-a", Some("private")),
+    ] {
+        let option = format!("credentials={name}");
+        let mut more = vec!["--wait", "--option", &option];
+        more.extend(if owner.is_empty() { vec![] } else { vec!["--owner", owner] });
+        let ran = create(&daemon, &endpoint, &format!("{}-{owner}", name.replace('/', "_")), &more);
+        match refusal {
+            None => drop(ran.ok()),
+            Some(words) => drop(ran.refused(&[2, 3], &[&words.replace("NAME", name)])),
+        }
+    }
+    let own = ["--wait", "--option", "credentials=stale", "--credential", &format!("token={TOKEN}")];
+    create(&daemon, &endpoint, "own-secret", &own).ok();
+    assert_hidden(&daemon, &[TOKEN, "hf_secret_stale"]);
+}
+
+#[test]
+fn the_file_called_like_the_type_serves_those_that_name_none_and_rotates() {
+    let (place, hub) = (Place::new(), Standin::start());
+    let keys = place.dir("keys");
+    let daemon = daemon_with(&keys);
+    create(&daemon, &hub.url(""), "before", &["--wait"]).refused(&[2, 3], &["give a token"]);
+    put(&keys, "huggingface", &format!("token = '{TOKEN}'\nowners = ['', 'team-a']"));
+    daemon.ctl(&["retry", "before"]).ok();
+    daemon.wait_state("before", "ready", Duration::from_secs(30));
+    create(&daemon, &hub.url(""), "permitted", &["--wait", "--owner", "team-a"]).ok();
+    create(&daemon, &hub.url(""), "not", &["--wait", "--owner", "team-b"]).refused(&[2, 3], &["give a token"]);
+    assert_hidden(&daemon, &[TOKEN]);
+}
+
+#[test]
+fn a_fill_that_was_killed_has_its_named_secrets_again() {
+    let (place, hub) = (Place::new(), Standin::start());
+    let keys = place.dir("keys");
+    put(&keys, "team", &format!("token = '{TOKEN}'"));
+    let mut daemon = daemon_with(&keys);
+    let faults = Faults::before(hub.port);
+    faults.slow_down(1 << 20);
+    create(&daemon, &faults.url(""), "p", &["--option", "credentials=team"]).ok();
+    wait_until("bytes have come", Duration::from_secs(30), || daemon.bytes_done("p") > 0);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("p", "ready", Duration::from_secs(60));
+    assert_eq!(daemon.json(&["get", "p"])["source"]["options"]["credentials"], "team");
+    assert_hidden(&daemon, &[TOKEN]);
+}

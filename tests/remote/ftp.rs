@@ -1,0 +1,178 @@
+//! Files and trees of FTP servers, plain and protected.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use super::web::{ODD_NAMES, PATIENCE, SHORT_SILENCE, assert_shown_nowhere, create, odd_tree, refused};
+use crate::support::corpus::{random_file, seed};
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::files::{assert_same_file, assert_same_tree, regular_files};
+use crate::support::ftp_faults::{FtpFault, FtpFaults};
+use crate::support::place::Place;
+use crate::support::ran::wait_until;
+use crate::support::webserver::{certificates, pyftpdlib, vsftpd};
+
+const ONE_ATTEMPT: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "1");
+
+#[test]
+fn the_listings_of_every_server_are_the_tree_they_are_of() {
+    let place = Place::new();
+    let (tree, made) = (odd_tree(&place), certificates(&place));
+    fs::write(tree.join(".hidden"), "seen").unwrap();
+    let authority = made.join("ca.pem").display().to_string();
+    let good = made.join("good.pem");
+    let (facts, facts_tls) = (pyftpdlib(&tree, None), pyftpdlib(&tree, Some(&good)));
+    let (lines, lines_tls) = (vsftpd(&place, &tree, None, ""), vsftpd(&place, &tree, Some(&good), ""));
+    let implicit = vsftpd(&place, &tree, Some(&good), "implicit_ssl=YES\nlisten_port=990");
+    let daemon = Daemon::start_with(&[LOOPBACK, ONE_ATTEMPT, ("SSL_CERT_FILE", &authority)]);
+    let login = "u:p%40ss%3Aword@";
+    for (name, url) in [
+        ("facts", format!("ftp://127.0.0.1:{}/", facts.port)),
+        ("facts-login", format!("ftp://{login}127.0.0.1:{}/", facts.port)),
+        ("facts-tls", format!("ftps://{login}localhost:{}/", facts_tls.port)),
+        ("lines", format!("ftp://127.0.0.1:{}/", lines.port)),
+        ("lines-tls", format!("ftps://127.0.0.1:{}/", lines_tls.port)),
+        ("implicit", format!("ftps://127.0.0.1:{}/", implicit.port)),
+    ] {
+        create(&daemon, name, &url);
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
+    for (index, server) in [&facts, &lines].into_iter().enumerate() {
+        for (number, name) in ODD_NAMES.iter().chain(&["weights.bin", "empty"]).enumerate() {
+            let written = name.replace('%', "%25").replace('#', "%23").replace('?', "%3F").replace(' ', "%20");
+            let checkpoint = format!("file-{index}-{number}");
+            create(&daemon, &checkpoint, &format!("ftp://127.0.0.1:{}/{written}", server.port));
+            let own = std::path::Path::new(name).file_name().unwrap();
+            assert_same_file(&tree.join(name), &daemon.attach(&checkpoint, &checkpoint).join(own));
+        }
+    }
+    create(&daemon, "part", &format!("ftp://127.0.0.1:{}/%2Fdeep/", lines.port));
+    assert_same_tree(&tree.join("deep"), &daemon.attach("part", "part"));
+    assert_shown_nowhere(&daemon, &["p@ss:word", "p%40ss%3Aword"]);
+}
+
+#[test]
+fn a_tree_comes_whole_through_faults() {
+    let place = Place::new();
+    let tree = odd_tree(&place);
+    random_file(&tree.join("large.bin"), seed() + 1, 37 << 20);
+    for (name, server) in [("facts", pyftpdlib(&tree, None)), ("lines", vsftpd(&place, &tree, None, ""))] {
+        let faults = FtpFaults::before(server.port);
+        for (words, fault) in [
+            ("USER", FtpFault::Answer("421 too many connections")),
+            ("CWD /deep", FtpFault::HangUp),
+            ("PASV", FtpFault::Answer("425 no data connection now")),
+            ("RETR /a b.bin", FtpFault::Answer("450 busy")),
+            ("RETR /a+b", FtpFault::Reset(3)),
+            ("RETR /x#y", FtpFault::Stall(3)),
+            ("RETR /weights.bin", FtpFault::Reset(5 << 20)),
+            ("RETR /weights.bin", FtpFault::HangUp),
+            ("RETR /large.bin", FtpFault::Stall(7 << 20)),
+        ] {
+            faults.spoil(words, fault, 1);
+        }
+        let daemon = Daemon::start_with(&[LOOPBACK, SHORT_SILENCE]);
+        create(&daemon, name, &faults.url("/"));
+        assert_eq!(faults.faults_left(), 0, "{:?}", faults.commands());
+        assert_same_tree(&tree, &daemon.attach("job", name));
+    }
+}
+
+#[test]
+fn a_file_that_was_killed_goes_on_with_what_is_here() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    random_file(&tree.join("large.bin"), seed(), 60 << 20);
+    let server = vsftpd(&place, &tree, None, "");
+    let faults = FtpFaults::before(server.port);
+    let mut daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(8 << 20);
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &faults.url("/large.bin")]).ok();
+    wait_until("half is here", PATIENCE, || daemon.bytes_done("w") > 32 << 20);
+    daemon.kill9();
+    let before = faults.data_bytes();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", PATIENCE);
+    assert_same_tree(&tree, &daemon.attach("job", "w"));
+    let after = faults.data_bytes() - before;
+    assert!(after < 45 << 20, "{after} bytes were fetched again of 60 MiB, after {before}");
+    assert!(faults.commands().iter().any(|command| command.starts_with("REST ") && command != "REST 0"));
+}
+
+#[test]
+fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    for (kind, server) in [("facts", pyftpdlib(&tree, None)), ("lines", vsftpd(&place, &tree, None, ""))] {
+        for (what, path) in [("file", "/weights.bin"), ("tree", "/")] {
+            let name = &format!("{kind}-{what}");
+            random_file(&tree.join("weights.bin"), seed(), 160 << 20);
+            let faults = FtpFaults::before(server.port);
+            faults.slow_down(16 << 20);
+            daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
+            wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+            random_file(&place.join("other.bin"), seed() + 1, 160 << 20);
+            fs::rename(place.join("other.bin"), tree.join("weights.bin")).unwrap();
+            faults.slow_down(0);
+            daemon.wait_state(name, "failed", PATIENCE);
+            let record = daemon.json(&["get", name]).to_string();
+            assert!(record.contains("SOURCE_CHANGED"), "{record}");
+        }
+    }
+}
+
+#[test]
+fn what_is_refused_says_why() {
+    let place = Place::new();
+    let (tree, made) = (odd_tree(&place), certificates(&place));
+    let authority = made.join("ca.pem").display().to_string();
+    let plain = pyftpdlib(&tree, None);
+    let expired = pyftpdlib(&tree, Some(&made.join("expired.pem")));
+    let foreign = vsftpd(&place, &tree, Some(&made.join("foreign.pem")), "");
+    let elsewhere = vsftpd(&place, &tree, Some(&made.join("elsewhere.pem")), "");
+    let daemon = Daemon::start_with(&[LOOPBACK, ONE_ATTEMPT, ("SSL_CERT_FILE", &authority)]);
+    let url = |scheme: &str, port: u16, path: &str| format!("{scheme}://127.0.0.1:{port}{path}");
+    for (name, url, reason) in [
+        ("wrong", format!("ftp://u:hush-hush@127.0.0.1:{}/", plain.port), "CREDENTIALS_REFUSED"),
+        ("missing", url("ftp", plain.port, "/missing"), "NO_SUCH_FILE"),
+        ("missing-tree", url("ftp", plain.port, "/missing/"), "NO_SUCH_FILE"),
+        ("directory", url("ftp", plain.port, "/deep"), "NO_SUCH_FILE"),
+        ("empty", url("ftp", plain.port, "/empty%20dir/"), "EMPTY_SOURCE"),
+        ("newline", url("ftp", plain.port, "/a%0D%0AQUIT"), "BAD_URI"),
+        ("query", url("ftp", plain.port, "/a?b"), "BAD_URI"),
+        ("no-tls", url("ftps", plain.port, "/"), "COMMAND_NOT_KNOWN"),
+        ("wants-tls", url("ftp", foreign.port, "/"), "CREDENTIALS_REQUIRED"),
+        ("expired", url("ftps", expired.port, "/"), "CERTIFICATE_REFUSED"),
+        ("foreign", url("ftps", foreign.port, "/"), "CERTIFICATE_REFUSED"),
+        ("elsewhere", url("ftps", elsewhere.port, "/"), "CERTIFICATE_REFUSED"),
+        ("nobody", "ftp://127.0.0.1:1/".to_owned(), "CONNECT_FAILED"),
+    ] {
+        refused(&daemon, name, &url, reason);
+    }
+    assert_shown_nowhere(&daemon, &["hush-hush"]);
+    let strict = Daemon::start_with(&[ONE_ATTEMPT]);
+    for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"] {
+        let name = format!("at-{}", host.len());
+        refused(&strict, &name, &format!("ftp://{host}:{}/", plain.port), "EGRESS_REFUSED");
+    }
+}
+
+#[test]
+fn twenty_thousand_files_are_listed_and_fetched_in_reasonable_time() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    for directory in 0..20 {
+        let directory = place.dir(&format!("tree/d{directory}"));
+        (0..1000).for_each(|file| fs::write(directory.join(format!("f{file}")), format!("{file}")).unwrap());
+    }
+    let server = vsftpd(&place, &tree, None, "");
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let began = Instant::now();
+    create(&daemon, "w", &format!("ftp://127.0.0.1:{}/", server.port));
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(120), "{took:?}");
+    eprintln!("20,000 files in {took:?}");
+    assert_eq!(regular_files(&daemon.attach("job", "w")).len(), 20_000);
+}

@@ -1,0 +1,240 @@
+//! Google Cloud Storage against fake-gcs-server, which takes any credentials: what is sent as such is verified here.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use crate::support::corpus::random_file;
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::{assert_same_file, assert_same_tree, regular_files, walk};
+use crate::support::place::Place;
+use crate::support::ran::{shell, wait_until};
+use crate::support::server::{Server, free_port, tool};
+
+/// Fills buckets as the plan says: `buckets`, `put` [bucket, name, text], `gzip` [bucket, name, text], `trees` [bucket, prefix, folder].
+const FILL: &str = r#"
+import gzip, json, os, sys, urllib.parse, urllib.request
+base, plan = sys.argv[1], json.loads(sys.argv[2])
+def post(path, body, kind='application/octet-stream'):
+    urllib.request.urlopen(urllib.request.Request(base + path, body, {'Content-Type': kind})).read()
+def put(bucket, name, body, more=''):
+    post(f'/upload/storage/v1/b/{bucket}/o?uploadType=media&name={urllib.parse.quote(name, safe="")}{more}', body)
+for name in plan.get('buckets', []):
+    post('/storage/v1/b', json.dumps({'name': name}).encode(), 'application/json')
+for bucket, name, text in plan.get('put', []):
+    put(bucket, name, text.encode())
+for bucket, name, text in plan.get('gzip', []):
+    put(bucket, name, gzip.compress(text.encode(), mtime=0), '&contentEncoding=gzip')
+for bucket, prefix, folder in plan.get('trees', []):
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            put(bucket, prefix + os.path.relpath(path, folder), open(path, 'rb').read())
+"#;
+
+/// Makes a key file of a service account.
+const MAKE_ACCOUNT: &str = r#"
+import json, sys
+from cryptography.hazmat.primitives import serialization as s
+from cryptography.hazmat.primitives.asymmetric import rsa
+key = rsa.generate_private_key(65537, 2048)
+pem = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()).decode()
+json.dump({'type': 'service_account', 'client_email': 'robot@project.iam', 'private_key_id': 'k1', 'private_key': pem},
+          open(sys.argv[1], 'w'))
+"#;
+
+/// Verifies a token with the key of that file, and prints its claims.
+const VERIFY: &str = r#"
+import base64, json, sys
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding
+key = serialization.load_pem_private_key(json.load(open(sys.argv[1]))['private_key'].encode(), None).public_key()
+head, claims, signature = sys.argv[2].split('.')
+plain = lambda text: base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
+key.verify(plain(signature), f'{head}.{claims}'.encode(), padding.PKCS1v15(), hashes.SHA256())
+print(json.dumps({**json.loads(plain(head)), **json.loads(plain(claims))}))
+"#;
+
+struct FakeGcs(Server);
+
+impl FakeGcs {
+    fn start() -> Self {
+        let port = free_port();
+        let at = format!("127.0.0.1:{port}");
+        let mut command = Command::new(tool("fake-gcs-server"));
+        command
+            .args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string(), "-backend", "memory"])
+            .args(["-public-host", &at, "-external-url", &format!("http://{at}")]);
+        Self(Server::start(&mut command, port))
+    }
+
+    fn fill(&self, plan: &serde_json::Value) {
+        python(FILL, &[&self.0.url(""), &plan.to_string()]);
+    }
+}
+
+fn endpoint(faults: &Faults) -> String {
+    format!("endpoint={}", faults.url(""))
+}
+
+#[test]
+fn a_prefix_comes_whole_through_every_fault() {
+    let place = Place::new();
+    tree(&place.dir("tree"));
+    let folder = place.join("tree");
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "some/pre fix/", folder]]}));
+    let faults = Faults::before(server.0.port);
+    faults.spoil("maxResults", Fault::Status(500, ""), 1);
+    faults.spoil("maxResults", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("%2F0.json", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("%2F1.json", Fault::Status(429, "Retry-After: 1"), 1);
+    faults.spoil("%2F2.json", Fault::Reset(1), 1);
+    faults.spoil("%2F3.json", Fault::Truncate(2), 1);
+    faults.spoil("%2F4.json", Fault::Stall(0), 1);
+    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+    let daemon = Daemon::start_with(HASTY);
+    for (name, uri) in [("slash", "gs://ckpt/some/pre fix/"), ("bare", "gs://ckpt/some/pre fix")] {
+        create(&daemon, "gcp", name, uri, &[&endpoint(&faults)]).ok();
+        assert_same_tree(&folder, &daemon.attach(name, name));
+    }
+    assert_eq!(faults.faults_left(), 0);
+    let heads = faults.heads();
+    assert!(heads.iter().filter(|head| head.contains("alt=media")).all(|head| head.contains("generation=")));
+    assert!(heads.iter().all(|head| !head.contains("authorization")));
+}
+
+#[test]
+fn keys_are_entries_or_are_named_and_digests_are_verified() {
+    let place = Place::new();
+    let server = FakeGcs::start();
+    let mut put: Vec<[&str; 3]> = vec![
+        ["plain", "a//b", "1"],
+        ["plain", "a/./c", "2"],
+        ["plain", "/d", "3"],
+        ["plain", "é &<%20>+#", "5"],
+        ["clash", "weights", "1"],
+        ["clash", "weights/part1", "2"],
+        ["climbs", "a/../b", "2"],
+        ["many", "model.bin", "exactly this"],
+        ["many", "model.bin.old", "not this"],
+        ["many", "tiny", "some bytes"],
+    ];
+    let numbered: Vec<String> = (0..2100).map(|number| format!("pages/{number}")).collect();
+    put.extend(numbered.iter().map(|name| ["many", name.as_str(), "x"]));
+    let packed = [["packed", "page.html", "the same words, the same words, the same words"]];
+    server.fill(
+        &json!({"buckets": ["plain", "clash", "climbs", "many", "packed", "nothing"], "put": put, "gzip": packed}),
+    );
+    let faults = Faults::before(server.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    let names = |name: &str, uri: &str| {
+        create(&daemon, "gcp", name, uri, &[&own]).ok();
+        let at = daemon.attach(name, name);
+        walk(&at).iter().map(|path| path.strip_prefix(&at).unwrap().display().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("plain", "gs://plain"), ["a", "a/b", "a/c", "d", "é &<%20>+#"]);
+    assert_eq!(names("exact", "gs://many/model.bin"), ["model.bin"]);
+    assert_eq!(names("pages", "gs://many/pages").len(), 2100);
+    assert_eq!(names("packed", "gs://packed"), ["page.html"]);
+    let page = daemon.attach("again", "packed").join("page.html");
+    let unpacked = shell("gzip -dc <\"$1\"", &[&page]).ok();
+    assert_eq!(unpacked.stdout, packed[0][2]);
+    faults.spoil("/tiny?alt=media", Fault::Damage(3), 9);
+    for (name, uri, word, exit, words) in [
+        ("clash", "gs://clash/", "BAD_KEYS", 2, &["`weights/part1`", "`weights`"][..]),
+        ("climbs", "gs://climbs", "BAD_KEYS", 2, &["`a/../b`"]),
+        ("nothing", "gs://nothing", "NO_SUCH_OBJECT", 3, &["nothing is there"]),
+        ("neither", "gs://many/mod", "NO_SUCH_OBJECT", 3, &["many/mod"]),
+        ("nowhere", "gs://no-such-bucket/x", "NO_SUCH_BUCKET", 3, &["no such bucket"]),
+        ("damaged", "gs://many/tiny", "DIGEST_MISMATCH", 6, &["tiny", "CRC-32C"]),
+    ] {
+        create(&daemon, "gcp", name, uri, &[&own]).refused(&[exit], words);
+        assert_eq!(reason(&daemon, name), word);
+    }
+    for (status, word) in [(401, "CREDENTIALS_REFUSED"), (403, "ACCESS_REFUSED")] {
+        faults.spoil("maxResults", Fault::Status(status, ""), 1);
+        let name = format!("refused-{status}");
+        create(&daemon, "gcp", &name, "gs://many/", &[&own, "@token=b3arer-t0ken"]).refused(&[2], &[]);
+        assert_eq!(reason(&daemon, &name), word);
+    }
+    let account = place.join("account.json");
+    python(MAKE_ACCOUNT, &[&account.display().to_string()]);
+    let secret = format!("@service_account=@{}", account.display());
+    create(&daemon, "gcp", "signed", "gs://many/model.bin", &[&own, &secret]).ok();
+    let heads = faults.heads();
+    assert!(heads.iter().any(|head| head.contains("authorization: Bearer b3arer-t0ken\r\n")));
+    let token = heads.iter().find_map(|head| head.split("Bearer ey").nth(1)?.lines().next()).unwrap();
+    let claims = python(VERIFY, &[&account.display().to_string(), &format!("ey{token}")]).json();
+    assert_eq!((&claims["iss"], &claims["kid"]), (&json!("robot@project.iam"), &json!("k1")), "{claims}");
+    assert_kept_nowhere(&daemon, &["b3arer-t0ken", &token[..40], &key_line(&account)]);
+}
+
+/// A line of the private key.
+fn key_line(account: &Path) -> String {
+    let file: serde_json::Value = serde_json::from_slice(&fs::read(account).unwrap()).unwrap();
+    file["private_key"].as_str().unwrap().lines().nth(3).unwrap().to_owned()
+}
+
+#[test]
+fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
+    let place = Place::new();
+    let (first, second) = (place.join("one/big.bin"), place.join("two/big.bin"));
+    random_file(&first, 1, 48 << 20);
+    random_file(&second, 2, 48 << 20);
+    let server = FakeGcs::start();
+    let put = |file: &Path| json!([["open", "", file.parent().unwrap()]]);
+    server.fill(&json!({"buckets": ["open"], "trees": put(&first)}));
+    let faults = Faults::before(server.0.port);
+    let mut daemon = Daemon::start_with(HASTY);
+    faults.slow_down(6 << 20);
+    start(&daemon, "gcp", "resumed", "gs://open/", &[&endpoint(&faults)]);
+    wait_bytes(&daemon, "resumed", 28 << 20);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
+    assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
+
+    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
+    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+    start(&daemon, "gcp", "replaced", "gs://open/big.bin", &[&endpoint(&faults)]);
+    wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+    server.fill(&json!({"trees": put(&second)}));
+    daemon.wait_state("replaced", "failed", Duration::from_secs(60));
+    assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
+    daemon.ctl(&["retry", "replaced", "--wait"]).ok();
+    assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn twenty_thousand_objects_come_in_pages() {
+    let place = Place::new();
+    let folder = place.dir("store/ckpt");
+    for number in 0..20_000 {
+        if number % 1000 == 0 {
+            fs::create_dir_all(folder.join(format!("{}", number / 1000))).unwrap();
+        }
+        fs::write(folder.join(format!("{}/{number}.txt", number / 1000)), format!("{number}\n")).unwrap();
+    }
+    let port = free_port();
+    let mut command = Command::new(tool("fake-gcs-server"));
+    command
+        .args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string(), "-backend", "memory", "-data"])
+        .arg(place.join("store"));
+    let server = Server::start(&mut command, port);
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    create(&daemon, "gcp", "many", "gs://ckpt", &[&format!("endpoint={}", server.url(""))]).ok();
+    let at = daemon.attach("job", "many");
+    assert_eq!(regular_files(&at).len(), 20_000);
+    assert_same_tree(&folder.join("19"), &at.join("19"));
+}

@@ -1,0 +1,192 @@
+//! Large files that a repository keeps in LFS: giftless says where they are, nginx or giftless itself has them.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::servers::{GitSite, USER, Work};
+use super::{TWICE, assert_no_scratch, create, ready};
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::{assert_same_tree, walk};
+use crate::support::ran::wait_until;
+
+/// Bytes that do not compress, different for each seed.
+fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// A working tree whose `.bin` files are in LFS.
+fn with_attributes(site: &GitSite, name: &str) -> Work {
+    let work = site.work(name);
+    work.write(".gitattributes", "*.bin filter=lfs diff=lfs merge=lfs -text\n").write("README", "plain\n");
+    work
+}
+
+#[test]
+fn large_files_come_verified_or_not_at_all() {
+    let site = GitSite::start_with_lfs();
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
+    // The second server answers every range with the whole file.
+    for (name, length) in [("org/model", 20 << 20), ("whole/model", 9 << 20)] {
+        let work = with_attributes(&site, name);
+        let (big, small) = (noise(1, length), noise(2, 1000));
+        work.large("big.bin", &big);
+        work.large("dir/small one.bin", &small);
+        work.large("copy.bin", &big);
+        work.large("empty.bin", b"");
+        // A text that only looks like a pointer.
+        work.large("docs/pointer.txt", b"never fetched");
+        work.publish();
+        let expected = work.expected(&format!("expected-{}", name.replace('/', "-")));
+        for (path, bytes) in [("big.bin", &big), ("dir/small one.bin", &small), ("copy.bin", &big)] {
+            fs::write(expected.join(path), bytes).unwrap();
+        }
+        fs::write(expected.join("empty.bin"), "").unwrap();
+        let checkpoint = name.replace('/', "-");
+        create(&daemon, &checkpoint, &site.url(&format!("{name}.git")), &[]).ok();
+        assert_same_tree(&expected, &daemon.attach(&checkpoint, &checkpoint));
+    }
+    for (name, length) in [("org/small", 5000), ("org/big", 9 << 20)] {
+        let work = with_attributes(&site, name);
+        let object = work.large("w.bin", &noise(3, length));
+        work.publish();
+        fs::write(&object, noise(4, length)).unwrap();
+        let url = site.url(&format!("{name}.git"));
+        create(&daemon, "wrong", &url, &[]).refused(&[6], &["`w.bin` arrived with SHA-256"]);
+        assert_eq!(daemon.json(&["get", "wrong"])["error"]["reason"], "DIGEST_MISMATCH");
+        daemon.ctl(&["remove", "wrong", "--yes"]).ok();
+        fs::remove_file(&object).unwrap();
+        create(&daemon, "missing", &url, &[]).refused(&[3], &["does not have the LFS object"]);
+        daemon.ctl(&["remove", "missing", "--yes"]).ok();
+    }
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_large_file_comes_whole_through_faults_of_its_server() {
+    let site = GitSite::start_with_lfs();
+    let faults = Faults::before(site.port());
+    let work = with_attributes(&site, "org/model");
+    let bytes = noise(5, 40 << 20);
+    work.large("w.bin", &bytes);
+    work.publish();
+    let expected = work.expected("expected");
+    fs::write(expected.join("w.bin"), &bytes).unwrap();
+    let daemon = Daemon::start_with(&[LOOPBACK, super::IMPATIENT]);
+    faults.spoil("objects/batch", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("objects/batch", Fault::Status(429, "Retry-After: 1"), 1);
+    faults.spoil("objects/storage", Fault::Status(500, ""), 1);
+    faults.spoil("objects/storage", Fault::Status(403, ""), 1);
+    faults.spoil("objects/storage", Fault::Reset(3 << 20), 1);
+    faults.spoil("objects/storage", Fault::Stall(3 << 20), 1);
+    create(&daemon, "w", &faults.url("/org/model.git"), &[]).ok();
+    assert_eq!(faults.faults_left(), 0);
+    assert_same_tree(&expected, &daemon.attach("job", "w"));
+}
+
+#[test]
+fn a_killed_daemon_goes_on_where_it_was_while_the_branch_moves() {
+    let site = GitSite::start_with_lfs();
+    let faults = Faults::before(site.port());
+    let work = with_attributes(&site, "org/model");
+    let bytes = noise(6, 64 << 20);
+    work.large("w.bin", &bytes);
+    let commit = work.publish();
+    let expected = work.expected("expected");
+    fs::write(expected.join("w.bin"), &bytes).unwrap();
+
+    let mut daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(6 << 20);
+    let option = format!("branch={commit}");
+    let uri = faults.url("/org/model.git");
+    daemon.ctl(&["create", "w", "--type", "git", "--uri", &uri, "--option", &option]).ok();
+    daemon.ctl(&["create", "moving", "--type", "git", "--uri", &uri]).ok();
+    wait_until("a third is here", Duration::from_secs(60), || {
+        daemon.bytes_done("w") > 20 << 20 && daemon.bytes_done("moving") > 0
+    });
+    // What was listed is what comes, whatever the branch is meanwhile.
+    work.write("README", "moved\n").publish();
+    std::thread::sleep(Duration::from_millis(1500));
+    daemon.kill9();
+    let before = faults.body_bytes();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", Duration::from_secs(60));
+    daemon.wait_state("moving", "ready", Duration::from_secs(60));
+    assert_eq!(ready(&daemon, "w")["revision"], commit);
+    assert_same_tree(&expected, &daemon.attach("job", "w"));
+    let again = faults.body_bytes() - before;
+    eprintln!("{again} bytes were fetched after the restart, {before} before");
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_branch_that_moves_moves_nothing_that_was_listed() {
+    let site = GitSite::start_with_lfs();
+    let faults = Faults::before(site.port());
+    let work = with_attributes(&site, "org/model");
+    let bytes = noise(7, 16 << 20);
+    work.large("w.bin", &bytes);
+    let commit = work.publish();
+    let expected = work.expected("expected");
+    fs::write(expected.join("w.bin"), &bytes).unwrap();
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(4 << 20);
+    daemon.ctl(&["create", "w", "--type", "git", "--uri", &faults.url("/org/model.git")]).ok();
+    wait_until("something is here", Duration::from_secs(60), || daemon.bytes_done("w") > 0);
+    work.write("README", "moved\n").large("w.bin", &noise(8, 100));
+    work.publish();
+    faults.slow_down(0);
+    daemon.wait_state("w", "ready", Duration::from_secs(60));
+    assert_eq!(ready(&daemon, "w")["revision"], commit);
+    assert_same_tree(&expected, &daemon.attach("job", "w"));
+}
+
+#[test]
+fn secrets_show_nowhere() {
+    let site = GitSite::start_with_lfs();
+    let faults = Faults::before(site.port());
+    let work = with_attributes(&site, "private/model");
+    work.large("w.bin", &noise(9, 9 << 20));
+    work.write("plain.bin.txt", noise(10, 2 << 20));
+    work.publish();
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(3 << 20);
+    let seen = AtomicBool::new(false);
+    let done = AtomicBool::new(false);
+    let encoded = "cmVhZGVyOnMzY3JldC1wYXNzdzByZA";
+    std::thread::scope(|scope| {
+        // Every argument list there is, as long as it takes.
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for entry in fs::read_dir("/proc").unwrap().flatten() {
+                    let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                    let line = String::from_utf8_lossy(&line).into_owned();
+                    if line.contains("git-upload-pack\0") || line.contains("remote-http") {
+                        seen.store(true, Ordering::Relaxed);
+                    }
+                    assert!(!line.contains(USER.1) && !line.contains(encoded), "{line}");
+                }
+            }
+        });
+        let secret = daemon.place().join("secret");
+        fs::write(&secret, USER.1).unwrap();
+        let given = [format!("username={}", USER.0), format!("password=@{}", secret.display())];
+        let more = ["--credential", &given[0], "--credential", &given[1]];
+        let ran = create(&daemon, "w", &faults.url("/private/model.git"), &more);
+        done.store(true, Ordering::Relaxed);
+        fs::remove_file(secret).unwrap();
+        ran.ok();
+    });
+    assert!(seen.load(Ordering::Relaxed), "git was never seen at work");
+    let mut texts = vec![daemon.ctl(&["events"]).stdout, daemon.ctl(&["--json", "get", "w"]).stdout];
+    texts.push(fs::read_to_string(daemon.place().join("stderr")).unwrap());
+    for path in walk(daemon.state()).into_iter().filter(|path| path.is_file()) {
+        texts.push(String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned());
+    }
+    assert!(texts.iter().all(|text| !text.contains(USER.1) && !text.contains(encoded)));
+    assert_no_scratch(&daemon);
+}

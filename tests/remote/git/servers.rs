@@ -1,0 +1,184 @@
+//! Repositories, and the servers they are behind: git's own over nginx, sshd, and giftless for large files.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use sha2::Digest as _;
+
+use crate::support::place::Place;
+use crate::support::ran::{run, shell};
+use crate::support::server::{Server, free_port, tool};
+
+/// User and password of repositories below `private/`.
+pub(super) const USER: (&str, &str) = ("reader", "s3cret-passw0rd");
+
+/// A place with repositories, served over smart HTTP.
+#[derive(Debug)]
+pub(super) struct GitSite {
+    place: Place,
+    nginx: Server,
+    _fcgi: Server,
+    _lfs: Option<Server>,
+}
+
+impl GitSite {
+    /// Serves what is published by git's own backend.
+    pub(super) fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// The same, with LFS.
+    pub(super) fn start_with_lfs() -> Self {
+        Self::start_with(Some(free_port()))
+    }
+
+    fn start_with(lfs: Option<u16>) -> Self {
+        let place = Place::new();
+        place.dir("site");
+        place.dir("lfs");
+        fs::write(place.join("passwords"), format!("{}:{{PLAIN}}{}\n", USER.0, USER.1)).unwrap();
+        let (port, fcgi_port) = (free_port(), free_port());
+        let backend = format!("{}/git-http-backend", git(place.path(), &["--exec-path"]));
+        for (from, to) in [("git-nginx.conf", "nginx.conf"), ("git-backend.conf", "backend.conf")] {
+            let text = fs::read_to_string(fixture(from)).unwrap();
+            let text = text
+                .replace("@DIR@", place.path().to_str().unwrap())
+                .replace("@PORT@", &port.to_string())
+                .replace("@FCGI@", &fcgi_port.to_string())
+                .replace("@LFS@", &lfs.unwrap_or(1).to_string())
+                .replace("@BACKEND@", &backend);
+            fs::write(place.join(to), text).unwrap();
+        }
+        let fcgi = Server::start(
+            Command::new("fcgiwrap").arg("-s").arg(format!("tcp:127.0.0.1:{fcgi_port}")).args(["-c", "4"]),
+            fcgi_port,
+        );
+        let nginx = Server::start(Command::new("nginx").arg("-c").arg(place.join("nginx.conf")), port);
+        let lfs = lfs.map(|port| start_giftless(&place, port));
+        Self { place, nginx, _fcgi: fcgi, _lfs: lfs }
+    }
+
+    /// Where nginx listens.
+    pub(super) fn port(&self) -> u16 {
+        self.nginx.port
+    }
+
+    /// The address of a published repository.
+    pub(super) fn url(&self, name: &str) -> String {
+        self.nginx.url(&format!("/{name}"))
+    }
+
+    /// Where a published repository is on this host.
+    pub(super) fn published(&self, name: &str) -> PathBuf {
+        self.place.join("site").join(format!("{name}.git"))
+    }
+
+    /// A new working tree, published as `name` from its first commit on.
+    pub(super) fn work(&self, name: &str) -> Work {
+        let tree = self.place.dir(&format!("work/{name}"));
+        let bare = self.published(name);
+        fs::create_dir_all(&bare).unwrap();
+        git(&bare, &["init", "--quiet", "--bare", "--initial-branch=main", "."]);
+        git(&tree, &["init", "--quiet", "--initial-branch=main", "."]);
+        git(&tree, &["remote", "add", "origin", bare.to_str().unwrap()]);
+        Work { tree, lfs: self.place.join("lfs").join(name) }
+    }
+}
+
+/// A working tree of the test's own.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) tree: PathBuf,
+    lfs: PathBuf,
+}
+
+impl Work {
+    pub(super) fn write(&self, path: &str, bytes: impl AsRef<[u8]>) -> &Self {
+        let path = self.tree.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+        self
+    }
+
+    pub(super) fn executable(&self, path: &str) -> &Self {
+        fs::set_permissions(self.tree.join(path), fs::Permissions::from_mode(0o755)).unwrap();
+        self
+    }
+
+    pub(super) fn link(&self, path: &str, target: &str) -> &Self {
+        symlink(target, self.tree.join(path)).unwrap();
+        self
+    }
+
+    /// A pointer at `path`, its bytes with the LFS server; returns where they are.
+    pub(super) fn large(&self, path: &str, bytes: &[u8]) -> PathBuf {
+        let oid: String = sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {}\n", bytes.len());
+        self.write(path, pointer);
+        fs::create_dir_all(&self.lfs).unwrap();
+        let object = self.lfs.join(oid);
+        fs::write(&object, bytes).unwrap();
+        object
+    }
+
+    /// Commits everything, publishes it, and gives the commit's id.
+    pub(super) fn publish(&self) -> String {
+        git(&self.tree, &["add", "--all"]);
+        self.publish_index()
+    }
+
+    /// Commits what was added.
+    pub(super) fn publish_index(&self) -> String {
+        git(&self.tree, &["commit", "--quiet", "--message=x"]);
+        git(&self.tree, &["push", "--quiet", "--force", "origin", "HEAD:main"]);
+        git(&self.tree, &["rev-parse", "HEAD"])
+    }
+
+    /// What a checkpoint of it must be: a copy without `.git`.
+    pub(super) fn expected(&self, name: &str) -> PathBuf {
+        let copy = self.tree.with_file_name(name);
+        shell("cp -a \"$1\" \"$2\" && find \"$2\" -name .git -prune -exec rm -rf {} +", &[&self.tree, &copy]).ok();
+        copy
+    }
+}
+
+/// Runs git in `directory` as nobody in particular; what it prints.
+pub(super) fn git(directory: &Path, arguments: &[&str]) -> String {
+    let mut command = Command::new("git");
+    command.args(["-c", "protocol.file.allow=always", "-c", "gc.auto=0"]).args(arguments).current_dir(directory);
+    for (key, value) in [
+        ("GIT_CONFIG_GLOBAL", "/dev/null"),
+        ("GIT_CONFIG_NOSYSTEM", "1"),
+        ("GIT_AUTHOR_NAME", "a"),
+        ("GIT_AUTHOR_EMAIL", "a@example.org"),
+        ("GIT_COMMITTER_NAME", "a"),
+        ("GIT_COMMITTER_EMAIL", "a@example.org"),
+    ] {
+        command.env(key, value);
+    }
+    run(&mut command).ok().stdout.trim().to_owned()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn start_giftless(place: &Place, port: u16) -> Server {
+    let configuration = place.join("giftless.yaml");
+    let text = format!(
+        "LEGACY_ENDPOINTS: false\nAUTH_PROVIDERS:\n  - giftless.auth.allow_anon:read_write\nTRANSFER_ADAPTERS:\n  basic:\n    \
+         factory: giftless.transfer.basic_streaming:factory\n    options:\n      \
+         storage_class: giftless.storage.local_storage:LocalStorage\n      storage_options: {{path: {}}}\n",
+        place.join("lfs").display()
+    );
+    fs::write(&configuration, text).unwrap();
+    let mut command = Command::new(tool("giftless/bin/flask"));
+    command
+        .env("GIFTLESS_CONFIG_FILE", configuration)
+        .current_dir(place.path())
+        .args(["--app", "giftless.wsgi_entrypoint:app", "run", "--host", "127.0.0.1", "--port"])
+        .arg(port.to_string());
+    Server::start(&mut command, port)
+}

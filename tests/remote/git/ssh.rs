@@ -1,0 +1,123 @@
+//! Repositories behind sshd.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::servers::{GitSite, git};
+use super::{TWICE, assert_no_scratch, create, ready};
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::files::assert_same_tree;
+use crate::support::place::Place;
+use crate::support::ran::run;
+use crate::support::server::{Server, free_port};
+
+/// An sshd of its own keys, that lets one key in.
+struct Sshd {
+    server: Server,
+    place: Place,
+}
+
+impl Sshd {
+    fn start() -> Self {
+        let place = Place::new();
+        let port = free_port();
+        for key in ["host", "other-host", "user", "stranger"] {
+            keygen(&place.join(key));
+        }
+        fs::create_dir_all("/run/sshd").unwrap();
+        let public = fs::read_to_string(place.join("user.pub")).unwrap();
+        fs::write(place.join("authorized"), public).unwrap();
+        let directory = place.path().display();
+        let configuration = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\nPidFile none\nUsePAM no\nStrictModes no\n\
+             PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n\
+             AuthorizedKeysFile {directory}/authorized\nSetEnv PATH={directory}/bin:{}\n",
+            std::env::var("PATH").unwrap()
+        );
+        fs::write(place.join("sshd_config"), configuration).unwrap();
+        let server =
+            Server::start(Command::new("/usr/sbin/sshd").args(["-D", "-e", "-f"]).arg(place.join("sshd_config")), port);
+        Self { server, place }
+    }
+
+    /// `ssh://`, with the path of a repository on this host.
+    fn url(&self, repository: &Path) -> String {
+        format!("ssh://root@127.0.0.1:{}{}", self.server.port, repository.display())
+    }
+
+    /// The option that gives one of the keys.
+    fn key(&self, name: &str) -> String {
+        format!("ssh_key=@{}", self.place.join(name).display())
+    }
+
+    /// The option that gives known hosts, with one of the host keys.
+    fn known(&self, key: &str) -> String {
+        let public = fs::read_to_string(self.place.join(&format!("{key}.pub"))).unwrap();
+        format!("known_hosts=[127.0.0.1]:{} {public}", self.server.port)
+    }
+}
+
+fn keygen(path: &Path) {
+    run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "", "-f"]).arg(path)).ok();
+}
+
+#[test]
+fn a_repository_comes_by_ssh_for_the_right_key_from_the_right_host() {
+    let (site, sshd) = (GitSite::start(), Sshd::start());
+    let module = site.work("org/module");
+    module.write("m", "m").publish();
+    let work = site.work("org/model");
+    work.write("a b", "x").write("big", vec![3; 6 << 20]);
+    git(&work.tree, &["submodule", "--quiet", "add", "../module.git", "sub"]);
+    let commit = work.publish();
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
+    let (url, lost) = (sshd.url(&site.published("org/model")), sshd.url(Path::new("/nowhere.git")));
+    let (key, known) = (sshd.key("user"), sshd.known("host"));
+    let (stranger, other) = (sshd.key("stranger"), sshd.known("other-host"));
+    for (uri, more, codes, words) in [
+        (&url, &["--credential", &key][..], &[2][..], &["the host's key is not known", "known_hosts"][..]),
+        (&url, &["--credential", &key, "--credential", &other], &[2], &["the host's key is another"]),
+        (&url, &["--credential", &known], &[2], &["credentials are asked for", "ssh_key"]),
+        (&url, &["--credential", &stranger, "--credential", &known], &[2], &["the credentials are not accepted"]),
+        (&url, &["--credential", "ssh_key=nonsense", "--credential", &known], &[2], &["ssh key cannot be read"]),
+        (&lost, &["--credential", &key, "--credential", &known], &[3], &["there is no repository"]),
+        (&url, &["--option", "branch=nope", "--credential", &key, "--credential", &known], &[3], &["nope"]),
+    ] {
+        let ran = create(&daemon, "refused", uri, more).refused(codes, words);
+        assert!(!ran.stderr.contains("PRIVATE KEY"), "{ran}");
+        daemon.ctl(&["remove", "refused", "--yes"]);
+    }
+    for (name, branch) in [("default", "HEAD"), ("commit", commit.as_str())] {
+        let option = format!("branch={branch}");
+        create(&daemon, name, &url, &["--option", &option, "--credential", &key, "--credential", &known]).ok();
+        assert_eq!(ready(&daemon, name)["revision"], commit);
+        let job = format!("job-{name}");
+        assert_same_tree(&work.expected(&format!("expected-{name}")), &daemon.attach(&job, name));
+    }
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn large_files_of_an_ssh_repository_come_from_where_its_host_says() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (site, sshd) = (GitSite::start_with_lfs(), Sshd::start());
+    let work = site.work("org/model");
+    work.write(".gitattributes", "*.bin filter=lfs -text\n");
+    let bytes = vec![9; 5 << 20];
+    work.large("w.bin", &bytes);
+    work.publish();
+    let expected = work.expected("expected");
+    fs::write(expected.join("w.bin"), &bytes).unwrap();
+    let login = sshd.place.dir("bin").join("git-lfs-authenticate");
+    let answer = format!("{{\"href\": \"{}\", \"header\": {{}}}}", site.url("org/model.git/info/lfs"));
+    fs::write(&login, format!("#!/bin/sh\necho \"$@\" >'{}'\necho '{answer}'\n", sshd.place.join("asked").display()))
+        .unwrap();
+    fs::set_permissions(&login, fs::Permissions::from_mode(0o755)).unwrap();
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let url = sshd.url(&site.published("org/model"));
+    create(&daemon, "w", &url, &["--credential", &sshd.key("user"), "--credential", &sshd.known("host")]).ok();
+    assert_same_tree(&expected, &daemon.attach("job", "w"));
+    let asked = fs::read_to_string(sshd.place.join("asked")).unwrap();
+    assert_eq!(asked.trim(), format!("{} download", site.published("org/model").display()));
+}

@@ -1,0 +1,252 @@
+//! Repositories of a hub: the stand-in `tests/fixtures/standin.py`, which the hub's own client (`huggingface_hub`) accepts, and `olah`.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::daemon::{Daemon, LOCALHOST, clean};
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::assert_same_tree;
+use crate::support::place::Place;
+use crate::support::ran::{Ran, run, shell, wait_until};
+use crate::support::server::{Server, free_port, tool};
+use crate::support::standin::Standin;
+
+/// The token that the stand-in trusts.
+const TOKEN: &str = "hf_secret_token";
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn create(daemon: &Daemon, endpoint: &str, name: &str, repository: &str, more: &[&str]) -> Ran {
+    let endpoint = format!("endpoint={endpoint}");
+    let arguments = ["create", name, "--type", "huggingface", "--uri", repository, "--option", &endpoint];
+    daemon.ctl(&[&arguments[..], more].concat())
+}
+
+/// Runs a program with the hub's own client in its Python.
+fn client(endpoint: &str, program: &str, arguments: &[&str], home: &Path) -> Ran {
+    run(clean(tool("venv/bin/python").to_str().unwrap())
+        .arg("-c")
+        .arg(program)
+        .args(arguments)
+        .env("HF_ENDPOINT", endpoint)
+        .env("HF_HOME", home)
+        .env("HF_HUB_DISABLE_XET", "1"))
+}
+
+/// Brings a repository as the hub's own client does.
+pub(super) fn bring(endpoint: &str, repository: &str, into: &Path) {
+    let program = "import sys; from huggingface_hub import snapshot_download\n\
+                   kind, _, rest = sys.argv[1].partition('/')\n\
+                   kind, name = (kind[:-1], rest) if kind in ('datasets', 'spaces') else (None, sys.argv[1])\n\
+                   snapshot_download(name, repo_type=kind, local_dir=sys.argv[2])";
+    client(endpoint, program, &[repository, into.to_str().unwrap()], &into.with_extension("home")).ok();
+    // The client's own notes.
+    let _ = fs::remove_dir_all(into.join(".cache"));
+}
+
+#[test]
+fn models_datasets_and_spaces_are_what_the_hubs_own_client_brings() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    for (name, repository) in [
+        ("model", "acme/tiny"),
+        ("old-model", "gpt2"),
+        ("dataset", "hf:datasets/acme/tables"),
+        ("old-dataset", "datasets/squad"),
+        ("space", "spaces/acme/demo"),
+    ] {
+        create(&daemon, &hub.url(""), name, repository, &["--wait"]).ok();
+        assert_eq!(daemon.json(&["get", name])["revision"], "a".repeat(40), "{repository}");
+        let expected = daemon.place().join(&format!("expected-{name}"));
+        bring(&hub.url(""), repository.trim_start_matches("hf:"), &expected);
+        assert_same_tree(&expected, &daemon.attach(name, name));
+    }
+    create(&daemon, &hub.url(""), "no-space", "spaces/demo", &[]).refused(&[2], &["datasets/ or spaces/"]);
+    create(&daemon, &hub.url(""), "gone", "acme/gone", &["--wait"]).refused(&[2, 3], &["acme/gone"]);
+}
+
+#[test]
+fn the_hubs_own_client_accepts_the_standin() {
+    let (place, hub) = (Place::new(), Standin::start());
+    let faults = Faults::before(hub.port);
+    let refusals = "from huggingface_hub import HfApi, hf_hub_download\n\
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError\n\
+        def refused(kind, *a, **k):\n\
+        \x20   try: hf_hub_download(*a, **k)\n\
+        \x20   except kind: return\n\
+        \x20   raise SystemExit('not refused: %r' % (a,))\n\
+        refused(GatedRepoError, 'acme/gated', 'config.json', token='hf_secret_token')\n\
+        refused(RepositoryNotFoundError, 'acme/private', 'config.json', token=False)\n\
+        refused(RevisionNotFoundError, 'acme/tiny', 'config.json', revision='nope')\n\
+        names = [item.path for item in HfApi().list_repo_tree('acme/many', repo_type='dataset', recursive=True)]\n\
+        assert len(names) == 20_200, len(names)";
+    faults.spoil("/tree/", Fault::Status(429, "Retry-After: 1"), 1);
+    client(&faults.url(""), refusals, &[], &place.join("refusals")).ok();
+    assert_eq!(faults.faults_left(), 0);
+    // A body that breaks off is taken up with a range, at the other host that the hub redirects to.
+    faults.spoil("/cdn/", Fault::Truncate(3 * MIB), 1);
+    let into = place.join("tiny");
+    bring(&faults.url(""), "acme/tiny", &into);
+    let heads = faults.heads();
+    assert!(heads.iter().any(|head| head.contains("/cdn/") && head.to_lowercase().contains("host: localhost")));
+    assert!(heads.iter().any(|head| head.contains("/cdn/") && head.to_lowercase().contains("range: bytes=")));
+    assert_eq!(fs::metadata(into.join("model.safetensors")).unwrap().len(), 5 * MIB);
+}
+
+#[test]
+fn a_branch_is_its_commit_even_while_it_moves() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    create(&daemon, &hub.url(""), "half", "acme/tiny", &["--wait", "--option", "branch=float16"]).ok();
+    assert_eq!(daemon.json(&["get", "half"])["revision"], "b".repeat(40));
+    create(&daemon, &hub.url(""), "none", "acme/tiny", &["--wait", "--option", "branch=nope"]).refused(&[3], &["nope"]);
+    for (name, commit, files) in [("then", "a", 4), ("now", "b", 1)] {
+        create(&daemon, &hub.url(""), name, "acme/moving", &["--wait"]).ok();
+        let record = daemon.json(&["get", name]);
+        assert_eq!((&record["revision"], &record["files"]), (&Value::from(commit.repeat(40)), &Value::from(files)));
+    }
+}
+
+#[test]
+fn a_token_opens_what_is_private_and_is_kept_nowhere() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    let endpoint = hub.url("");
+    create(&daemon, &endpoint, "shut", "acme/private", &["--wait"]).refused(&[2, 3], &["token"]);
+    let credential = format!("token={TOKEN}");
+    create(&daemon, &endpoint, "open", "acme/private", &["--wait", "--credential", &credential]).ok();
+    create(&daemon, &endpoint, "gated", "acme/gated", &["--wait", "--credential", &credential])
+        .refused(&[2], &["terms"]);
+    let stale = ["--wait", "--credential", "token=hf_secret_stale"];
+    create(&daemon, &endpoint, "stale", "acme/stale-token", &stale).refused(&[2], &["not expired"]);
+    let shown = format!("{}{}", daemon.ctl(&["events"]).ok().stdout, daemon.ctl(&["list", "--json"]).ok().stdout);
+    assert!(!shown.contains("hf_secret") && !daemon.stderr_tail().contains("hf_secret"));
+    let rows = run(clean("grep").args(["-rlF", "hf_secret"]).arg(daemon.state()));
+    assert_eq!(rows.stdout, "", "a token is in the state directory");
+}
+
+#[test]
+fn what_cannot_be_a_checkpoint_fails_by_name() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    for (repository, codes, words) in [
+        ("acme/damaged", &[6][..], &["model.safetensors", "SHA-256"][..]),
+        ("acme/clash", &[2, 6], &["weights"]),
+        ("acme/empty", &[2, 3], &["no files"]),
+    ] {
+        let name = repository.replace('/', "-");
+        create(&daemon, &hub.url(""), &name, repository, &["--wait"]).refused(codes, words);
+        assert_eq!(daemon.json(&["get", &name])["state"], "failed");
+    }
+    daemon.ctl(&["attach", "job", "acme-damaged"]).refused(&[4], &["acme-damaged"]);
+    create(&daemon, &hub.url(""), "good", "acme/tiny", &["--wait"]).ok();
+}
+
+#[test]
+fn every_fault_on_the_way_is_got_over() {
+    let daemon = Daemon::start_with(&[LOCALHOST, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")]);
+    let hub = Standin::start();
+    let expected = daemon.place().join("expected");
+    bring(&hub.url(""), "acme/tiny", &expected);
+    let faults = Faults::before(hub.port);
+    for (number, (words, fault, at_least_s)) in [
+        ("/revision/", Fault::Status(503, ""), 0),
+        ("/tree/", Fault::Status(429, "Retry-After: 2"), 2),
+        ("cursor=2", Fault::Status(429, "Retry-After: 1"), 1),
+        ("/config.json", Fault::Status(429, "Retry-After: 2"), 2),
+        ("/cdn/", Fault::Status(500, ""), 0),
+        // The signature expired: the hub is asked for another.
+        ("/cdn/", Fault::Status(403, ""), 0),
+        ("/model.safetensors", Fault::Reset(3 * MIB), 0),
+        ("/cdn/", Fault::Truncate(20), 0),
+        ("/model.safetensors?Sig", Fault::Stall(MIB), 2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        faults.spoil(words, fault.clone(), 1);
+        let (name, began) = (format!("n{number}"), Instant::now());
+        create(&daemon, &faults.url(""), &name, "acme/tiny", &["--wait"]).ok();
+        assert_eq!(faults.faults_left(), 0, "{words} {fault:?} was not met");
+        assert!(began.elapsed() >= Duration::from_secs(at_least_s), "{words} {fault:?} was not waited for");
+        assert_same_tree(&expected, &daemon.attach(&name, &name));
+    }
+}
+
+#[test]
+fn twenty_thousand_files_come_over_their_pages() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    let expected = daemon.place().dir("expected");
+    for number in 0..20_000 {
+        if number % 100 == 0 {
+            fs::create_dir(expected.join(format!("part-{:03}", number / 100))).unwrap();
+        }
+        let path = expected.join(format!("part-{:03}/{number:05}.txt", number / 100));
+        fs::write(path, format!("{number}\n")).unwrap();
+    }
+    create(&daemon, &hub.url(""), "many", "datasets/acme/many", &["--wait"]).ok();
+    assert_eq!(hub.asked("GET /api/datasets/acme/many/tree/"), 21);
+    assert_same_tree(&expected, &daemon.attach("job", "many"));
+}
+
+#[test]
+fn a_large_file_goes_on_where_a_kill_broke_it_off() {
+    let (mut daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    let faults = Faults::before(hub.port);
+    faults.slow_down(4 * MIB);
+    create(&daemon, &faults.url(""), "big", "acme/big", &[]).ok();
+    wait_until("half is here", LIMIT, || daemon.bytes_done("big") >= 24 * MIB);
+    daemon.kill9();
+    let before = faults.body_bytes();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("big", "ready", LIMIT);
+    let again = faults.body_bytes() - before;
+    assert!(again < 36 * MIB, "{again} bytes were fetched after {before}");
+    let expected = daemon.place().join("expected");
+    bring(&hub.url(""), "acme/big", &expected);
+    assert_same_tree(&expected, &daemon.attach("job", "big"));
+}
+
+#[test]
+fn a_hub_that_others_wrote_gives_what_its_own_client_brings() {
+    let place = Place::new();
+    let olah = olah(&place);
+    let expected = place.join("expected");
+    bring(&olah.url(""), "acme/real", &expected);
+    assert_eq!(fs::metadata(expected.join("model.safetensors")).unwrap().len(), 9 * MIB);
+    let daemon = Daemon::start_with(&[LOCALHOST]);
+    create(&daemon, &olah.url(""), "real", "acme/real", &["--wait"]).ok();
+    assert_same_tree(&expected, &daemon.attach("job", "real"));
+}
+
+/// `olah` with the repository `acme/real`: a git repository whose large files are LFS objects.
+fn olah(place: &Place) -> Server {
+    let repository = place.dir("mirrors/models/acme/real");
+    shell(
+        "cd \"$1\"; git init -q -b main .; mkdir -p data\n\
+         yes 'model weights' | head -c 9437184 >weights; oid=$(sha256sum weights | cut -c1-64)\n\
+         lfs=.git/lfs/objects/$(echo $oid | cut -c1-2)/$(echo $oid | cut -c3-4); mkdir -p $lfs; mv weights $lfs/$oid\n\
+         printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:%s\\nsize 9437184\\n' $oid >model.safetensors\n\
+         echo '*.safetensors filter=lfs diff=lfs merge=lfs -text' >.gitattributes\n\
+         echo '{\"a\": 1}' >config.json; echo text >'data/odd + name.txt'\n\
+         git -c filter.lfs.clean=cat -c filter.lfs.required=false add -A\n\
+         git -c user.name=t -c user.email=t@example.org commit -qm first",
+        &[&repository],
+    )
+    .ok();
+    let port = free_port();
+    let config = place.join("olah.toml");
+    let text = format!(
+        "[basic]\nhost = '127.0.0.1'\nport = {port}\nrepos-path = '{repos}'\nmirrors-path = ['{mirrors}']\n\
+         mirror-netloc = '127.0.0.1:{port}'\nmirror-lfs-netloc = '127.0.0.1:{port}'\nhf-scheme = 'http'\n\
+         hf-netloc = '127.0.0.1:1'\nhf-lfs-netloc = '127.0.0.1:1'\n[accessibility]\noffline = true\n\
+         [[accessibility.proxy]]\nrepo = '*'\nallow = true\n[[accessibility.cache]]\nrepo = '*'\nallow = true\n",
+        repos = place.dir("repos").display(),
+        mirrors = place.join("mirrors").display(),
+    );
+    fs::write(&config, text).unwrap();
+    let mut command = Command::new(tool("olah/bin/olah-cli"));
+    command.arg("-c").arg(config).args(["--host", "127.0.0.1", "--port", &port.to_string()]).current_dir(place.path());
+    Server::start(&mut command, port)
+}

@@ -1,0 +1,188 @@
+//! Kaggle: the stand-in `tests/fixtures/kaggle.py`, which the official clients `kaggle` and `kagglehub` list and download from.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::support::daemon::{Daemon, LOCALHOST, clean};
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::assert_same_tree;
+use crate::support::place::Place;
+use crate::support::ran::{Ran, run, wait_until};
+use crate::support::server::tool;
+use crate::support::standin::Standin;
+
+/// What the stand-in trusts.
+const TOKEN: &str = "kaggle_secret_token";
+const KEY: &str = "kaggle_secret_key";
+const MIB: u64 = 1 << 20;
+
+fn create(daemon: &Daemon, endpoint: &str, name: &str, kind: &str, uri: &str, more: &[&str]) -> Ran {
+    let (endpoint, kind) = (format!("endpoint={endpoint}"), format!("type={kind}"));
+    let arguments =
+        ["create", name, "--type", "kaggle", "--uri", uri, "--option", &endpoint, "--option", &kind, "--wait"];
+    daemon.ctl(&[&arguments[..], more].concat())
+}
+
+/// Runs an official client against `endpoint`: `hub KIND NAME INTO` is `kagglehub`, `cli ...` the command line.
+fn client(endpoint: &str, arguments: &[&str], home: &Path) -> Ran {
+    let program = "import sys, shutil\n\
+        from kagglesdk import kaggle_env\n\
+        endpoint, what = sys.argv.pop(1), sys.argv.pop(1)\n\
+        places = kaggle_env._env_to_endpoint\n\
+        places[kaggle_env.KaggleEnv.TEST], places[kaggle_env.KaggleEnv.PROD] = endpoint, endpoint + '/api'\n\
+        if what == 'cli':\n\
+        \x20   from kaggle.cli import main\n\
+        \x20   sys.exit(main())\n\
+        import kagglehub\n\
+        call = {'dataset': kagglehub.dataset_download, 'competition': kagglehub.competition_download,\n\
+        \x20       'kernel': kagglehub.notebook_output_download}[sys.argv[1]]\n\
+        shutil.copytree(call(sys.argv[2]), sys.argv[3])";
+    fs::create_dir_all(home).unwrap();
+    run(clean(tool("kaggle/bin/python").to_str().unwrap())
+        .args(["-c", program, endpoint])
+        .args(arguments)
+        .env("HOME", home)
+        .env("KAGGLEHUB_CACHE", home.join("cache"))
+        .env("KAGGLE_API_ENVIRONMENT", "TEST")
+        .env("KAGGLE_USERNAME", "alice")
+        .env("KAGGLE_KEY", KEY))
+    .ok()
+}
+
+#[test]
+fn datasets_competitions_and_kernels_are_what_the_official_clients_bring() {
+    let (daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
+    let (token, username, key) = (format!("token={TOKEN}"), "username=alice", format!("key={KEY}"));
+    for (number, (kind, uri, hub_name, credentials, revision)) in [
+        ("dataset", "acme/tables", "acme/tables", &[][..], "version:2;"),
+        ("dataset", "acme/tables/versions/1", "acme/tables/versions/1", &[], "version:1;"),
+        ("dataset", "acme/private", "acme/private", &["--credential", &token], "version:1;"),
+        ("competition", "lish-moa", "lish-moa", &["--credential", username, "--credential", &key], "files:"),
+        ("kernel", "acme/notebook", "acme/notebook", &[], "version:4;"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (name, expected) = (format!("n{number}"), place.join(&format!("expected-{number}")));
+        create(&daemon, &service.url(""), &name, kind, uri, credentials).ok();
+        let found = daemon.json(&["get", &name])["revision"].as_str().unwrap().to_owned();
+        assert!(found.starts_with(revision), "{kind} {uri}: {found}");
+        let home = place.join(&format!("home-{number}"));
+        client(&service.url(""), &["hub", kind, hub_name, expected.to_str().unwrap()], &home);
+        assert_same_tree(&expected, &daemon.attach(&name, &name));
+    }
+    let storage: Vec<_> = service.requests().into_iter().filter(|line| line.contains(" /storage/")).collect();
+    assert!(storage.iter().all(|line| line.contains("auth=- ")), "{storage:?}");
+    let shown = daemon.ctl(&["events"]).ok().stdout + &daemon.ctl(&["--json", "list"]).ok().stdout;
+    let kept = run(clean("grep").args(["-rlF", "kaggle_secret"]).arg(daemon.state()));
+    assert!(!shown.contains("kaggle_secret") && !daemon.stderr_tail().contains("kaggle_secret"));
+    assert_eq!(kept.stdout, "", "a secret is in the state directory");
+}
+
+#[test]
+fn the_official_command_line_accepts_the_standin() {
+    let (service, place) = (Standin::of("kaggle.py"), Place::new());
+    let (out, url) = (place.dir("out"), service.url(""));
+    let out = out.to_str().unwrap();
+    let home = place.join("home");
+    let listed = client(&url, &["cli", "datasets", "files", "acme/tables"], &home).stdout;
+    assert!(listed.contains("weights.bin") && listed.contains("6291456"), "{listed}");
+    let listed = client(&url, &["cli", "competitions", "files", "lish-moa"], &home).stdout;
+    assert!(listed.contains("train.csv"), "{listed}");
+    client(&url, &["cli", "datasets", "download", "acme/tables", "-p", out, "--unzip"], &home);
+    client(&url, &["cli", "competitions", "download", "lish-moa", "-p", out], &home);
+    client(&url, &["cli", "kernels", "output", "acme/notebook", "-p", out], &home);
+    for (name, least) in [("weights.bin", 6 * MIB), ("lish-moa.zip", 6 * MIB), ("all.tar.gz", 6 * MIB)] {
+        assert!(fs::metadata(Path::new(out).join(name)).unwrap().len() >= least, "{name}");
+    }
+}
+
+#[test]
+fn the_services_refusals_say_what_to_do() {
+    let (daemon, service) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"));
+    let (token, stale) = (format!("token={TOKEN}"), "token=kaggle_secret_stale");
+    for (number, (kind, uri, credential, codes, words)) in [
+        ("competition", "not-accepted", token.as_str(), &[2][..], "accept the rules at http"),
+        ("competition", "lish-moa", "", &[2], "give the credentials"),
+        ("competition", "lish-moa", stale, &[2], "has not expired"),
+        ("competition", "acme/tables", &token, &[2], "the name alone"),
+        ("dataset", "acme/none", &token, &[3], "check the name"),
+        ("dataset", "acme/private", "", &[2], "not open to this account"),
+        ("dataset", "acme/tables/versions/9", &token, &[3], "version"),
+        ("dataset", "acme/empty", "", &[2, 3], "no files"),
+        ("dataset", "acme/changing", "", &[4], "changed since it was opened"),
+        ("kernel", "acme/none", "", &[2], "not open to this account"),
+        ("model", "acme/tables", "", &[2], "competition, dataset or kernel"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let more = if credential.is_empty() { vec![] } else { vec!["--credential", credential] };
+        let ran = create(&daemon, &service.url(""), &format!("n{number}"), kind, uri, &more);
+        assert!(!ran.stderr.contains("kaggle_secret"), "{ran}");
+        ran.refused(codes, &[words]);
+    }
+}
+
+#[test]
+fn every_fault_on_the_way_is_got_over() {
+    let daemon = Daemon::start_with(&[LOCALHOST, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")]);
+    let (service, place) = (Standin::of("kaggle.py"), Place::new());
+    let expected = place.join("expected");
+    client(&service.url(""), &["hub", "dataset", "acme/tables", expected.to_str().unwrap()], &place.join("home"));
+    let faults = Faults::before(service.port);
+    for (number, (kind, uri, words, fault)) in [
+        ("dataset", "acme/tables", "/datasets/view/", Fault::Status(429, "Retry-After: 1")),
+        ("dataset", "acme/tables", "/datasets/download/", Fault::Status(503, "")),
+        ("dataset", "acme/tables", "/storage/", Fault::Status(500, "")),
+        ("dataset", "acme/tables", "/storage/", Fault::Status(429, "Retry-After: 1")),
+        ("dataset", "acme/tables", "range: bytes=0-", Fault::Reset(100)),
+        ("kernel", "acme/notebook", "/storage/", Fault::Truncate(300)),
+        ("kernel", "acme/notebook", "if-match", Fault::Reset(3 * MIB)),
+        ("kernel", "acme/notebook", "if-match", Fault::Stall(MIB)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        faults.spoil(words, fault.clone(), 1);
+        let name = format!("n{number}");
+        create(&daemon, &faults.url(""), &name, kind, uri, &[]).ok();
+        assert_eq!(faults.faults_left(), 0, "{kind} {words} {fault:?} was not met");
+        assert_same_tree(&expected, &daemon.attach(&name, &name));
+    }
+    // Signed addresses that are good for two requests each.
+    create(&daemon, &faults.url(""), "expiring", "dataset", "acme/expiring", &[]).ok();
+    assert_same_tree(&expected, &daemon.attach("expiring", "expiring"));
+}
+
+#[test]
+fn a_competition_of_twenty_thousand_files_is_listed_over_its_pages() {
+    let (daemon, service) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"));
+    let credential = format!("token={TOKEN}");
+    create(&daemon, &service.url(""), "many", "competition", "many", &["--credential", &credential]).ok();
+    assert_eq!(service.asked("GET /api/v1/competitions/data/list/many"), 100);
+    assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
+    let at = daemon.attach("job", "many");
+    assert_eq!(fs::read_to_string(at.join("part-123/12345.csv")).unwrap(), "12345\n");
+}
+
+#[test]
+fn a_bundle_that_was_killed_half_way_comes_whole() {
+    let (mut daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
+    let faults = Faults::before(service.port);
+    faults.slow_down(4 * MIB);
+    let endpoint = format!("endpoint={}", faults.url(""));
+    let line = ["create", "big", "--type", "kaggle", "--uri", "acme/big", "--option", &endpoint];
+    daemon.ctl(&[&line[..], &["--option", "type=dataset"]].concat()).ok();
+    let limit = Duration::from_secs(60);
+    wait_until("some of it is here", limit, || daemon.bytes_done("big") >= 12 * MIB);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("big", "ready", limit);
+    let expected = place.join("expected");
+    let arguments = ["hub", "dataset", "acme/big", expected.to_str().unwrap()];
+    client(&service.url(""), &arguments, &place.join("home"));
+    assert_same_tree(&expected, &daemon.attach("job", "big"));
+}

@@ -1,0 +1,330 @@
+//! S3 against two servers: moto (its semantics: conditions, versions, odd keys, anybody may read), and rclone's, which verifies
+//! signatures and ignores ranges.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::buckets::{HASTY, LARGE, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use crate::support::corpus::random_file;
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::faults::{Fault, Faults};
+use crate::support::files::{assert_same_file, assert_same_tree, regular_files, walk};
+use crate::support::place::Place;
+use crate::support::ran::wait_until;
+use crate::support::server::{Server, free_port, tool};
+
+const KEY_ID: &str = "AKIATESTTESTTESTTEST";
+const SECRET: &str = "s3cr3t/of+the/te5ts";
+
+/// Fills buckets as the plan says: `buckets`, `versioned`, `put` [bucket, key, text], `trees` [bucket, prefix, folder].
+const FILL: &str = r#"
+import base64, json, os, sys
+import boto3, google_crc32c
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+plan = json.loads(sys.argv[2])
+s3 = boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1', aws_access_key_id=plan.get('id', 'x'),
+                  aws_secret_access_key=plan.get('secret', 'y'), config=Config(s3={'addressing_style': 'path'}))
+for bucket in plan.get('buckets', []):
+    s3.create_bucket(Bucket=bucket)
+for bucket in plan.get('versioned', []):
+    s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={'Status': 'Enabled'})
+for bucket, key, text in plan.get('put', []):
+    s3.put_object(Bucket=bucket, Key=key, Body=text.encode())
+for bucket, prefix, folder in plan.get('trees', []):
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            key = prefix + os.path.relpath(path, folder)
+            if plan.get('crc32c'):
+                body = open(path, 'rb').read()
+                s3.put_object(Bucket=bucket, Key=key, Body=body, ChecksumCRC32C=base64.b64encode(
+                    google_crc32c.Checksum(body).digest()).decode())
+                continue
+            s3.upload_file(path, bucket, key, Config=TransferConfig(multipart_threshold=16 << 20),
+                           ExtraArgs=plan.get('extra'))
+"#;
+
+struct Moto(Server);
+
+impl Moto {
+    fn start() -> Self {
+        let port = free_port();
+        let mut command = Command::new(tool("objects/bin/moto_server"));
+        Self(Server::start(command.args(["-H", "127.0.0.1", "-p"]).arg(port.to_string()), port))
+    }
+
+    fn fill(&self, plan: &serde_json::Value) {
+        python(FILL, &[&self.0.url(""), &plan.to_string()]);
+    }
+
+    fn endpoint(&self) -> String {
+        format!("endpoint={}", self.0.url(""))
+    }
+}
+
+/// rclone serving `folder`, each directory in it a bucket, to whoever has the keys; to everybody where there are none.
+fn rclone(folder: &Path, keys: Option<(&str, &str)>) -> Server {
+    let port = free_port();
+    let mut command = Command::new(tool("objects/bin/rclone"));
+    command.args(["serve", "s3", "--config", "/dev/null", "--addr"]).arg(format!("127.0.0.1:{port}"));
+    if let Some((id, secret)) = keys {
+        command.arg("--auth-key").arg(format!("{id},{secret}"));
+    }
+    Server::start(command.arg(folder), port)
+}
+
+fn endpoint(faults: &Faults) -> String {
+    format!("endpoint={}", faults.url(""))
+}
+
+/// What moto takes for credentials: anything.
+const ANY_ID: &str = "@key_id=anything";
+const ANY_SECRET: &str = "@secret=whatever";
+
+#[test]
+fn a_prefix_comes_whole_through_every_fault() {
+    let place = Place::new();
+    tree(&place.dir("tree"));
+    let moto = Moto::start();
+    let folder = place.join("tree");
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "some/pre fix/", folder]]}));
+    let faults = Faults::before(moto.0.port);
+    faults.spoil("list-type=2", Fault::Status(500, ""), 1);
+    faults.spoil("list-type=2", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("HEAD ", Fault::Status(500, ""), 1);
+    faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
+    faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
+    faults.spoil("/2.json", Fault::Reset(1), 1);
+    faults.spoil("/3.json", Fault::Truncate(2), 1);
+    faults.spoil("/4.json", Fault::Stall(0), 1);
+    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+    let daemon = Daemon::start_with(HASTY);
+    for (name, uri) in [("slash", "s3://ckpt/some/pre fix/"), ("bare", "s3://ckpt/some/pre fix")] {
+        create(&daemon, "aws", name, uri, &[&endpoint(&faults), ANY_ID, ANY_SECRET]).ok();
+        assert_same_tree(&folder, &daemon.attach(name, name));
+    }
+    assert_eq!(faults.faults_left(), 0);
+    let heads = faults.heads();
+    let mut large = heads.iter().filter(|head| head.starts_with("GET") && head.contains("weights.bin"));
+    assert!(large.all(|head| head.contains("range: bytes=0-0\r\n") || head.contains("if-match: \"")));
+}
+
+#[test]
+fn keys_are_entries_or_are_named() {
+    let moto = Moto::start();
+    let long = "x".repeat(300);
+    let buckets = ["plain", "clash", "twice", "climbs", "markers", "nothing", "hollow", "many"];
+    let mut put: Vec<[&str; 3]> = vec![
+        ["plain", "a//b", "1"],
+        ["plain", "a/./c", "2"],
+        ["plain", "/d", "3"],
+        ["plain", "e/", ""],
+        ["plain", "e/f", "4"],
+        ["plain", "x&<y>\"z", "5"],
+        ["clash", "weights", "1"],
+        ["clash", "weights/part1", "2"],
+        ["clash", "fine", "2"],
+        ["twice", "a/b", "1"],
+        ["twice", "a//b", "2"],
+        ["climbs", "ok", "1"],
+        ["climbs", "a/../b", "2"],
+        ["climbs", &long, "2"],
+        ["markers", "p/only/", ""],
+        ["hollow", "p/", ""],
+        ["many", "model.bin", "exactly this"],
+        ["many", "model.bin.old", "not this"],
+        ["many", "sub/model.bin", "one file"],
+    ];
+    let numbered: Vec<String> = (0..1100).map(|number| format!("pages/{number}")).collect();
+    put.extend(numbered.iter().map(|key| ["many", key.as_str(), "x"]));
+    moto.fill(&json!({"buckets": buckets, "put": put}));
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let endpoint = moto.endpoint();
+    let names = |name: &str, uri: &str| {
+        create(&daemon, "aws", name, uri, &[&endpoint, ANY_ID, ANY_SECRET]).ok();
+        let at = daemon.attach(name, name);
+        walk(&at).iter().map(|path| path.strip_prefix(&at).unwrap().display().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names("plain", "s3://plain"), ["a", "a/b", "a/c", "d", "e", "e/f", "x&<y>\"z"]);
+    assert_eq!(names("markers", "s3://markers/p/"), ["only"]);
+    assert_eq!(names("exact", "s3://many/model.bin"), ["model.bin"]);
+    assert_eq!(names("below", "s3://many/sub/model.bin"), ["model.bin"]);
+    assert_eq!(names("pages", "s3://many/pages").len(), 1100);
+    for (name, uri, reason_word, exit, words) in [
+        ("clash", "s3://clash/", "BAD_KEYS", 2, &["`weights/part1`", "`weights`"][..]),
+        ("twice", "s3://twice", "BAD_KEYS", 2, &["`a//b`", "`a/b`"]),
+        ("climbs", "s3://climbs", "BAD_KEYS", 2, &["2 keys", "`a/../b`", "longer than 255"]),
+        ("nothing", "s3://nothing", "NO_SUCH_OBJECT", 3, &["s3://nothing"]),
+        ("neither", "s3://many/mod", "NO_SUCH_OBJECT", 3, &["s3://many/mod"]),
+        ("nowhere", "s3://no-such-bucket-at-all/x", "NO_SUCH_BUCKET", 3, &["no such bucket"]),
+        ("hollow", "s3://hollow/p/", "EMPTY_SOURCE", 2, &["no files"]),
+    ] {
+        create(&daemon, "aws", name, uri, &[&endpoint, ANY_ID, ANY_SECRET]).refused(&[exit], words);
+        assert_eq!(reason(&daemon, name), reason_word);
+    }
+}
+
+#[test]
+fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
+    let place = Place::new();
+    let (first, second) = (place.join("one/big.bin"), place.join("two/big.bin"));
+    random_file(&first, 1, 48 << 20);
+    random_file(&second, 2, 48 << 20);
+    let moto = Moto::start();
+    let one = first.parent().unwrap();
+    let plan = json!({
+        "buckets": ["plain", "versions"],
+        "versioned": ["versions"],
+        "trees": [["plain", "", one], ["versions", "", one]],
+        "extra": {"ACL": "public-read"},
+    });
+    moto.fill(&plan);
+    let faults = Faults::before(moto.0.port);
+    let mut daemon = Daemon::start_with(HASTY);
+
+    faults.slow_down(6 << 20);
+    start(&daemon, "aws", "resumed", "s3://plain/", &[&endpoint(&faults)]);
+    wait_bytes(&daemon, "resumed", 28 << 20);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
+    assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
+
+    for bucket in ["plain", "versions"] {
+        // Both ranges end early, and the store asks to wait before they go on.
+        faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+        faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
+        faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
+        faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+        start(&daemon, "aws", bucket, &format!("s3://{bucket}/big.bin"), &[&endpoint(&faults)]);
+        wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+        moto.fill(&json!({"trees": [[bucket, "", second.parent().unwrap()]], "extra": {"ACL": "public-read"}}));
+    }
+    daemon.wait_state("plain", "failed", Duration::from_secs(60));
+    assert_eq!(reason(&daemon, "plain"), "SOURCE_CHANGED");
+    daemon.wait_state("versions", "ready", Duration::from_secs(60));
+    assert_same_file(&first, &daemon.attach("versions", "versions").join("big.bin"));
+    daemon.ctl(&["retry", "plain", "--wait"]).ok();
+    assert_same_file(&second, &daemon.attach("plain", "plain").join("big.bin"));
+}
+
+#[test]
+fn digests_that_the_store_states_are_verified() {
+    let place = Place::new();
+    fs::create_dir_all(place.join("tree")).unwrap();
+    fs::write(place.join("tree/small"), "the bytes").unwrap();
+    fs::write(place.join("tree/tiny"), "x").unwrap();
+    random_file(&place.join("tree/large"), 3, 9 << 20);
+    let moto = Moto::start();
+    let folder = place.join("tree");
+    for (bucket, extra) in [
+        ("md5", json!(null)),
+        ("crc", json!(null)),
+        ("sha", json!({"ChecksumAlgorithm": "SHA256"})),
+        ("kms", json!({"ServerSideEncryption": "aws:kms"})),
+    ] {
+        let trees = json!([[bucket, "", folder]]);
+        moto.fill(&json!({"buckets": [bucket], "trees": trees, "extra": extra, "crc32c": bucket == "crc"}));
+    }
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let faults = Faults::before(moto.0.port);
+    for bucket in ["md5", "crc", "sha", "kms"] {
+        create(&daemon, "aws", bucket, &format!("s3://{bucket}"), &[&endpoint(&faults), ANY_ID, ANY_SECRET]).ok();
+        assert_same_tree(&folder, &daemon.attach(bucket, bucket));
+    }
+    for bucket in ["md5", "crc", "sha"] {
+        for key in ["small", "large"] {
+            faults.spoil(&format!("GET /{bucket}/{key} "), Fault::Damage(5), 9);
+            let name = format!("{bucket}-{key}");
+            let ran =
+                create(&daemon, "aws", &name, &format!("s3://{bucket}"), &[&endpoint(&faults), ANY_ID, ANY_SECRET]);
+            ran.refused(&[6], &[key]);
+            assert_eq!(reason(&daemon, &name), "DIGEST_MISMATCH");
+            faults.spare();
+        }
+    }
+}
+
+#[test]
+fn signatures_are_verified_and_ranges_that_are_ignored_do_no_harm() {
+    let place = Place::new();
+    tree(&place.dir("store/ckpt/p"));
+    let server = rclone(&place.join("store"), Some((KEY_ID, SECRET)));
+    let faults = Faults::before(server.port);
+    let mut daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    let (id, secret) = (format!("@key_id={KEY_ID}"), format!("@secret={SECRET}"));
+    let keys = [own.as_str(), &id, &secret];
+    create(&daemon, "wasabi", "right", "s3://ckpt/p/", &keys).ok();
+    assert_same_tree(&place.join("store/ckpt/p"), &daemon.attach("right", "right"));
+    for (name, more, exit, word) in [
+        ("wrong", &[own.as_str(), &id, "@secret=wr0ng-secret"][..], 2, "CREDENTIALS_REFUSED"),
+        ("nobody", &[&own], 2, "CREDENTIALS_REQUIRED"),
+        ("half", &[&own, &id], 2, "BAD_CREDENTIALS"),
+    ] {
+        let ran = create(&daemon, "aws", name, "s3://ckpt/p/", more);
+        ran.refused(&[exit], &[]);
+        assert_eq!(reason(&daemon, name), word);
+    }
+    create(&daemon, "wasabi", "nowhere", "s3://ckpt/p/", &[&id, &secret]).refused(&[2], &["endpoint"]);
+    // The store says where the bucket is, and the request is signed anew.
+    faults.spoil("HEAD ", Fault::Status(301, "x-amz-bucket-region: eu-test-7"), 1);
+    create(&daemon, "aws", "moved", "s3://ckpt/p/empty", &keys).ok();
+    assert!(faults.heads().iter().any(|head| head.contains("/eu-test-7/s3/aws4_request")));
+
+    // Replaced between list and read, at a store that takes no conditions.
+    faults.spoil("/1.json", Fault::Status(503, "Retry-After: 3"), 1);
+    start(&daemon, "aws", "changed", "s3://ckpt/p/deep", &keys);
+    wait_until("the file was asked for", Duration::from_secs(20), || faults.faults_left() == 0);
+    fs::write(place.join("store/ckpt/p/deep/1/2/3/1.json"), "{\"n\": 7}").unwrap();
+    daemon.wait_state("changed", "failed", Duration::from_secs(30));
+    assert_eq!(reason(&daemon, "changed"), "SOURCE_CHANGED");
+
+    // Credentials are not kept across a crash; given again, what is here counts.
+    faults.slow_down(4 << 20);
+    start(&daemon, "aws", "killed", "s3://ckpt/p/model", &keys);
+    wait_bytes(&daemon, "killed", 12 << 20);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("killed", "failed", Duration::from_secs(30));
+    assert_eq!(reason(&daemon, "killed"), "CREDENTIALS_REQUIRED");
+    let ran = daemon.ctl(&["retry", "killed", "--credential", &id[1..], "--credential", &secret[1..], "--wait"]);
+    ran.ok();
+    assert_same_file(
+        &place.join("store/ckpt/p/model/weights.bin"),
+        &daemon.attach("killed", "killed").join("weights.bin"),
+    );
+    assert!(fs::metadata(place.join("store/ckpt/p/model/weights.bin")).unwrap().len() == LARGE);
+    assert_kept_nowhere(&daemon, &[SECRET, "wr0ng-secret", KEY_ID]);
+}
+
+#[test]
+fn twenty_thousand_objects_and_the_environments_credentials() {
+    let place = Place::new();
+    let folder = place.dir("store/ckpt/many");
+    for number in 0..20_000 {
+        if number % 1000 == 0 {
+            fs::create_dir_all(folder.join(format!("{}", number / 1000))).unwrap();
+        }
+        fs::write(folder.join(format!("{}/{number}.txt", number / 1000)), format!("{number}\n")).unwrap();
+    }
+    let server = rclone(&place.join("store"), Some((KEY_ID, SECRET)));
+    let keys = [("AWS_ACCESS_KEY_ID", KEY_ID), ("AWS_SECRET_ACCESS_KEY", SECRET), LOOPBACK];
+    let daemon = Daemon::start_with(&keys);
+    create(&daemon, "aws", "many", "s3://ckpt/many", &[&format!("endpoint={}", server.url(""))]).ok();
+    assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
+    let at = daemon.attach("job", "many");
+    assert_eq!(regular_files(&at).len(), 20_000);
+    assert_same_tree(&folder.join("19"), &at.join("19"));
+    let anonymous = ["anonymous=true".to_owned(), format!("endpoint={}", server.url(""))];
+    create(&daemon, "aws", "nobody", "s3://ckpt/many", &[&anonymous[0], &anonymous[1]]).refused(&[2], &["key_id"]);
+    assert_kept_nowhere(&daemon, &[SECRET, KEY_ID]);
+}
