@@ -40,7 +40,8 @@ impl Floors {
     /// [`Floors::show`], and where its bytes are to be sent with which token, while it waits for somebody to send them. Only for who
     /// asks for this one record.
     pub(super) async fn show_transfer(&self, record: Record) -> Result<wire::Checkpoint> {
-        let waits = matches!(record.state, State::New | State::Filling) && record.origin.kind == SourceKind::Local.as_str();
+        let waits =
+            matches!(record.state, State::New | State::Filling) && record.origin.kind == SourceKind::Local.as_str();
         let transfer = self.tokens.as_ref().filter(|_| waits).map(|tokens| wire::Transfer {
             url: tokens.url().to_owned(),
             token: tokens.token(&record.id, record.created_ms),

@@ -34,12 +34,7 @@ pub(super) async fn receive(
         .map_err(|error| Error::internal("an upload ended early").because(error))?
 }
 
-async fn fill(
-    floors: &Floors,
-    record: Record,
-    sent: Sent,
-    bytes_total: u64,
-) -> Result<wire::Checkpoint> {
+async fn fill(floors: &Floors, record: Record, sent: Sent, bytes_total: u64) -> Result<wire::Checkpoint> {
     let (record, is_new) = insert(floors, record).await?;
     if !is_new {
         return match record.state {

@@ -22,8 +22,11 @@ impl Disk {
         let path = self.root.join(name);
         match fs::read(&path) {
             Ok(bytes) => bytes.try_into().map_err(|_| {
-                Error::corrupt("SECRET_DAMAGED", format!("the secret {} has not the length it was made with", path.display()))
-                    .remedy("remove it: what was handed out from it then no longer holds")
+                Error::corrupt(
+                    "SECRET_DAMAGED",
+                    format!("the secret {} has not the length it was made with", path.display()),
+                )
+                .remedy("remove it: what was handed out from it then no longer holds")
             }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.make_secret(name),
             Err(error) => Err(Error::io("reading", &path, error)),

@@ -39,7 +39,9 @@ impl Range {
     /// Of `Content-Range: bytes <first>-<last>/<whatever>`.
     pub(super) fn of(headers: &HeaderMap) -> Result<Self, Refusal> {
         let value = headers.get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
-        let range = value.and_then(Self::parse).ok_or(Refusal::Malformed("`Content-Range: bytes FIRST-LAST/TOTAL` is missing"))?;
+        let range = value
+            .and_then(Self::parse)
+            .ok_or(Refusal::Malformed("`Content-Range: bytes FIRST-LAST/TOTAL` is missing"))?;
         if range.length() > PIECE_BYTES {
             return Err(Refusal::PieceTooLarge);
         }

@@ -50,8 +50,8 @@ use crate::source::local::Tokens;
 use crate::source::local::{Bearer, PIECE_BYTES};
 use chunk::Body as Gathered;
 use refusal::Refusal;
-pub use uploads::Transfers;
 use uploads::Finalized;
+pub use uploads::Transfers;
 
 type Answer = Result<Response, Refusal>;
 
@@ -88,11 +88,7 @@ async fn upload(State(transfers): State<Arc<Transfers>>, request: Request<Body>)
 }
 
 /// `GET /upload/status`.
-async fn status(
-    State(transfers): State<Arc<Transfers>>,
-    address: Uri,
-    headers: HeaderMap,
-) -> Answer {
+async fn status(State(transfers): State<Arc<Transfers>>, address: Uri, headers: HeaderMap) -> Answer {
     let bearer = bearer(&transfers, &headers)?;
     let id = chunk::asked_upload_id(address.query().unwrap_or_default());
     let expected = transfers.expected(bearer, &id).await?;

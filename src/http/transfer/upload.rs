@@ -187,7 +187,8 @@ impl Upload {
     /// Waits until nothing of it runs any more; what came of it.
     pub(super) async fn concluded(&self) -> Result<()> {
         let mut outcome = self.outcome.subscribe();
-        let concluded = outcome.wait_for(Option::is_some).await.map_err(|_| Error::internal("an upload was forgotten"))?;
+        let concluded =
+            outcome.wait_for(Option::is_some).await.map_err(|_| Error::internal("an upload was forgotten"))?;
         match concluded.as_ref() {
             Some(Err(error)) => Err(error.share()),
             _ => Ok(()),

@@ -71,7 +71,8 @@ mod tests {
 
     #[test]
     fn a_tree_begins_with_its_root_whatever_comes_before_it() {
-        let extended = |then: Vec<u8>| [member("././@PaxHeader", b'x', 700), member("././@LongLink", b'L', 3), then].concat();
+        let extended =
+            |then: Vec<u8>| [member("././@PaxHeader", b'x', 700), member("././@LongLink", b'L', 3), then].concat();
         for (tar, tree) in [
             (member("./", b'5', 0), true),
             (member("model.zip", b'0', 9), false),
