@@ -283,6 +283,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_path_below_a_path_is_both() {
+        let path = |text: &str| EntryPath::new(text.as_bytes()).unwrap();
+        for (directory, below, whole) in [("a/b", "c/d", "a/b/c/d"), ("", "c", "c"), ("a", "", "a"), ("", "", "")] {
+            assert_eq!(path(directory).below(&path(below)).unwrap(), path(whole));
+        }
+        assert!(path(&["a"; 100].join("/")).below(&path(&["b"; 100].join("/"))).is_err());
+    }
+
+    #[test]
     fn paths_that_climb_or_lie_are_refused() {
         for bad in ["/a", "a//b", "a/", "./a", "a/../b", "..", "a/.", "a\0b"] {
             assert!(EntryPath::new(bad.as_bytes()).is_err(), "{bad:?}");

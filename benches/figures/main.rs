@@ -15,12 +15,14 @@ mod attach;
 mod dedup;
 mod idle;
 mod ingest;
+mod objects;
 mod read;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod table;
 mod unpack;
 mod walk;
+mod web;
 
 use table::{Scale, Table};
 
@@ -30,6 +32,8 @@ type Take = fn(&Scale, &mut Table);
 const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
     ("ingest", ingest::take),
+    ("objects", objects::take),
+    ("web", web::take),
     ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),

@@ -54,7 +54,9 @@ pub fn still_true(tx: &Connection, flight: &str, wanted: &HashMap<Vec<u8>, Stamp
     for (path, stamp, digest) in read().map_err(catalog_error)? {
         match wanted.get(&path) {
             Some(now) if now.to_string() == stamp => kept.push(Sighting { path, stamp: *now, digest }),
-            _ => drop(forget.execute(params![flight, path]).map_err(catalog_error)?),
+            _ => {
+                forget.execute(params![flight, path]).map_err(catalog_error)?;
+            }
         }
     }
     Ok(kept)

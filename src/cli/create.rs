@@ -24,7 +24,7 @@ pub(super) struct Create {
     /// aws, azure, gcp, git, huggingface, kaggle, local, regional, wasabi or web; needed where the URI does not tell
     #[arg(long, value_name = "TYPE", value_parser = parse_type)]
     r#type: Option<SourceKind>,
-    /// Option of the type, repeatable: endpoint, branch, type, path, region, extract, copy, credentials
+    /// Option of the type, repeatable: endpoint, branch, type, path, region, account, anonymous, extract, copy, credentials
     #[arg(long = "option", value_name = "KEY=VALUE", value_parser = parse_option)]
     options: Vec<(String, String)>,
     #[command(flatten)]

@@ -55,7 +55,6 @@ impl Service {
         let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
         let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
-        self.floors.check_permitted(&spec, &request.owner)?;
         let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
         if let Some(signature) = signature {
@@ -89,6 +88,11 @@ impl Service {
     async fn begin(&self, record: Record, credentials: Credentials) -> Result<wire::Checkpoint> {
         let floors = self.floors.clone();
         let record = tokio::spawn(async move {
+            let id = record.id.clone();
+            // A repeated call is answered by the record, whatever would be said of it by now.
+            if floors.store.catalog().read(move |tx| rows::get(tx, &id)).await?.is_none() {
+                floors.ingests.check(&record, &credentials)?;
+            }
             let (record, _) = insert(&floors, record).await?;
             if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
                 floors.start_unless_sent(&record, credentials);
@@ -225,15 +229,6 @@ impl Floors {
         } else {
             self.ingests.start(record, credentials);
         }
-    }
-
-    /// Whether a source can be what it says and `owner` may use it, as far as is told without contacting anybody.
-    ///
-    /// # Errors
-    /// Invalid options, `NO_SUCH_DATASTORE`.
-    fn check_permitted(&self, spec: &SourceSpec, owner: &str) -> Result<()> {
-        source::check_options(spec)?;
-        if spec.kind == SourceKind::Regional { self.datastores.find(&spec.uri, owner).map(drop) } else { Ok(()) }
     }
 
     /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.

@@ -33,7 +33,6 @@ use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::serve::attachments::Attachments;
-use crate::source::Datastores;
 use crate::source::local::Tokens;
 use crate::store::Store;
 use crate::units::now_unix_ms;
@@ -58,8 +57,6 @@ pub struct Floors {
     pub ingests: Ingests,
     /// Jobs and views.
     pub attachments: Attachments,
-    /// What regional checkpoints may be below.
-    pub datastores: Arc<Datastores>,
     /// Tokens of local transfers, where the daemon listens for them.
     pub tokens: Option<Arc<Tokens>>,
     /// Facts that hold as long as the process.

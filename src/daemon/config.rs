@@ -314,7 +314,7 @@ fn line_of(text: &str, name: &str) -> usize {
     for (number, line) in text.lines().enumerate() {
         let line = line.trim();
         if let Some(heading) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
-            present = heading.trim().to_owned();
+            present = heading.trim().replace(['"', '\''], "");
         }
         let sets = line.split('=').next().map(str::trim);
         if (present == table && sets == Some(key)) || sets == Some(name) {

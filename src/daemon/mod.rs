@@ -155,7 +155,7 @@ async fn compose(
     let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
-        connector(config, &store, datastores.clone())?,
+        connector(config, &store, datastores)?,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
@@ -165,7 +165,7 @@ async fn compose(
     );
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
-    Ok(Floors { store, ingests, attachments, datastores, tokens, facts })
+    Ok(Floors { store, ingests, attachments, tokens, facts })
 }
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from

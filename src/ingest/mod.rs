@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::{Semaphore, broadcast};
 use tokio::task::JoinHandle;
 
-use crate::catalog::checkpoints::{self, Bytes, Failure, Record, State};
+use crate::catalog::checkpoints::{self, Bytes, Failure, Origin, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::placements;
 use crate::error::{Error, Kind, Result};
@@ -120,6 +120,14 @@ impl Ingests {
             flights: Mutex::default(),
             changes,
         }))
+    }
+
+    /// Whether a source can be made of a record that is to be: URI, options and named secrets, without contacting anybody.
+    ///
+    /// # Errors
+    /// What filling would fail with at once.
+    pub fn check(&self, record: &Record, credentials: &Credentials) -> Result<()> {
+        self.0.source_of(record, credentials).map(drop)
     }
 
     /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
@@ -234,6 +242,11 @@ impl Drop for AbortOnDrop {
 type Filled = (String, Manifest, Option<Arc<Flight>>);
 
 impl Shared {
+    fn source_of(&self, record: &Record, credentials: &Credentials) -> Result<Arc<dyn Source>> {
+        let Origin { kind, uri, options } = record.origin.clone();
+        (self.connect)(&SourceSpec { kind: kind.parse()?, uri, options }, &record.owner, credentials)
+    }
+
     async fn fill_from_source(
         self: &Arc<Self>,
         record: &Record,
@@ -241,12 +254,7 @@ impl Shared {
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
         self.set_filling(record).await?;
-        let spec = SourceSpec {
-            kind: record.origin.kind.parse()?,
-            uri: record.origin.uri.clone(),
-            options: record.origin.options.clone(),
-        };
-        let source = (self.connect)(&spec, &record.owner, credentials)?;
+        let source = self.source_of(record, credentials)?;
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
                 let flight = self.join_flight(record, source, listing, progress).await?;

@@ -221,7 +221,9 @@ mod tests {
         assert!(beginnings.try_recv().is_err(), "a file took more threads than it may");
 
         drop(gates);
-        (PER_FILE..THREADS + 8).for_each(|_| drop(beginnings.recv_timeout(PATIENCE).unwrap()));
+        for _ in PER_FILE..THREADS + 8 {
+            beginnings.recv_timeout(PATIENCE).unwrap();
+        }
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct SourceContext {
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
     pub(super) scratch: Option<ScratchSpace>,
-    /// Secrets of the host, one file each, for sources that take them by name.
+    /// The directory with what the operator knows of other hosts (`known_hosts`).
     pub(super) host_credentials: Option<PathBuf>,
     host_directories: bool,
 }
@@ -76,7 +76,7 @@ impl SourceContext {
         Self { scratch: Some(ScratchSpace { disk, limit_bytes }), ..self }
     }
 
-    /// The same, with the host's own secrets in the files of `directory` (systemd's `$CREDENTIALS_DIRECTORY`).
+    /// The same, with what the operator knows of other hosts in the files of `directory`. No secret is taken from there.
     #[must_use]
     pub fn with_host_credentials(self, directory: Option<PathBuf>) -> Self {
         Self { host_credentials: directory, ..self }
@@ -150,14 +150,6 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     }
     let shown = show_bytes(shown_uri(kind, uri).as_bytes());
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
-}
-
-/// Whether the options keep the rules of their kind, where those can be told without contacting anybody.
-///
-/// # Errors
-/// Invalid, with the option.
-pub fn check_options(spec: &SourceSpec) -> Result<()> {
-    if spec.kind == SourceKind::Regional { regional::options(spec).map(drop) } else { Ok(()) }
 }
 
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,

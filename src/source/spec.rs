@@ -115,7 +115,7 @@ pub struct SourceSpec {
     pub kind: SourceKind,
     /// As the caller wrote it, less user information.
     pub uri: String,
-    /// Options by key: `branch`, `endpoint`, `region`, `type`, `path`, `extract`, `copy`, `credentials`.
+    /// Options by key: `branch`, `endpoint`, `region`, `account`, `anonymous`, `type`, `path`, `extract`, `copy`, `credentials`.
     pub options: BTreeMap<String, String>,
 }
 

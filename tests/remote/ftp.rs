@@ -9,7 +9,7 @@ use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::files::{assert_same_file, assert_same_tree, regular_files};
 use crate::support::ftp_faults::{FtpFault, FtpFaults};
 use crate::support::place::Place;
-use crate::support::ran::wait_until;
+use crate::support::ran::{shell, wait_until};
 use crate::support::webserver::{certificates, pyftpdlib, vsftpd};
 
 const ONE_ATTEMPT: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "1");
@@ -79,6 +79,19 @@ fn a_tree_comes_whole_through_faults() {
 }
 
 #[test]
+fn an_archive_is_its_tree() {
+    let place = Place::new();
+    let (tree, site) = (odd_tree(&place), place.dir("site"));
+    shell("cd \"$1\"; tar -cf - . | gzip > \"$2/a.tar.gz\"; zip -qr \"$2/b.zip\" .", &[&tree, &site]).ok();
+    let server = pyftpdlib(&site, None);
+    let daemon = Daemon::start_with(&[LOOPBACK, ONE_ATTEMPT]);
+    for (name, path) in [("tar", "a.tar.gz"), ("zip", "b.zip")] {
+        create(&daemon, name, &format!("ftp://127.0.0.1:{}/{path}", server.port));
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
+}
+
+#[test]
 fn a_file_that_was_killed_goes_on_with_what_is_here() {
     let place = Place::new();
     let tree = place.dir("tree");
@@ -109,11 +122,11 @@ fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
         for (what, path) in [("file", "/weights.bin"), ("tree", "/")] {
             let name = &format!("{kind}-{what}");
             random_file(&tree.join("weights.bin"), seed(), 160 << 20);
+            random_file(&place.join("other.bin"), seed() + 1, 160 << 20);
             let faults = FtpFaults::before(server.port);
-            faults.slow_down(16 << 20);
+            faults.slow_down(4 << 20);
             daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
             wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
-            random_file(&place.join("other.bin"), seed() + 1, 160 << 20);
             fs::rename(place.join("other.bin"), tree.join("weights.bin")).unwrap();
             faults.slow_down(0);
             daemon.wait_state(name, "failed", PATIENCE);

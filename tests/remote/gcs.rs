@@ -9,9 +9,9 @@ use serde_json::json;
 
 use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
 use crate::support::corpus::random_file;
-use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::daemon::Daemon;
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_same_file, assert_same_tree, regular_files, walk};
+use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
 use crate::support::ran::{shell, wait_until};
 use crate::support::server::{Server, free_port, tool};
@@ -214,27 +214,4 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
-}
-
-#[test]
-fn twenty_thousand_objects_come_in_pages() {
-    let place = Place::new();
-    let folder = place.dir("store/ckpt");
-    for number in 0..20_000 {
-        if number % 1000 == 0 {
-            fs::create_dir_all(folder.join(format!("{}", number / 1000))).unwrap();
-        }
-        fs::write(folder.join(format!("{}/{number}.txt", number / 1000)), format!("{number}\n")).unwrap();
-    }
-    let port = free_port();
-    let mut command = Command::new(tool("fake-gcs-server"));
-    command
-        .args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string(), "-backend", "memory", "-data"])
-        .arg(place.join("store"));
-    let server = Server::start(&mut command, port);
-    let daemon = Daemon::start_with(&[LOOPBACK]);
-    create(&daemon, "gcp", "many", "gs://ckpt", &[&format!("endpoint={}", server.url(""))]).ok();
-    let at = daemon.attach("job", "many");
-    assert_eq!(regular_files(&at).len(), 20_000);
-    assert_same_tree(&folder.join("19"), &at.join("19"));
 }

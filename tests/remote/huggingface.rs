@@ -26,15 +26,16 @@ fn create(daemon: &Daemon, endpoint: &str, name: &str, repository: &str, more: &
     daemon.ctl(&[&arguments[..], more].concat())
 }
 
-/// Runs a program with the hub's own client in its Python.
+/// A program of the Python that has the hub's own client, speaking to `endpoint`.
+fn of_the_client(program: &str, endpoint: &str, home: &Path) -> Command {
+    let mut command = clean(tool("venv/bin").join(program).to_str().unwrap());
+    command.env("HF_ENDPOINT", endpoint).env("HF_HOME", home).env("HF_HUB_DISABLE_XET", "1");
+    command
+}
+
+/// Runs a Python program with the hub's own client.
 fn client(endpoint: &str, program: &str, arguments: &[&str], home: &Path) -> Ran {
-    run(clean(tool("venv/bin/python").to_str().unwrap())
-        .arg("-c")
-        .arg(program)
-        .args(arguments)
-        .env("HF_ENDPOINT", endpoint)
-        .env("HF_HOME", home)
-        .env("HF_HUB_DISABLE_XET", "1"))
+    run(of_the_client("python", endpoint, home).arg("-c").arg(program).args(arguments))
 }
 
 /// Brings a repository as the hub's own client does.
@@ -72,7 +73,9 @@ fn models_datasets_and_spaces_are_what_the_hubs_own_client_brings() {
 fn the_hubs_own_client_accepts_the_standin() {
     let (place, hub) = (Place::new(), Standin::start());
     let faults = Faults::before(hub.port);
-    let refusals = "from huggingface_hub import HfApi, hf_hub_download\n\
+    let program = "import io\n\
+        from huggingface_hub import HfApi, hf_hub_download, hf_hub_url\n\
+        from huggingface_hub.file_download import http_get\n\
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError\n\
         def refused(kind, *a, **k):\n\
         \x20   try: hf_hub_download(*a, **k)\n\
@@ -82,18 +85,20 @@ fn the_hubs_own_client_accepts_the_standin() {
         refused(RepositoryNotFoundError, 'acme/private', 'config.json', token=False)\n\
         refused(RevisionNotFoundError, 'acme/tiny', 'config.json', revision='nope')\n\
         names = [item.path for item in HfApi().list_repo_tree('acme/many', repo_type='dataset', recursive=True)]\n\
-        assert len(names) == 20_200, len(names)";
+        assert len(names) == 20_200, len(names)\n\
+        # The client's way to take up a file that broke off: a range, also at the place it is redirected to.\n\
+        whole, rest = io.BytesIO(), io.BytesIO()\n\
+        address = hf_hub_url('acme/tiny', 'model.safetensors')\n\
+        http_get(address, whole)\n\
+        rest.write(whole.getvalue()[:3 << 20])\n\
+        http_get(address, rest, resume_size=3 << 20, expected_size=5 << 20)\n\
+        assert rest.getvalue() == whole.getvalue() and len(whole.getvalue()) == 5 << 20";
     faults.spoil("/tree/", Fault::Status(429, "Retry-After: 1"), 1);
-    client(&faults.url(""), refusals, &[], &place.join("refusals")).ok();
+    client(&faults.url(""), program, &[], &place.join("home")).ok();
     assert_eq!(faults.faults_left(), 0);
-    // A body that breaks off is taken up with a range, at the other host that the hub redirects to.
-    faults.spoil("/cdn/", Fault::Truncate(3 * MIB), 1);
-    let into = place.join("tiny");
-    bring(&faults.url(""), "acme/tiny", &into);
     let heads = faults.heads();
-    assert!(heads.iter().any(|head| head.contains("/cdn/") && head.to_lowercase().contains("host: localhost")));
-    assert!(heads.iter().any(|head| head.contains("/cdn/") && head.to_lowercase().contains("range: bytes=")));
-    assert_eq!(fs::metadata(into.join("model.safetensors")).unwrap().len(), 5 * MIB);
+    let ranged = |head: &String| head.contains("/cdn/") && head.to_lowercase().contains("range: bytes=3145728-");
+    assert!(heads.iter().any(|head| ranged(head) && head.to_lowercase().contains("host: localhost")), "{heads:?}");
 }
 
 #[test]
@@ -149,21 +154,24 @@ fn every_fault_on_the_way_is_got_over() {
     let expected = daemon.place().join("expected");
     bring(&hub.url(""), "acme/tiny", &expected);
     let faults = Faults::before(hub.port);
-    for (number, (words, fault, at_least_s)) in [
-        ("/revision/", Fault::Status(503, ""), 0),
-        ("/tree/", Fault::Status(429, "Retry-After: 2"), 2),
-        ("cursor=2", Fault::Status(429, "Retry-After: 1"), 1),
-        ("/config.json", Fault::Status(429, "Retry-After: 2"), 2),
-        ("/cdn/", Fault::Status(500, ""), 0),
+    // The first byte of the largest file is asked for at opening, and passes: what comes after it is spoiled.
+    let weights = "model.safetensors?Sig";
+    for (number, (words, passes, fault, at_least_s)) in [
+        ("/revision/", 0, Fault::Status(503, ""), 0),
+        ("/tree/", 0, Fault::Status(429, "Retry-After: 2"), 2),
+        ("cursor=2", 0, Fault::Status(429, "Retry-After: 1"), 1),
+        ("/config.json", 0, Fault::Status(429, "Retry-After: 2"), 2),
+        (weights, 0, Fault::Status(500, ""), 0),
         // The signature expired: the hub is asked for another.
-        ("/cdn/", Fault::Status(403, ""), 0),
-        ("/model.safetensors", Fault::Reset(3 * MIB), 0),
-        ("/cdn/", Fault::Truncate(20), 0),
-        ("/model.safetensors?Sig", Fault::Stall(MIB), 2),
+        (weights, 1, Fault::Status(403, ""), 0),
+        (weights, 1, Fault::Reset(MIB), 0),
+        ("small.bin?Sig", 0, Fault::Truncate(20), 0),
+        (weights, 1, Fault::Stall(MIB), 2),
     ]
     .into_iter()
     .enumerate()
     {
+        faults.spoil(words, Fault::Truncate(u64::MAX), passes);
         faults.spoil(words, fault.clone(), 1);
         let (name, began) = (format!("n{number}"), Instant::now());
         create(&daemon, &faults.url(""), &name, "acme/tiny", &["--wait"]).ok();
@@ -213,7 +221,11 @@ fn a_hub_that_others_wrote_gives_what_its_own_client_brings() {
     let place = Place::new();
     let olah = olah(&place);
     let expected = place.join("expected");
-    bring(&olah.url(""), "acme/real", &expected);
+    run(of_the_client("hf", &olah.url(""), &place.join("home"))
+        .args(["download", "acme/real", "--local-dir"])
+        .arg(&expected))
+    .ok();
+    let _ = fs::remove_dir_all(expected.join(".cache"));
     assert_eq!(fs::metadata(expected.join("model.safetensors")).unwrap().len(), 9 * MIB);
     let daemon = Daemon::start_with(&[LOCALHOST]);
     create(&daemon, &olah.url(""), "real", "acme/real", &["--wait"]).ok();

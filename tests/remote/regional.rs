@@ -250,6 +250,12 @@ fn a_file_that_hangs_leaves_the_others_alone() {
     store.fail("broken", 0, 0);
     assert!(fs::read(at.join("broken")).unwrap() == files[3].1, "it reads again when the server is well");
 
+    store.freeze();
+    let late = store.root().with_file_name("late");
+    fs::create_dir(&late).unwrap();
+    daemon.attach_at("job3", &["w"], &late).refused(&[7], &["`models`", "no answer"]);
+    assert!(fs::read(at.join("calm")).unwrap() == files[1].1, "what is open or cached goes on");
+
     store.let_go();
     for _ in 0..48 {
         let (number, page) = answers.recv_timeout(PATIENCE).unwrap().unwrap();

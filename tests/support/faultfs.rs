@@ -64,6 +64,11 @@ impl FaultFs {
         self.shared.hung.lock().unwrap().insert(self.shared.inode(name).unwrap());
     }
 
+    /// Whoever opens its directory waits from now on, until [`FaultFs::let_go`].
+    pub(crate) fn freeze(&self) {
+        self.shared.hung.lock().unwrap().insert(ROOT);
+    }
+
     /// Answers what waits.
     pub(crate) fn let_go(&self) {
         self.shared.hung.lock().unwrap().clear();
@@ -136,6 +141,19 @@ impl Shared {
         reply.data(&bytes[start..end]);
     }
 
+    /// Answers at once, or from a thread of its own once `inode` hangs no more.
+    fn when_let_go(self: &Arc<Self>, inode: u64, answer: impl FnOnce(&Self) + Send + 'static) {
+        if !self.hung.lock().unwrap().contains(&inode) {
+            return answer(self.as_ref());
+        }
+        let shared = self.clone();
+        thread::spawn(move || {
+            let hung = shared.hung.lock().unwrap();
+            drop(shared.let_go.wait_while(hung, |hung| hung.contains(&inode)).unwrap());
+            answer(&shared);
+        });
+    }
+
     /// The errno that this read is to fail with.
     fn fault(&self, inode: u64) -> Option<i32> {
         let mut errors = self.errors.lock().unwrap();
@@ -180,15 +198,11 @@ impl Filesystem for Faulty {
             return reply.error(Errno::from_i32(errno));
         }
         thread::sleep(Duration::from_millis(self.0.delay_ms.load(Ordering::Relaxed)));
-        if !self.0.hung.lock().unwrap().contains(&ino.0) {
-            return self.0.answer(ino.0, offset, size, reply);
-        }
-        let shared = self.0.clone();
-        thread::spawn(move || {
-            let hung = shared.hung.lock().unwrap();
-            drop(shared.let_go.wait_while(hung, |hung| hung.contains(&ino.0)).unwrap());
-            shared.answer(ino.0, offset, size, reply);
-        });
+        self.0.when_let_go(ino.0, move |shared| shared.answer(ino.0, offset, size, reply));
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.0.when_let_go(ino.0, move |_| reply.opened(FileHandle(ino.0), FopenFlags::empty()));
     }
 
     fn readdir(&self, _: &Request, _: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {

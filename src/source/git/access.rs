@@ -25,14 +25,13 @@ use crate::error::{Error, Result};
 /// User name beside a token: GitHub asks for this one, others take any.
 const TOKEN_USER: &str = "x-access-token";
 
-/// Files of the host's credentials directory.
-const HOST_KEY: &str = "git_ssh_key";
+/// What the operator knows of hosts' keys, beside the credentials; no secret, and for whoever asks.
 const HOST_KNOWN: &str = "known_hosts";
 
 /// What the host knows of others' keys.
 const KNOWN_HOSTS: &str = "/etc/ssh/ssh_known_hosts";
 
-/// Largest file taken from the credentials directory.
+/// Largest file of known hosts.
 const HOST_FILE_BYTES: u64 = 1 << 20;
 
 /// Shortest secret that is looked for in what servers say: shorter ones are found in any text.
@@ -49,7 +48,7 @@ pub(super) struct Access {
 }
 
 impl Access {
-    /// What `credentials` give for `remote`, completed by the files of `host`.
+    /// What `credentials` give for `remote`; without known hosts among them, the file `known_hosts` of the directory `host` counts.
     ///
     /// # Errors
     /// `BAD_CREDENTIALS`, or the I/O error of a file of the host.
@@ -67,16 +66,12 @@ impl Access {
             return Err(Error::invalid("BAD_CREDENTIALS", "the credentials hold characters that HTTP cannot carry")
                 .remedy("check that they were given whole and on one line"));
         }
-        let key = match credentials.get("ssh_key") {
-            Some(key) => Some(key.to_owned()),
-            None => host_file(host, HOST_KEY)?,
-        };
         let own = credentials.get("known_hosts").map(str::to_owned);
         let own_known_hosts = own.is_some();
         let known_hosts = if own_known_hosts { own } else { host_file(host, HOST_KNOWN)? };
         Ok(Self {
             basic: basic.map(|(name, word)| (remote.clone(), name, word)),
-            key: key.map(|key| unnamed(&key).map(Arc::new)).transpose()?,
+            key: credentials.get("ssh_key").map(|key| unnamed(key).map(Arc::new)).transpose()?,
             known_hosts,
             own_known_hosts,
         })

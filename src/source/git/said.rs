@@ -151,15 +151,17 @@ pub(super) fn refuses_commit(said: &str) -> bool {
 
 /// The error of a child that said `said` when it was to fetch from `remote`.
 pub(super) fn explain(said: &str, remote: &Remote, access: &Access) -> Error {
-    let quoted = quote(said, access);
+    let meaning = MEANINGS.iter().find(|(words, ..)| said.contains(words));
+    let asks = CREDENTIALS.iter().find(|words| said.contains(**words));
+    let quoted = quote(said, meaning.map(|(words, ..)| *words).or(asks.copied()), access);
     let error = |kind, reason: &str, why: &str| {
         Error::new(kind, reason, format!("fetching {remote}: {why} (`{quoted}`)")).fact("repository", remote)
     };
-    if let Some((_, kind, reason, why, remedy)) = MEANINGS.iter().find(|(words, ..)| said.contains(words)) {
+    if let Some((_, kind, reason, why, remedy)) = meaning {
         let error = error(*kind, reason, why);
         return if remedy.is_empty() { error } else { error.remedy(*remedy) };
     }
-    if CREDENTIALS.iter().any(|words| said.contains(words)) {
+    if asks.is_some() {
         return if access.is_for(remote) {
             error(Kind::Denied, "CREDENTIALS_REFUSED", "the credentials are not accepted")
                 .remedy("check the credentials, and that they have not expired")
@@ -173,13 +175,12 @@ pub(super) fn explain(said: &str, remote: &Remote, access: &Access) -> Error {
     error(Kind::Unavailable, "FETCH_FAILED", "git gave up")
 }
 
-/// The line that says most.
-fn quote(said: &str, access: &Access) -> String {
+/// The line with `words`, else the one that says most.
+fn quote(said: &str, words: Option<&str>, access: &Access) -> String {
     let lines: Vec<_> = said.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty()).collect();
-    let telling = ["ERROR", "error:", "fatal:", "Load key"].iter().find_map(|start| {
-        lines.iter().find(|line| line.starts_with(start) || line.contains(&format!("remote: {start}")))
-    });
-    let line = telling.or(lines.last()).copied().unwrap_or("without a word");
+    let telling = words.into_iter().chain(["ERROR", "fatal: ", "error: "]);
+    let line = telling.filter_map(|words| lines.iter().find(|line| line.contains(words))).next();
+    let line = line.or(lines.last()).copied().unwrap_or("without a word");
     let mut shown = show_bytes(access.redact(line).as_bytes());
     if let Some((end, _)) = shown.char_indices().find(|(at, _)| *at >= QUOTE_BYTES) {
         shown.truncate(end);

@@ -99,7 +99,7 @@ impl HttpClient {
             .referer(false)
             .http1_only()
             .connect_timeout(settings.connect_timeout)
-            .dns_resolver(GuardedResolver::new(Arc::clone(&policy), proxies.hosts()));
+            .dns_resolver(GuardedResolver::new(Arc::clone(&policy), proxies.hosts().to_vec()));
         if !settings.environment_proxy {
             builder = builder.no_proxy();
         }

@@ -32,19 +32,23 @@ const RESOLVE_LIMIT: Duration = Duration::from_secs(3);
 /// The proxies, and names judged lately.
 pub(super) struct Proxies {
     matcher: Option<Matcher>,
+    hosts: Vec<String>,
     permitted: Mutex<HashMap<String, Instant>>,
 }
 
 impl Proxies {
     /// Those of the environment, or none.
     pub(super) fn new(of_environment: bool) -> Self {
-        Self { matcher: of_environment.then(Matcher::from_env), permitted: Mutex::default() }
+        let matcher = of_environment.then(Matcher::from_env);
+        let mut proxies = Self { matcher, hosts: Vec::new(), permitted: Mutex::default() };
+        let anywhere = ["http://host.invalid/", "https://host.invalid/"];
+        proxies.hosts = anywhere.iter().filter_map(|url| proxies.proxy_of(url)).collect();
+        proxies
     }
 
     /// The names or addresses of the proxies.
-    pub(super) fn hosts(&self) -> Vec<String> {
-        let anywhere = ["http://host.invalid/", "https://host.invalid/"];
-        anywhere.iter().filter_map(|url| self.proxy_of(url)).collect()
+    pub(super) fn hosts(&self) -> &[String] {
+        &self.hosts
     }
 
     /// Judges the name in `url` where the resolver of the client will not: behind a proxy, and for the proxy's own name.
@@ -54,7 +58,7 @@ impl Proxies {
     pub(super) async fn check(&self, url: &Url, policy: &EgressPolicy) -> Result<()> {
         let Some(name) = url.domain() else { return Ok(()) };
         let behind_proxy = self.proxy_of(url.as_str()).is_some();
-        if !behind_proxy && !self.hosts().iter().any(|host| same_name(host, name)) {
+        if !behind_proxy && !self.hosts.iter().any(|host| same_name(host, name)) {
             return Ok(());
         }
         if self.is_permitted(name) {
@@ -96,12 +100,12 @@ impl Proxies {
 }
 
 /// Whether two names of hosts mean the same.
-pub(crate) fn same_name(one: &str, other: &str) -> bool {
+fn same_name(one: &str, other: &str) -> bool {
     one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.'))
 }
 
 impl fmt::Debug for Proxies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Proxies").field("any", &self.matcher.is_some()).finish()
+        f.debug_struct("Proxies").field("hosts", &self.hosts).finish_non_exhaustive()
     }
 }

@@ -51,7 +51,7 @@ const PAGE_BYTES: usize = 16 << 20;
 const PAGES: usize = limits::CHECKPOINT_ENTRIES / 50;
 
 /// Attempts at one page before the listing as a whole is given up to the ingest's ladder.
-const PAGE_ATTEMPTS: u32 = 4;
+const PAGE_ATTEMPTS: u32 = 3;
 
 /// Pause before the first further attempt; doubles.
 const PAGE_PAUSE: Duration = Duration::from_millis(250);

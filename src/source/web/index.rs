@@ -20,6 +20,9 @@ const COMPONENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(
 /// How the titles of index pages begin that may list nothing: nginx and Apache, Python.
 const TITLES: [&str; 2] = ["index of", "directory listing for"];
 
+/// How the queries of links begin that show an index page sorted otherwise: Apache, Caddy.
+const SORTING: [&str; 2] = ["C=", "sort="];
+
 /// What a page lists, in its order.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Index {
@@ -54,22 +57,24 @@ pub(super) fn parse(content_type: &str, text: &[u8], url: &Url) -> Option<Index>
 fn from_html(page: &str, base: &Url) -> Option<Index> {
     let mut index = Index::default();
     let mut elsewhere = 0;
-    let mut is_titled = false;
+    let mut is_index = false;
     for tag in html::tags(page) {
         if tag.is("title") {
             let title = tag.text().trim().to_ascii_lowercase();
-            is_titled |= TITLES.iter().any(|begin| title.starts_with(begin));
+            is_index |= TITLES.iter().any(|begin| title.starts_with(begin));
         }
         let Some(link) = tag.attribute("href").filter(|_| tag.is("a")) else { continue };
         let Ok(url) = base.join(link.trim()) else { continue };
         match place(base, &url) {
             Place::Below => index.add(base, url),
-            Place::Itself => {}
+            Place::Itself => {
+                is_index |= url.query().is_some_and(|query| SORTING.iter().any(|word| query.starts_with(word)))
+            }
             Place::Elsewhere => elsewhere += 1,
         }
     }
     let listed = index.links.len() + index.refused.len();
-    (is_titled || (listed > 0 && listed >= elsewhere)).then_some(index)
+    (is_index || (listed > 0 && listed >= elsewhere)).then_some(index)
 }
 
 /// One entry as nginx and Caddy write it.
@@ -247,6 +252,7 @@ mod tests {
         assert_eq!(html("<title>Index of /x/</title><a href=\"../\">").unwrap(), [""; 0]);
         assert_eq!(html("<title>Shop</title><a href=about.html><a href=//a/><a href=//b/>"), None);
         assert_eq!(html("<title>Weights</title><a href=w.bin><a href=//a/>").unwrap(), ["w.bin"]);
+        assert_eq!(html("<title>x</title><a href=?sort=name><a href=//caddy/>").unwrap(), [""; 0]);
         assert_eq!(html("<p>nothing"), None);
         assert_eq!(listed("application/json", "{\"error\":1}"), None);
         assert_eq!(listed("application/json", "[{\"name\":\"x\"}]"), None);

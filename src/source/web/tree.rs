@@ -47,7 +47,7 @@ const HEADS_AT_A_TIME: usize = 16;
 const INDEX_TYPES: &str = "application/json, text/html;q=0.9, application/xhtml+xml;q=0.9, text/xml;q=0.8";
 
 /// Attempts at one request of a listing, and the first pause between them, which doubles.
-const ATTEMPTS: u32 = 5;
+const ATTEMPTS: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Longest `Retry-After` that is waited for inside a listing; beyond, the whole is begun anew later.

@@ -225,8 +225,8 @@ impl Lfs {
         }
         match failure {
             Failure::Refused(answer) if answer.status == StatusCode::NOT_FOUND => answer
-                .error(Kind::NotFound, "LFS_NOT_FOUND", "the repository names files in LFS, which is not served there")
-                .remedy("check that the credentials may read it, or where its `.lfsconfig` leads"),
+                .error(Kind::NotFound, "LFS_NOT_FOUND", "there is no LFS, or it has none of the files asked for")
+                .remedy("push them with `git lfs push --all`, or check that the credentials may read them"),
             failure => failure.into_error(),
         }
     }

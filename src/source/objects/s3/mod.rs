@@ -36,8 +36,8 @@ use super::super::{ByteStream, Credentials, Expected, File, Source, SourceKind, 
 use super::verified::verified;
 use super::xml::{Document, Fields};
 use super::{
-    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded_key, header, shown_key,
-    url_below,
+    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded_key, header, patiently,
+    shown_key, url_below,
 };
 use crate::error::{Error, Result};
 use crate::limits;
@@ -47,6 +47,9 @@ const HEADS_AT_A_TIME: usize = 16;
 
 /// The region of requests to whoever has none.
 const REGION: &str = "us-east-1";
+
+/// Begins the pin of an object without an `ETag`: it tells revisions apart, and no answer is compared with it.
+const MODIFIED: &str = "modified:";
 
 const CHECKSUM_MODE: HeaderName = HeaderName::from_static("x-amz-checksum-mode");
 const BUCKET_REGION: &str = "x-amz-bucket-region";
@@ -163,8 +166,7 @@ struct S3 {
 
 impl S3 {
     /// The address of `key`, or of the bucket.
-    fn url(&self, key: Option<&str>, query: &[(&str, &str)]) -> Result<Url> {
-        let region = self.region.read().unwrap_or_else(PoisonError::into_inner);
+    fn url(&self, region: &str, key: Option<&str>, query: &[(&str, &str)]) -> Result<Url> {
         let bucket = &self.bucket;
         let base = match &self.endpoint {
             Some(endpoint) => format!("{}/{bucket}", endpoint.as_str().trim_end_matches('/')),
@@ -194,20 +196,21 @@ impl S3 {
     ) -> Result<Reply, Failure> {
         let mut moved = false;
         loop {
-            let url = self.url(key, query)?;
+            let region = self.region.read().unwrap_or_else(PoisonError::into_inner).clone();
+            let url = self.url(&region, key, query)?;
             let request = match method {
                 Method::HEAD => Request::head(&url, self.authorization.as_ref()),
                 _ => Request::get(&url, self.authorization.as_ref()),
             };
             match self.http.send(&request.headers(headers).without_redirects()).await {
-                Err(Failure::Refused(answer)) if !moved && self.learn_region(&answer) => moved = true,
+                Err(Failure::Refused(answer)) if !moved && self.learn_region(&answer, &region) => moved = true,
                 other => return other,
             }
         }
     }
 
-    /// Takes the region that a refusal names, if none was asked for; whether it is news.
-    fn learn_region(&self, answer: &Answer) -> bool {
+    /// Takes the region that a refusal names, if none was asked for; whether it is another than the one that was `used`.
+    fn learn_region(&self, answer: &Answer, used: &str) -> bool {
         if self.region_given || !matches!(answer.status.as_u16(), 301 | 307 | 400 | 403) {
             return false;
         }
@@ -215,9 +218,8 @@ impl S3 {
         let Some(named) = named.or_else(|| refusal::code_and_region(answer).1).filter(|name| is_region(name)) else {
             return false;
         };
-        let mut region = self.region.write().unwrap_or_else(PoisonError::into_inner);
-        let news = *region != named;
-        *region = named;
+        let news = named != used;
+        *self.region.write().unwrap_or_else(PoisonError::into_inner) = named;
         news
     }
 
@@ -249,7 +251,7 @@ impl S3 {
         let object = Locator::parse(&file.locator)?;
         let what = self.shown_object(object.key);
         let gone = || source_changed(&what, "it is gone");
-        let head = self.head(object.key).await?.ok_or_else(gone)?;
+        let head = patiently(|| self.head(object.key)).await?.ok_or_else(gone)?;
         if Some(head.size) != file.size || !same_etag(&head.pin.etag, &object.pin.etag) {
             return Err(source_changed(&what, "it was replaced"));
         }
@@ -284,7 +286,8 @@ impl S3 {
         let key = if encoded { key_of_listing(key).ok_or_else(|| bad("a key is not text"))? } else { key.clone() };
         let size = fields.get("Size").and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| bad(&format!("`{}` has no size", shown_key(&key))))?;
-        let etag = fields.get("ETag").or(fields.get("LastModified")).cloned().unwrap_or_default();
+        let date = || fields.get("LastModified").map(|date| format!("{MODIFIED}{date}"));
+        let etag = fields.get("ETag").cloned().or_else(date).unwrap_or_default();
         Ok(Object { key, size, pin: Pin { version: String::new(), etag }, expected: Expected::default() })
     }
 }
@@ -423,8 +426,8 @@ fn explain(failure: Failure) -> Error {
 /// Whether two ETags name the same bytes; one that is not there says nothing.
 fn same_etag(one: &str, other: &str) -> bool {
     let plain = |etag: &str| etag.trim_start_matches("W/").trim_matches('"').to_owned();
-    let is_date = |etag: &str| etag.contains(':');
-    one.is_empty() || other.is_empty() || is_date(one) || is_date(other) || plain(one) == plain(other)
+    let says_nothing = |etag: &str| etag.is_empty() || etag.starts_with(MODIFIED);
+    says_nothing(one) || says_nothing(other) || plain(one) == plain(other)
 }
 
 /// The MD5 that an `ETag` may be: those of objects put in pieces have a `-`.

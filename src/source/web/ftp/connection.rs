@@ -106,18 +106,6 @@ impl Address {
         let scheme = if matches!(self.security, Security::Plain) { "ftp" } else { "ftps" };
         format!("{scheme}://{}:{}", self.host, self.port)
     }
-
-    async fn within<T>(
-        &self,
-        limit: Duration,
-        what: &str,
-        work: impl Future<Output = Result<T, FtpError>>,
-    ) -> Result<T> {
-        match timeout(limit, work).await {
-            Ok(done) => done.map_err(|error| fault(error, what)),
-            Err(_) => Err(Error::unavailable("STALLED", format!("{what}: nothing came for {} s", limit.as_secs_f64()))),
-        }
-    }
 }
 
 impl Connection {
@@ -140,7 +128,7 @@ impl Connection {
         }
         connection.log_in().await?;
         connection.command("TYPE I".to_owned(), Status::CommandOk, &what).await?;
-        let home = address.within(address.inactivity, &what, connection.ftp.pwd()).await?;
+        let home = within(address.inactivity, &what, connection.ftp.pwd()).await?;
         connection.home = as_bytes(&home).unwrap_or_default();
         Ok(connection)
     }
@@ -169,7 +157,7 @@ impl Connection {
 
     async fn command(&mut self, command: String, expected: Status, what: &str) -> Result<Response> {
         let address = Arc::clone(&self.address);
-        address.within(address.inactivity, what, self.ftp.custom_command(command, &[expected])).await
+        within(address.inactivity, what, self.ftp.custom_command(command, &[expected])).await
     }
 
     /// Whether transfers can begin in the middle.
@@ -201,8 +189,14 @@ impl Connection {
             }
         }
         let size = self.number("SIZE", path, &what).await?.and_then(|text| text.parse().ok());
+        Ok(Stat { size, stamp: self.stamp(path).await? })
+    }
+
+    /// When the file at the absolute `path` was modified, where the server knows MDTM.
+    pub(super) async fn stamp(&mut self, path: &[u8]) -> Result<Stamp> {
+        let what = format!("looking at {}", self.shown(path));
         let modified = self.number("MDTM", path, &what).await?;
-        Ok(Stat { size, stamp: Stamp { modified, unique: None } })
+        Ok(Stamp { modified, unique: None })
     }
 
     /// What a command answers of a file; `None` where the server does not know the command.
@@ -218,7 +212,7 @@ impl Connection {
     pub(super) async fn list(&mut self, path: &[u8]) -> Result<Vec<Line>> {
         let what = format!("listing {}", self.shown(path));
         let address = Arc::clone(&self.address);
-        address.within(address.inactivity, &what, self.ftp.cwd(as_text(path))).await?;
+        within(address.inactivity, &what, self.ftp.cwd(as_text(path))).await?;
         if address.facts.get() != Some(&false) {
             match self.data("MLSD", &what).await {
                 Ok(text) => return parse_all(&text, listing::parse_facts, &what),
@@ -241,7 +235,7 @@ impl Connection {
     async fn data(&mut self, command: &str, what: &str) -> Result<Vec<u8>> {
         let address = Arc::clone(&self.address);
         let begin = self.ftp.custom_data_command(command, &[Status::AboutToSend, Status::AlreadyOpen]);
-        let (_, mut transfer) = address.within(address.connect_timeout + address.inactivity, what, begin).await?;
+        let (_, mut transfer) = within(address.connect_timeout + address.inactivity, what, begin).await?;
         let mut buffer = BytesMut::new();
         while self.read(&mut transfer, &mut buffer, what).await? > 0 {
             if buffer.len() > LISTING_BYTES {
@@ -262,19 +256,19 @@ impl Connection {
             self.ftp.resume_transfer(offset).await?;
             self.ftp.retr_as_stream(as_text(path)).await
         };
-        address.within(address.connect_timeout + address.inactivity, &what, begin).await
+        within(address.connect_timeout + address.inactivity, &what, begin).await
     }
 
     /// Adds to `buffer` what has come; 0 at the end.
     pub(super) async fn read(&self, transfer: &mut Transfer, buffer: &mut BytesMut, what: &str) -> Result<usize> {
         buffer.reserve(READ_BYTES / 4);
         let read = async { transfer.read_buf(buffer).await.map_err(FtpError::ConnectionError) };
-        self.address.within(self.address.inactivity, what, read).await
+        within(self.address.inactivity, what, read).await
     }
 
     /// Ends a transfer that was read to its end; the server says whether it was whole.
     pub(super) async fn finish(&self, transfer: Transfer, what: &str) -> Result<()> {
-        self.address.within(self.address.inactivity, what, transfer.finish()).await
+        within(self.address.inactivity, what, transfer.finish()).await
     }
 
     /// The file or directory at `path` for people.
@@ -302,13 +296,21 @@ async fn connect_to(peer: SocketAddr, address: &Address, what: &str) -> Result<A
     let connector = |config: &Arc<ClientConfig>| AsyncRustlsConnector::from(TlsConnector::from(Arc::clone(config)));
     if let Security::Implicit(config) = &address.security {
         let connecting = AsyncRustlsFtpStream::connect_secure_implicit(peer, connector(config), &address.host);
-        return address.within(limit, what, connecting).await;
+        return within(limit, what, connecting).await;
     }
     let tcp = timeout(limit, TcpStream::connect(peer)).await.map_err(|_| timed_out(what))?;
     let tcp = tcp.map_err(|error| Error::unavailable("CONNECT_FAILED", what.to_owned()).because(error))?;
-    let ftp = address.within(address.inactivity, what, AsyncRustlsFtpStream::connect_with_stream(tcp)).await?;
+    let ftp = within(address.inactivity, what, AsyncRustlsFtpStream::connect_with_stream(tcp)).await?;
     let Security::Asked(config) = &address.security else { return Ok(ftp) };
-    address.within(limit, what, ftp.into_secure(connector(config), &address.host)).await
+    within(limit, what, ftp.into_secure(connector(config), &address.host)).await
+}
+
+/// What `work` gives within `limit`.
+async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T, FtpError>>) -> Result<T> {
+    match timeout(limit, work).await {
+        Ok(done) => done.map_err(|error| fault(error, what)),
+        Err(_) => Err(Error::unavailable("STALLED", format!("{what}: nothing came for {} s", limit.as_secs_f64()))),
+    }
 }
 
 fn timed_out(what: &str) -> Error {

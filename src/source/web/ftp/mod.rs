@@ -1,7 +1,7 @@
 //! Files and trees of FTP servers, plain (`ftp`) or protected (`ftps`).
 //!
 //! What is below an address is found by MLSD, or by LIST where the server does not know that. A file is pinned by its size and time of modification (MLST, or SIZE
-//! and MDTM), checked again whenever a range of it is opened and when its end has been read: another file is `SOURCE_CHANGED`. Seconds are all that
+//! and MDTM), checked again whenever a range of a large one is opened and when the end of any has been read: another file is `SOURCE_CHANGED`. Seconds are all that
 //! FTP tells. The revision is a digest over all of them; where one is missing it equals no other.
 //!
 //! A range is a connection of its own, for FTP cannot end a transfer in its middle and go on: after the last byte that is wanted the connection is
@@ -30,6 +30,7 @@ use super::super::connect::{SourceContext, has_scheme};
 use super::super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
 use super::unpinned;
 use crate::error::{Error, Kind, Result};
+use crate::limits;
 use crate::names::{EntryName, EntryPath};
 
 /// Connections to one server at a time: public ones often refuse the sixth.
@@ -152,16 +153,22 @@ impl Server {
         drop(permit);
     }
 
-    /// A connection that sends the file from `offset` on, which is still the one that was listed.
+    /// A connection that sends the file from `offset` on. A file of more than one fill unit is still the one that was listed; a smaller one is
+    /// sent whole, and looked at when it has been.
     async fn begin(&self, file: &Located, offset: u64) -> Result<(Borrowed, Transfer)> {
         loop {
             let mut borrowed = self.connection().await?;
             let begun = async {
-                file.check(&mut borrowed.connection).await?;
+                if offset > 0 || file.size.is_none_or(|size| size > limits::UNIT_BYTES) {
+                    file.check(&mut borrowed.connection).await?;
+                }
                 borrowed.connection.retrieve(&file.path, offset).await
             };
             match begun.await {
                 Ok(transfer) => return Ok((borrowed, transfer)),
+                Err(error) if error.kind() == Kind::NotFound => {
+                    return Err(source_changed(&borrowed.connection.shown(&file.path), "it was removed"));
+                }
                 Err(error) if borrowed.used && error.kind() == Kind::Unavailable => {}
                 Err(error) => return Err(error),
             }
@@ -288,6 +295,10 @@ impl Reading {
                 }
                 bytes.truncate(left);
                 self.at += bytes.len() as u64;
+                if self.at == self.end {
+                    // Before the last bytes are given: whoever has them all asks no further.
+                    self.conclude().await?;
+                }
                 return Ok(Some(bytes));
             }
         }
@@ -307,11 +318,11 @@ impl Reading {
             return Ok(());
         }
         let more = borrowed.connection.read(&mut transfer, &mut self.buffer, &self.what).await?;
-        borrowed.connection.finish(transfer, &self.what).await?;
-        self.file.check(&mut borrowed.connection).await?;
         if more > 0 {
             return Err(source_changed(&self.what, "it became longer"));
         }
+        borrowed.connection.finish(transfer, &self.what).await?;
+        self.file.check(&mut borrowed.connection).await?;
         self.server.give_back(borrowed);
         if self.at < self.end && self.end != u64::MAX {
             let message = format!("{}: the transfer ended after {} bytes", self.what, self.at);

@@ -99,8 +99,7 @@ async fn stamped(server: &Arc<Server>, files: Vec<(EntryPath, Located)>) -> Resu
         .map(|mut share| async move {
             let mut borrowed = server.connection().await?;
             for (_, file) in &mut share {
-                let stat = borrowed.connection.stat(&file.path).await?;
-                (file.size, file.stamp) = (stat.size.or(file.size), stat.stamp);
+                file.stamp = borrowed.connection.stamp(&file.path).await?;
             }
             server.give_back(borrowed);
             Ok::<_, Error>(share)
