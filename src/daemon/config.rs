@@ -507,6 +507,7 @@ mod tests {
         assert_eq!(problems_of("[http]\nurl = 'h:1'\n", &[]).1.len(), 1);
     }
 
+    #[test]
     fn datastores_have_names_of_their_own() {
         let text =
             "[datastores.Weights]\npath = '/mnt/w'\nowners = ['a', 'b']\n[datastores.\"x.y\"]\npath = '/mnt/xy'\n";

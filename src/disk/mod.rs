@@ -100,7 +100,7 @@ impl Disk {
             }
             Ok(_) => {}
             Err(why) => {
-                tracing::warn!(root = %self.root.display(), why, "the read-ahead of the store's disk stays as it is")
+                tracing::warn!(root = %self.root.display(), why, "the read-ahead of the store's disk stays as it is");
             }
         }
     }

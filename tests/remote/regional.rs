@@ -270,7 +270,8 @@ fn an_interrupted_ingest_keeps_the_digests_it_had_and_a_restart_serves_again() {
     let total = files.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
     let store = FaultFs::mount(files.clone());
     let mut daemon = daemon_with(store.root());
-    store.slow_down(Duration::from_millis(16));
+    // Digests are recorded every second: half of them must take longer.
+    store.slow_down(Duration::from_millis(100));
     daemon.ctl(&["create", "w", "--type", "regional", "--uri", "models"]).ok();
     wait_until("more than half is digested", PATIENCE, || daemon.bytes_done("w") > total / 2);
     daemon.kill9();

@@ -160,8 +160,8 @@ impl Shared {
             passed += length;
             self.body_bytes.fetch_add(length, Ordering::Relaxed);
             let pace = self.bytes_per_s.load(Ordering::Relaxed);
-            if pace > 0 {
-                thread::sleep(Duration::from_micros(length * 1_000_000 / pace));
+            if let Some(micros) = (length * 1_000_000).checked_div(pace) {
+                thread::sleep(Duration::from_micros(micros));
             }
         }
         match fault {

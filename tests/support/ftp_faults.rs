@@ -175,8 +175,8 @@ impl Shared {
                 break;
             }
             let pace = self.bytes_per_s.load(Ordering::Relaxed);
-            if pace > 0 {
-                thread::sleep(Duration::from_micros(u64::try_from(most).unwrap() * 1_000_000 / pace));
+            if let Some(micros) = (u64::try_from(most).unwrap() * 1_000_000).checked_div(pace) {
+                thread::sleep(Duration::from_micros(micros));
             }
             length = server.read(&mut buffer)?;
         }

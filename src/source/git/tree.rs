@@ -133,7 +133,7 @@ mod tests {
             format!("100644 blob {id} 1\t../x"),
             format!("100644 blob {id} 1\t"),
             format!("100644 blob {id} x\ta"),
-            format!("100644 blob -x 1\ta"),
+            "100644 blob -x 1\ta".to_string(),
             format!("040000 tree {id} -\ta"),
             "nonsense".to_owned(),
         ] {

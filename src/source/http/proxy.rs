@@ -56,7 +56,8 @@ impl Proxies {
     /// # Errors
     /// `EGRESS_REFUSED`.
     pub(super) async fn check(&self, url: &Url, policy: &EgressPolicy) -> Result<()> {
-        let Some(name) = url.domain() else { return Ok(()) };
+        // A `.` at the end only says that nothing is to be added; not every resolver knows `localhost.`.
+        let Some(name) = url.domain().map(|name| name.trim_end_matches('.')) else { return Ok(()) };
         let behind_proxy = self.proxy_of(url.as_str()).is_some();
         if !behind_proxy && !self.hosts.iter().any(|host| same_name(host, name)) {
             return Ok(());

@@ -68,7 +68,7 @@ fn from_html(page: &str, base: &Url) -> Option<Index> {
         match place(base, &url) {
             Place::Below => index.add(base, url),
             Place::Itself => {
-                is_index |= url.query().is_some_and(|query| SORTING.iter().any(|word| query.starts_with(word)))
+                is_index |= url.query().is_some_and(|query| SORTING.iter().any(|word| query.starts_with(word)));
             }
             Place::Elsewhere => elsewhere += 1,
         }
@@ -92,11 +92,11 @@ fn from_json(text: &[u8], base: &Url) -> Option<Index> {
     for entry in entries {
         match (entry.kind.as_deref(), entry.is_dir) {
             (Some("directory"), _) | (None, Some(true)) => {
-                index.add_named(base, entry.name.trim_end_matches('/'), true)
+                index.add_named(base, entry.name.trim_end_matches('/'), true);
             }
             (Some("file"), _) | (None, Some(false)) => index.add_named(base, &entry.name, false),
             (Some(other), _) => {
-                index.refused.push((entry.name, format!("is neither file nor directory but `{other}`")))
+                index.refused.push((entry.name, format!("is neither file nor directory but `{other}`")));
             }
             (None, None) => return None,
         }

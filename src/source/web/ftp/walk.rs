@@ -76,7 +76,7 @@ impl Walk {
                 }
             }
             Kind::Other(kind) => {
-                self.skipped.push((path.to_string(), format!("is neither file nor directory ({kind})")))
+                self.skipped.push((path.to_string(), format!("is neither file nor directory ({kind})")));
             }
         }
         Ok(())
