@@ -51,6 +51,7 @@ pub mod serve;
 
 // 6: control.
 pub mod control;
+pub mod http;
 
 // 7: process.
 pub mod cli;

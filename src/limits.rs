@@ -63,6 +63,10 @@ pub const FETCHES_PER_SOURCE: usize = 8;
 /// Ingests that move bytes at the same time; more wait their turn.
 pub const INGESTS_AT_A_TIME: usize = 8;
 
+/// Uploads that move bytes at the same time, apart from other ingests, since a sender may be slow or silent for long. Each
+/// holds up to 25 MiB (a body, a queue, a file in memory), so together they stay near the memory budget.
+pub const SENDERS_AT_A_TIME: usize = 16;
+
 /// Files published in one transaction.
 pub const PUBLISH_BATCH_FILES: usize = 512;
 
@@ -84,6 +88,9 @@ pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
 /// One gRPC message, either way.
 pub const MESSAGE_BYTES: usize = 16 << 20;
+
+/// Connections of the HTTP listener; more wait to be accepted.
+pub const HTTP_CONNECTIONS: usize = 512;
 
 /// Events kept; older ones are dropped.
 pub const EVENTS_KEPT: u64 = 10_000;

@@ -50,10 +50,11 @@ impl Create {
         let daemon = console.daemon().await?;
         let mut record = daemon.ask(daemon.checkpoints().create_checkpoint(request)).await?;
         if wait {
-            talk(&format!("created {}", text::titled(&record)));
+            talk(&format!("created {}{}", text::titled(&record), text::transfer_lines(&record)));
             record = follow::until_ready(&daemon, &record).await?;
         }
-        console.answer(&document::Checkpoint::from(&record), || text::checkpoint_line(&record))
+        let line = || text::checkpoint_line(&record) + &text::transfer_lines(&record);
+        console.answer(&document::Checkpoint::from(&record), line)
     }
 
     fn request(self) -> Ended<wire::CreateCheckpointRequest> {

@@ -1,6 +1,6 @@
 //! Answers as JSON: keys that scripts rely on. Keys may be added, never renamed or dropped.
 //!
-//! Sizes are bytes, times RFC 3339 in UTC. `fill` and `error` are null where they do not apply; texts are never null, an empty
+//! Sizes are bytes, times RFC 3339 in UTC. `fill`, `error` and `transfer` are null where they do not apply; texts are never null, an empty
 //! one means that there is none (yet).
 
 use std::collections::BTreeMap;
@@ -52,6 +52,13 @@ pub(super) struct Checkpoint<'a> {
     fill: Option<Fill>,
     error: Option<Failure<'a>>,
     created_at: String,
+    transfer: Option<Transfer<'a>>,
+}
+
+#[derive(Serialize)]
+struct Transfer<'a> {
+    url: &'a str,
+    token: &'a str,
 }
 
 #[derive(Serialize)]
@@ -96,6 +103,7 @@ impl<'a> From<&'a wire::Checkpoint> for Checkpoint<'a> {
             fill: record.fill.as_ref().map(Fill::of),
             error: record.error.as_ref().map(Failure::of),
             created_at: units::rfc3339(record.created_unix_ms),
+            transfer: record.transfer.as_ref().map(|transfer| Transfer { url: &transfer.url, token: &transfer.token }),
         }
     }
 }

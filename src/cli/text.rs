@@ -26,6 +26,13 @@ pub(super) fn checkpoint_line(record: &wire::Checkpoint) -> String {
     line
 }
 
+/// Where to send what the checkpoint waits for, a line behind its own; nothing for one that does not wait.
+pub(super) fn transfer_lines(record: &wire::Checkpoint) -> String {
+    record.transfer.as_ref().map_or_else(String::new, |transfer| {
+        format!("\nwaits to be sent to {} with the token {}", plain(&transfer.url), plain(&transfer.token))
+    })
+}
+
 /// `NAME (ID)`, or the id alone where it is the name.
 pub(super) fn titled(record: &wire::Checkpoint) -> String {
     if record.name.is_empty() || record.name == record.id {
@@ -77,6 +84,10 @@ pub(super) fn checkpoint_details(record: &wire::Checkpoint) -> String {
         ("on disk", show_bytes(record.physical_bytes)),
         ("created", local_time(record.created_unix_ms)),
     ];
+    if let Some(transfer) = &record.transfer {
+        rows.push(("send to", plain(&transfer.url)));
+        rows.push(("token", plain(&transfer.token)));
+    }
     if let Some(failure) = &record.error {
         rows.push(("error", plain(&failure.message)));
         rows.push(("remedy", plain(&failure.remedy)));

@@ -43,6 +43,14 @@ impl Service {
             )
             .remedy("use `ckptctl capture` or `ckptctl upload`"));
         }
+        if kind == SourceKind::Local && self.floors.tokens.is_none() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "NO_TRANSFER_LISTENER",
+                "nothing can be sent to this daemon by HTTP, which checkpoints of type `local` are",
+            )
+            .remedy("set `http.listen`, or use `ckptctl upload`"));
+        }
         let (uri, user) = source::split_user_information(&wanted.uri);
         let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
@@ -56,7 +64,10 @@ impl Service {
             secrets.entry("username".into()).or_insert(username);
             secrets.entry("password".into()).or_insert(password);
         }
-        let record = new_record(request.id, request.name, request.owner, request.public, origin)?;
+        let mut record = new_record(request.id, request.name, request.owner, request.public, origin)?;
+        if is_sent(&record) {
+            record.state = State::Filling;
+        }
         self.begin(record, Credentials::new(secrets)).await
     }
 
@@ -84,13 +95,13 @@ impl Service {
             }
             let (record, _) = insert(&floors, record).await?;
             if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
-                floors.ingests.start(&record, credentials);
+                floors.start_unless_sent(&record, credentials);
             }
             Ok::<_, Error>(record)
         })
         .await
         .map_err(|error| Error::internal("recording a checkpoint ended early").because(error))??;
-        self.floors.show(record).await
+        self.floors.show_transfer(record).await
     }
 
     async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
@@ -134,13 +145,13 @@ impl Service {
             let record = floors.store.catalog().write(move |tx| mark_for_retry(tx, &request.checkpoint)).await?;
             let idle = floors.ingests.progress(&record.id).is_none();
             if record.state == State::Filling && (record.failure.is_some() || idle) {
-                floors.ingests.start(&record, credentials);
+                floors.start_unless_sent(&record, credentials);
             }
             Ok::<_, Error>(Record { failure: None, ..record })
         })
         .await
         .map_err(|error| Error::internal("retrying ended early").because(error))??;
-        self.floors.show(record).await
+        self.floors.show_transfer(record).await
     }
 
     async fn rename(&self, request: wire::RenameCheckpointRequest) -> Result<wire::Checkpoint> {
@@ -205,7 +216,21 @@ impl Service {
     }
 }
 
+/// Whether somebody sends the bytes, when they wish: such a record waits, and nothing is started for it.
+fn is_sent(record: &Record) -> bool {
+    record.origin.kind == SourceKind::Local.as_str()
+}
+
 impl Floors {
+    /// Begins to fill a record, if that is for us to begin; tells watchers otherwise.
+    fn start_unless_sent(&self, record: &Record, credentials: Credentials) {
+        if is_sent(record) {
+            self.ingests.note_change(&record.id);
+        } else {
+            self.ingests.start(record, credentials);
+        }
+    }
+
     /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
     ///
     /// # Errors
@@ -401,7 +426,7 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::GetCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
         let record = self.floors.find(request.into_inner().checkpoint).await.map_err(status)?;
-        self.floors.show(record).await.map(Response::new).map_err(status)
+        self.floors.show_transfer(record).await.map(Response::new).map_err(status)
     }
 
     async fn list_checkpoints(

@@ -33,6 +33,7 @@ use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::serve::attachments::Attachments;
+use crate::source::local::Tokens;
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
@@ -56,6 +57,8 @@ pub struct Floors {
     pub ingests: Ingests,
     /// Jobs and views.
     pub attachments: Attachments,
+    /// Tokens of local transfers, where the daemon listens for them.
+    pub tokens: Option<Arc<Tokens>>,
     /// Facts that hold as long as the process.
     pub facts: Arc<Facts>,
 }

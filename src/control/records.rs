@@ -8,7 +8,7 @@ use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
 use crate::catalog::jobs::{JobRow, JobState};
 use crate::error::Result;
-use crate::source;
+use crate::source::{self, SourceKind};
 
 const fn state(state: State) -> wire::CheckpointState {
     match state {
@@ -35,6 +35,18 @@ impl Floors {
         let asked = record.clone();
         let footprint = self.store.catalog().read(move |tx| checkpoints::footprint(tx, &asked)).await?;
         Ok(self.message(record, footprint))
+    }
+
+    /// [`Floors::show`], and where its bytes are to be sent with which token, while it waits for somebody to send them. Only for who
+    /// asks for this one record.
+    pub(super) async fn show_transfer(&self, record: Record) -> Result<wire::Checkpoint> {
+        let waits =
+            matches!(record.state, State::New | State::Filling) && record.origin.kind == SourceKind::Local.as_str();
+        let transfer = self.tokens.as_ref().filter(|_| waits).map(|tokens| wire::Transfer {
+            url: tokens.url().to_owned(),
+            token: tokens.token(&record.id, record.created_ms),
+        });
+        Ok(wire::Checkpoint { transfer, ..self.show(record).await? })
     }
 
     /// [`Floors::show`] of a list, in one view of the catalog.
@@ -91,6 +103,7 @@ impl Floors {
             unique_bytes,
             physical_bytes,
             created_unix_ms: record.created_ms,
+            transfer: None,
         }
     }
 

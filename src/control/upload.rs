@@ -12,7 +12,7 @@ use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
 use crate::ingest::plan;
 use crate::names::EntryPath;
-use crate::source::{EntryStream, Expected, File, Listed, SourceKind, What};
+use crate::source::{EntryStream, File, Listed, SourceKind, What};
 
 /// Receives a whole checkpoint; the record, ready.
 pub(super) async fn receive(
@@ -23,21 +23,18 @@ pub(super) async fn receive(
         return Err(protocol("the first message must be `start`"));
     };
     plan::admit(start.bytes_total, floors.store.available_bytes()?)?;
-    let origin = Origin { kind: SourceKind::Upload.to_string(), uri: start.origin, options: Default::default() };
+    let options = start.options.into_iter().collect();
+    let origin = Origin { kind: SourceKind::Upload.to_string(), uri: start.origin, options };
+    let one_file = start.one_file && origin.options.get("extract").is_none_or(|value| value != "false");
     let record = new_record(start.id, start.name, start.owner, start.public, origin)?;
     // In a task of its own: a sender that goes away drops this call, and what it left must go all the same.
     let floors = floors.clone();
-    tokio::spawn(async move { fill(&floors, record, messages, start.bytes_total).await })
+    tokio::spawn(async move { fill(&floors, record, Sent::new(messages, one_file), start.bytes_total).await })
         .await
         .map_err(|error| Error::internal("an upload ended early").because(error))?
 }
 
-async fn fill(
-    floors: &Floors,
-    record: Record,
-    messages: Streaming<wire::UploadCheckpointRequest>,
-    bytes_total: u64,
-) -> Result<wire::Checkpoint> {
+async fn fill(floors: &Floors, record: Record, sent: Sent, bytes_total: u64) -> Result<wire::Checkpoint> {
     let (record, is_new) = insert(floors, record).await?;
     if !is_new {
         return match record.state {
@@ -46,7 +43,6 @@ async fn fill(
                 .remedy("wait for it, or remove it and upload it again")),
         };
     }
-    let sent = Sent { messages, present: None, sent: Digester::new() };
     let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total).await;
     match outcome {
         Ok(()) => floors.show(floors.find(record.id).await?).await,
@@ -81,6 +77,8 @@ struct Sent {
     present: Option<u64>,
     /// Everything sent, for the revision.
     sent: Digester,
+    /// Whether it is one file that is to be extracted if it is an archive.
+    one_file: bool,
 }
 
 #[async_trait]
@@ -116,9 +114,17 @@ impl EntryStream for Sent {
     fn revision(&self) -> String {
         format!("sent:{}", self.sent.finish())
     }
+
+    fn one_file(&self) -> bool {
+        self.one_file
+    }
 }
 
 impl Sent {
+    fn new(messages: Streaming<wire::UploadCheckpointRequest>, one_file: bool) -> Self {
+        Self { messages, present: None, sent: Digester::new(), one_file }
+    }
+
     fn entry(&mut self, entry: wire::UploadEntry) -> Result<Listed> {
         use wire::upload_entry::Kind as Sort;
         self.sent.update(&entry.path);
@@ -128,13 +134,7 @@ impl Sent {
             Some(Sort::Symlink(target)) => What::Symlink(target.into()),
             Some(Sort::File(file)) => {
                 self.present = Some(file.size_bytes);
-                What::File(File {
-                    locator: String::new(),
-                    size: Some(file.size_bytes),
-                    executable: file.executable,
-                    ranges: false,
-                    expected: Expected::default(),
-                })
+                What::File(File::streamed(Some(file.size_bytes), file.executable))
             }
             None => return Err(protocol("an entry has no kind")),
         };

@@ -5,6 +5,7 @@
 //! errors, `check-config` reports every problem at once with its line, and the packaged file is tested against it. A value in the
 //! environment is written as in TOML: `CKPTD_SOURCES__ALLOW_NETWORKS='["10.0.0.0/8"]'`.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -55,6 +56,12 @@ pub struct Config {
     pub catalogue_file: Option<PathBuf>,
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
+    /// Where HTTP is listened for, if at all.
+    pub http_listen: Option<SocketAddr>,
+    /// Base URL by which others reach that listener; empty: its address.
+    pub http_url: String,
+    /// Silence after which an upload by HTTP is dropped.
+    pub upload_idle: Duration,
     /// Directories that are mounted on this host and served from.
     pub datastores: Datastores,
 }
@@ -74,6 +81,9 @@ impl Default for Config {
             credentials_dir: PathBuf::from("/etc/ckptd/credentials"),
             catalogue_file: None,
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
+            http_listen: None,
+            http_url: String::new(),
+            upload_idle: Duration::from_secs(3600),
             datastores: Datastores::default(),
         }
     }
@@ -110,6 +120,9 @@ const KEYS: &[Key] = &[
         name: "memory.budget",
         read: |config, value| set(&mut config.memory_budget_bytes, at_least(value, 16 << 20)),
     },
+    Key { name: "http.listen", read: |config, value| set(&mut config.http_listen, listen_address(value)) },
+    Key { name: "http.url", read: |config, value| set(&mut config.http_url, base_url(value)) },
+    Key { name: "http.upload_idle_s", read: |config, value| set(&mut config.upload_idle, seconds(value)) },
 ];
 
 type ReadOf<T> = fn(&mut T, &Value) -> std::result::Result<(), String>;
@@ -391,6 +404,28 @@ fn seconds(value: &Value) -> std::result::Result<Duration, String> {
         .ok_or_else(|| "must be a number of seconds from 1 to 3600".to_owned())
 }
 
+/// `""` for none, a port of loopback, or an address with its port.
+fn listen_address(value: &Value) -> std::result::Result<Option<SocketAddr>, String> {
+    let expected = || "must be \"\", a port, or an address with its port such as \"0.0.0.0:8080\"".to_owned();
+    let loopback = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    match (value.as_integer(), value.as_str()) {
+        (Some(port), _) => u16::try_from(port).map(|port| Some(loopback(port))).map_err(|_| expected()),
+        (_, Some("")) => Ok(None),
+        (_, Some(text)) => match text.parse::<u16>() {
+            Ok(port) => Ok(Some(loopback(port))),
+            Err(_) => text.parse().map(Some).map_err(|_| expected()),
+        },
+        _ => Err(expected()),
+    }
+}
+
+fn base_url(value: &Value) -> std::result::Result<String, String> {
+    let url = value.as_str().map(|text| text.trim_end_matches('/'));
+    url.filter(|url| url.is_empty() || url.starts_with("http://") || url.starts_with("https://"))
+        .map(str::to_owned)
+        .ok_or_else(|| "must be a URL that begins with http:// or https://".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -454,6 +489,24 @@ mod tests {
     }
 
     #[test]
+    fn a_port_alone_is_one_of_loopback() {
+        for (text, expected) in [
+            ("8080", Some("127.0.0.1:8080")),
+            ("'8080'", Some("127.0.0.1:8080")),
+            ("'0.0.0.0:80'", Some("0.0.0.0:80")),
+            ("'[::1]:80'", Some("[::1]:80")),
+            ("''", None),
+        ] {
+            let (config, problems) = problems_of(&format!("[http]\nlisten = {text}\n"), &[]);
+            assert_eq!(problems, [], "{text}");
+            assert_eq!(config.http_listen.map(|address| address.to_string()).as_deref(), expected, "{text}");
+        }
+        for text in ["65536", "-1", "'localhost:80'", "true"] {
+            assert_eq!(problems_of(&format!("[http]\nlisten = {text}\n"), &[]).1.len(), 1, "{text}");
+        }
+        assert_eq!(problems_of("[http]\nurl = 'h:1'\n", &[]).1.len(), 1);
+    }
+
     fn datastores_have_names_of_their_own() {
         let text =
             "[datastores.Weights]\npath = '/mnt/w'\nowners = ['a', 'b']\n[datastores.\"x.y\"]\npath = '/mnt/xy'\n";

@@ -16,19 +16,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 
 use crate::control::catalogue::Catalogue;
 use crate::control::{self, Facts, Floors};
 use crate::error::{Error, Result};
+use crate::http::{self, transfer::Transfers};
 use crate::ingest::{Connector, Ingests, Settings};
 use crate::serve::attachments::Attachments;
 use crate::source::egress::EgressPolicy;
+use crate::source::local::Tokens;
 use crate::source::{
     self, Credentials, CredentialsDirectory, Datastores, HttpSettings, SourceContext, SourceKind, SourceSpec,
 };
 use crate::store::Store;
 use config::Config;
+
+/// File of the secret that tokens of local transfers are derived from.
+const TRANSFER_KEY: &str = "transfer.key";
 
 /// How long calls under way may go on after a stop was asked for.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
@@ -38,6 +43,7 @@ pub struct Instance {
     floors: Floors,
     listener: UnixListener,
     socket: PathBuf,
+    web: Option<(TcpListener, Arc<Transfers>)>,
 }
 
 impl Instance {
@@ -64,11 +70,20 @@ impl Instance {
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
         let listener = control::bind(&socket).await?;
-        let floors = compose(config, store, passthrough, started).await.inspect_err(|_| {
+        let composed = async {
+            let (web, tokens) = listen_for_transfers(config, &store).await?;
+            let floors = compose(config, store, tokens, passthrough, started).await?;
+            Ok((floors, web))
+        };
+        let (floors, web): (Floors, Option<TcpListener>) = composed.await.inspect_err(|_: &Error| {
             let _ = std::fs::remove_file(&socket);
         })?;
         recover::recover(&floors).await?;
-        Ok(Self { floors, listener, socket })
+        let web = web.zip(floors.tokens.clone()).map(|(web, tokens)| {
+            let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
+            (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
+        });
+        Ok(Self { floors, listener, socket, web })
     }
 
     /// Where it will listen.
@@ -92,6 +107,13 @@ impl Instance {
             stop.await;
             let _ = stopped.send(());
         });
+        // Ends where this future does: whoever sends then must begin again in any case.
+        let web = async {
+            if let Some((listener, transfers)) = self.web {
+                http::serve(listener, transfers).await;
+            }
+            std::future::pending::<()>().await;
+        };
         // Calls that only watch or wait would never end by themselves.
         let patience = async {
             let _ = stopping.await;
@@ -100,6 +122,7 @@ impl Instance {
         let outcome = tokio::select! {
             outcome = serving => outcome,
             () = patience => Ok(()),
+            () = web => Ok(()),
         };
         let _ = std::fs::remove_file(&self.socket);
         attachments.leave().await;
@@ -107,7 +130,24 @@ impl Instance {
     }
 }
 
-async fn compose(config: &Config, store: Store, passthrough: bool, started: Instant) -> Result<Floors> {
+/// The HTTP listener, if one is configured, and the tokens for what is sent there.
+async fn listen_for_transfers(config: &Config, store: &Store) -> Result<(Option<TcpListener>, Option<Arc<Tokens>>)> {
+    let Some(address) = config.http_listen else { return Ok((None, None)) };
+    let (listener, bound) = http::bind(address).await?;
+    let url = if config.http_url.is_empty() { format!("http://{bound}") } else { config.http_url.clone() };
+    let disk = store.disk().clone();
+    let key = blocking(move || disk.secret(TRANSFER_KEY)).await?;
+    tracing::info!(url, "listening for HTTP on {bound}");
+    Ok((Some(listener), Some(Arc::new(Tokens::new(key, url)))))
+}
+
+async fn compose(
+    config: &Config,
+    store: Store,
+    tokens: Option<Arc<Tokens>>,
+    passthrough: bool,
+    started: Instant,
+) -> Result<Floors> {
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
     let datastores = Arc::new(config.datastores.clone());
@@ -125,7 +165,7 @@ async fn compose(config: &Config, store: Store, passthrough: bool, started: Inst
     );
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
-    Ok(Floors { store, ingests, attachments, facts })
+    Ok(Floors { store, ingests, attachments, tokens, facts })
 }
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from

@@ -3,7 +3,7 @@
 //! | record | then |
 //! |---|---|
 //! | `removing` | the removal is finished |
-//! | `new`, `filling` | the ingest begins again and resumes; an upload is removed, since only its sender has the bytes |
+//! | `new`, `filling` | the ingest begins again and resumes; an upload is removed, since only its sender has the bytes; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
 //! | `ready`, `failed`, `evicted` | nothing |
 //!
 //! Publishes and removals of single blobs were mended when the store was opened; views are made again by `serve::attachments`.
@@ -20,6 +20,9 @@ pub(super) async fn recover(floors: &Floors) -> Result<()> {
             State::Removing => finish_removal(floors, &record).await,
             State::New | State::Filling if record.origin.kind == SourceKind::Upload.as_str() => {
                 finish_removal(floors, &record).await;
+            }
+            State::New | State::Filling if record.origin.kind == SourceKind::Local.as_str() => {
+                floors.ingests.start_over(&record).await;
             }
             State::New | State::Filling => floors.ingests.start(&record, Credentials::default()),
             State::Ready | State::Failed | State::Evicted => {}

@@ -4,6 +4,7 @@
 //! version                      "ckptd-state 1"
 //! lock                         flock(2) held by the one daemon that owns the directory; holds its pid
 //! catalog.db                   owned by the catalog
+//! transfer.key                 what tokens of local transfers are derived from, mode 0600
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
@@ -22,6 +23,7 @@ mod extents;
 mod ownership;
 mod read_ahead;
 mod scratch;
+mod secret;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -40,6 +42,7 @@ use crate::units::show_bytes;
 
 pub use extents::{SealedFile, clone_file};
 pub use scratch::Scratch;
+pub use secret::SECRET_BYTES;
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;

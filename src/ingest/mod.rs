@@ -11,7 +11,8 @@
 //! A source may want its bytes left where they are ([`in_place`]): then the flight only takes digests, and `ready` means that each file's
 //! stamp is recorded.
 //!
-//! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
+//! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`; senders, who may be slow for hours, for one of
+//! `limits::SENDERS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
 mod copy;
@@ -25,6 +26,7 @@ mod publish;
 pub mod retry;
 mod seal;
 mod stream;
+mod unpack;
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicU64;
@@ -88,6 +90,7 @@ struct Shared {
     connect: Connector,
     settings: Settings,
     slots: Semaphore,
+    senders: Semaphore,
     /// Numbers of filling files, never used again: a write that outlives its flight can hit nobody else's file.
     next_number: AtomicU64,
     bounds: fetch::Bounds,
@@ -110,6 +113,7 @@ impl Ingests {
             connect,
             settings,
             slots: Semaphore::new(limits::INGESTS_AT_A_TIME),
+            senders: Semaphore::new(limits::SENDERS_AT_A_TIME),
             next_number: AtomicU64::new(u64::try_from(now_unix_ms()).unwrap_or(0) << 20),
             bounds: fetch::Bounds::new(settings.memory_budget_bytes),
             tasks: Mutex::default(),
@@ -132,14 +136,15 @@ impl Ingests {
         let record = record.clone();
         self.spawn(record.id.clone(), |progress| async move {
             let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
-            shared.conclude(&record, outcome).await;
+            // What it failed with is in the record.
+            let _ = shared.conclude(&record, outcome).await;
         });
     }
 
     /// Fills a recorded checkpoint from entries that the caller sends; returns when it is decided.
     ///
     /// # Errors
-    /// What the stream or the store failed with; the record is then `failed`.
+    /// What the stream or the store failed with; the record is then `failed`, and nothing of it is kept, since it cannot be resumed.
     pub async fn fill_from_stream(
         &self,
         record: &Record,
@@ -151,10 +156,11 @@ impl Ingests {
         let record = record.clone();
         self.spawn(record.id.clone(), move |progress| async move {
             progress.expect(bytes_total, 0);
-            let outcome = shared.fill_from_entries(&record, entries, &progress).await;
-            let answer = outcome.as_ref().map(|_| ()).map_err(Error::share);
-            shared.conclude(&record, outcome).await;
-            let _ = sender.send(answer);
+            let outcome = shared.fill_from_sender(&record, entries, &progress).await;
+            if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
+                shared.give_back(&record).await;
+            }
+            let _ = sender.send(shared.conclude(&record, outcome).await);
         });
         receiver.await.map_err(|_| Error::new(Kind::Cancelled, "INGEST_CANCELLED", "the ingest was cancelled"))?
     }
@@ -181,6 +187,13 @@ impl Ingests {
             task.join.abort();
             let _ = task.join.await;
         }
+    }
+
+    /// Makes a checkpoint that was being filled by a sender as if nothing had been sent: it waits, and nothing of it is on disk.
+    pub async fn start_over(&self, record: &Record) {
+        self.cancel(&record.id).await;
+        self.0.give_back(record).await;
+        self.note_change(&record.id);
     }
 
     fn spawn<F, W>(&self, id: String, work: W)
@@ -248,8 +261,24 @@ impl Shared {
                 let manifest = flight.landed().await?;
                 Ok((flight.revision().to_owned(), manifest.as_ref().clone(), Some(flight)))
             }
-            Opened::Streamed(entries) => self.fill_from_entries(record, entries, progress).await,
+            Opened::Streamed(entries) => {
+                let _slot = self.slot().await?;
+                self.fill_from_entries(record, entries, progress).await
+            }
         }
+    }
+
+    async fn fill_from_sender(
+        self: &Arc<Self>,
+        record: &Record,
+        entries: Box<dyn EntryStream>,
+        progress: &Arc<Progress>,
+    ) -> Result<Filled> {
+        self.set_filling(record).await?;
+        let closed = |_| Error::internal("the senders' slots are closed");
+        let _slot = self.senders.acquire().await.map_err(closed)?;
+        let entries = unpack::Unpacked::new(self.clone(), &record.id, entries);
+        self.fill_from_entries(record, Box::new(entries), progress).await
     }
 
     async fn fill_from_entries(
@@ -258,8 +287,6 @@ impl Shared {
         entries: Box<dyn EntryStream>,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
-        self.set_filling(record).await?;
-        let _slot = self.slot().await?;
         let (id, flight) = (record.id.clone(), record.id.clone());
         self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
         self.store.disk().clear_flight(&record.id, &[])?;
@@ -363,26 +390,29 @@ impl Shared {
         self.record_event("ENTRIES_SKIPPED", record, message).await
     }
 
-    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) {
-        if outcome.as_ref().is_err_and(|error| error.reason() == NOT_WANTED) {
-            return;
-        }
+    /// Decides the record by what came of filling it.
+    ///
+    /// # Errors
+    /// What the record failed with, `NOT_WANTED` where it was decided before.
+    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) -> Result<()> {
         let result = match outcome {
             Ok((_, manifest, _)) if manifest.entries().is_empty() => Err(empty()),
             Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
+            Err(error) if error.reason() == NOT_WANTED => return Err(error),
             Err(error) => Err(error),
         };
-        if let Err(error) = result {
+        if let Err(error) = &result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
             if error.kind() == Kind::NoSpace {
                 self.give_back(record).await;
             }
-            while let Err(second) = self.make_failed(record, &error).await {
+            while let Err(second) = self.make_failed(record, error).await {
                 tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
                 tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             }
         }
         let _ = self.changes.send(record.id.clone());
+        result
     }
 
     async fn make_ready(
@@ -411,7 +441,8 @@ impl Shared {
         self.drop_flight_if_unneeded(own_flight).await
     }
 
-    /// What a checkpoint that did not fit had filled goes, so that something smaller can come.
+    /// What was filled of a checkpoint goes: of one that did not fit, so that something smaller can come; of one that was sent, since
+    /// nobody can go on with it.
     async fn give_back(&self, record: &Record) {
         let id = record.id.clone();
         let forget = move |tx: &rusqlite::Connection| {

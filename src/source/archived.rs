@@ -8,7 +8,7 @@ use std::fs::File as OpenFile;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{EntryStream, Expected, File, Listed, What};
+use super::{EntryStream, File, Listed, What};
 use crate::archive::{self, About, Archived, Member, Members};
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
@@ -72,9 +72,7 @@ pub fn listed_member(member: Member) -> Listed {
         archive::What::Directory => What::Directory,
         archive::What::Symlink(target) => What::Symlink(target),
         archive::What::SameAs(path) => What::SameAs(path),
-        archive::What::File { size, executable } => {
-            What::File(File { locator: String::new(), size, executable, ranges: false, expected: Expected::default() })
-        }
+        archive::What::File { size, executable } => What::File(File::streamed(size, executable)),
     };
     Listed { path: member.path, what }
 }

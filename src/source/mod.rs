@@ -25,6 +25,7 @@ mod git;
 mod http;
 mod huggingface;
 mod kaggle;
+pub mod local;
 mod objects;
 mod regional;
 mod spec;
@@ -160,6 +161,11 @@ pub struct File {
 }
 
 impl File {
+    /// A file whose bytes come right behind its entry in a stream, with nothing stated but its size.
+    pub fn streamed(size: Option<u64>, executable: bool) -> Self {
+        Self { locator: String::new(), size, executable, ranges: false, expected: Expected::default() }
+    }
+
     /// What tells that a file of this host is untouched.
     ///
     /// # Errors
@@ -201,6 +207,12 @@ pub trait EntryStream: Send {
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
     fn revision(&self) -> String;
+
+    /// Whether one file was sent by its own name, and not a tree that may hold one: if it is an archive, its members are
+    /// wanted. Asked once the first entry is here.
+    fn one_file(&self) -> bool {
+        false
+    }
 }
 
 /// The error of a source whose `what` is no longer as it was when it was opened; `how` says in which way.

@@ -17,6 +17,7 @@ mod gcs;
 mod git;
 mod huggingface;
 mod kaggle;
+mod local;
 mod regional;
 mod s3;
 mod web;

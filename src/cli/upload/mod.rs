@@ -18,6 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::connect::Daemon;
 use super::console::Console;
+use super::create::parse_option;
 use super::exit::Ended;
 use super::progress::Progress;
 use super::{document, follow, text};
@@ -33,7 +34,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Send a file or directory of this computer as a new checkpoint
 ///
-/// Symbolic links are kept, not followed; so is the executable bit.
+/// Symbolic links are kept, not followed; so is the executable bit. A single archive is extracted.
 #[derive(Args)]
 pub(super) struct Upload {
     /// What to call it; need not be unique
@@ -49,6 +50,9 @@ pub(super) struct Upload {
     /// Id to give it; makes repeating the command harmless
     #[arg(long)]
     id: Option<String>,
+    /// Option, repeatable: extract=false keeps a single archive as it is instead of taking it apart
+    #[arg(long = "option", value_name = "KEY=VALUE", value_parser = parse_option)]
+    options: Vec<(String, String)>,
 }
 
 impl Upload {
@@ -62,6 +66,8 @@ impl Upload {
             public: self.public,
             origin: origin(&self.path),
             bytes_total,
+            options: self.options.into_iter().collect(),
+            one_file: self.path.is_file(),
         };
         let sending = Sending::begin(start, self.path);
         let record = sending.finish(&daemon, &self.name, bytes_total).await?;

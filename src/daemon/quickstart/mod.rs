@@ -43,7 +43,9 @@ pub struct Arguments {
 pub async fn run(arguments: Arguments, config: Config) -> Result<()> {
     let home = Home::new()?;
     let stop = stop_signal()?;
-    let config = Config { state_dir: home.path.join("state"), runtime_dir: home.path.join("run"), ..config };
+    let (state_dir, runtime_dir) = (home.path.join("state"), home.path.join("run"));
+    // The configured HTTP address is the installed daemon's.
+    let config = Config { state_dir, runtime_dir, http_listen: None, ..config };
     let instance = Instance::start(&config).await?;
     let attachments = instance.floors().attachments.clone();
     let endpoint = format!("unix:{}", instance.socket().display());

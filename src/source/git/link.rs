@@ -120,7 +120,8 @@ pub(super) fn git(workshop: &Workshop, number: usize, arguments: &[&str]) -> Cal
         // Large files stream instead of being held.
         ("core.bigFileThreshold", "1m"),
         ("core.deltaBaseCacheLimit", "32m"),
-        ("core.packedGitLimit", "256m"),
+        ("core.packedGitWindowSize", "32m"),
+        ("core.packedGitLimit", "128m"),
         ("pack.threads", "1"),
     ];
     settings.into_iter().fold(Call::new(workshop, "git", &all), |call, (key, value)| call.setting(key, value))

@@ -28,13 +28,6 @@ const MEANINGS: &[(&str, Kind, &str, &str, &str)] = &[
         "free space, or ask the operator to raise the limit",
     ),
     (
-        "signal 25",
-        Kind::NoSpace,
-        "CHECKPOINT_TOO_LARGE",
-        "it is larger than a checkpoint may be or the disk can take",
-        "free space, or ask the operator to raise the limit",
-    ),
-    (
         "ut of memory",
         Kind::NoSpace,
         "REPOSITORY_TOO_COMPLEX",

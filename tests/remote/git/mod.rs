@@ -220,6 +220,16 @@ fn a_repository_comes_whole_through_faults_of_its_server() {
 }
 
 #[test]
+fn a_repository_that_is_too_large_is_stopped_while_it_comes() {
+    let site = GitSite::start();
+    let noise: Vec<u8> = (0..2_000_000_u32).flat_map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    site.work("org/model").write("weights.bin", noise).publish();
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE, ("CKPTD_STORE__CHECKPOINT_LIMIT", "1000000")]);
+    create(&daemon, "w", &site.url("org/model.git"), &[]).refused(&[5], &["larger than a checkpoint may be"]);
+    assert_no_scratch(&daemon);
+}
+
+#[test]
 fn twenty_thousand_files_come_quickly() {
     let site = GitSite::start();
     let work = site.work("org/many");

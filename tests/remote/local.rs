@@ -1,0 +1,98 @@
+//! Checkpoints that somebody sends by the transfer protocol: with the platform's own SDK, and with requests that it never makes.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::corpus::random_file;
+use crate::support::daemon::Daemon;
+use crate::support::files::assert_same_tree;
+use crate::support::ran::{run, shell, wait_until};
+use crate::support::server::tool;
+
+const ANY_PORT: (&str, &str) = ("CKPTD_HTTP__LISTEN", "0");
+
+fn create(daemon: &Daemon, name: &str, options: &[&str]) -> Value {
+    let record = daemon.json(&[&["create", name, "--type", "local", "--uri", "/x"], options].concat());
+    assert_eq!(record["state"], "filling", "{record}");
+    assert_eq!(daemon.json(&["get", name])["transfer"], record["transfer"]);
+    record["transfer"].clone()
+}
+
+fn client(verb: &str, transfer: &Value) -> Command {
+    let mut command = Command::new(tool("venv/bin/python"));
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/transfer.py"));
+    command.arg(verb).arg(transfer["url"].as_str().unwrap()).env("TOKEN", transfer["token"].as_str().unwrap());
+    command
+}
+
+fn send(daemon: &Daemon, name: &str, options: &[&str], path: &Path) {
+    run(client("sdk", &create(daemon, name, options)).arg(path)).ok();
+    daemon.wait_state(name, "ready", Duration::from_secs(30));
+}
+
+#[test]
+fn the_sdk_sends_trees_files_and_archives() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let tree = daemon.place().dir("tree");
+    fs::create_dir_all(tree.join("a b/ü%+#\nx")).unwrap();
+    fs::create_dir(tree.join("empty")).unwrap();
+    fs::write(tree.join("a b/ü%+#\nx/f"), b"f").unwrap();
+    random_file(&tree.join("w.bin"), 1, 20 << 20);
+    fs::hard_link(tree.join("w.bin"), tree.join("same")).unwrap();
+    symlink("w.bin", tree.join("link")).unwrap();
+    (0..2000).for_each(|index| fs::write(tree.join(format!("empty-{index}")), format!("{index}")).unwrap());
+    send(&daemon, "tree", &[], &tree);
+    assert_same_tree(&tree, &daemon.attach("tree", "tree"));
+
+    let one = daemon.place().dir("one");
+    fs::copy(tree.join("w.bin"), one.join("w.bin")).unwrap();
+    send(&daemon, "one", &[], &one.join("w.bin"));
+    assert_same_tree(&one, &daemon.attach("one", "one"));
+
+    let packed = daemon.place().dir("packed");
+    shell("tar -czf \"$2/tree.tar.gz\" -C \"$1\" .", &[&tree, &packed]).ok();
+    let archive = packed.join("tree.tar.gz");
+    send(&daemon, "extracted", &[], &archive);
+    assert_same_tree(&tree, &daemon.attach("extracted", "extracted"));
+    send(&daemon, "kept", &["--option", "extract=false"], &archive);
+    assert_same_tree(&packed, &daemon.attach("kept", "kept"));
+    send(&daemon, "beside", &[], &packed);
+    assert_same_tree(&packed, &daemon.attach("beside", "beside"));
+}
+
+#[test]
+fn what_the_sdk_never_does_changes_nothing_and_is_answered() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let (raw, bad) = (create(&daemon, "raw", &[]), create(&daemon, "bad", &[]));
+    run(client("raw", &raw).env("OTHER", bad["token"].as_str().unwrap())).ok();
+    assert_eq!(daemon.json(&["get", "bad"])["state"], "failed");
+    daemon.ctl(&["retry", "bad"]).ok();
+    assert_eq!(daemon.json(&["get", "bad"])["transfer"], bad);
+    let mac = bad["token"].as_str().unwrap().rsplit('.').next().unwrap().to_owned();
+    let found = run(Command::new("grep").args(["-rlaF", &mac]).arg(daemon.state()).arg(daemon.place().join("stderr")));
+    assert_eq!(found.stdout, "", "the token is on disk");
+    assert!(!daemon.ctl(&["events"]).ok().stdout.contains(&mac));
+}
+
+#[test]
+fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
+    let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "1")]);
+    run(&mut client("half", &create(&daemon, "left", &[]))).ok();
+    wait_until("the upload expires", Duration::from_secs(20), || {
+        daemon.ctl(&["events"]).ok().stdout.contains("UPLOAD_EXPIRED")
+    });
+    run(&mut client("go-on", &daemon.json(&["get", "left"])["transfer"])).ok();
+    run(&mut client("half", &create(&daemon, "killed", &[]))).ok();
+    let token = daemon.json(&["get", "killed"])["transfer"]["token"].clone();
+    daemon.kill9();
+    daemon.restart();
+    let transfer = daemon.json(&["get", "killed"])["transfer"].clone();
+    assert_eq!(transfer["token"], token);
+    run(&mut client("go-on", &transfer)).ok();
+    assert_eq!(daemon.json(&["get", "killed"])["state"], "ready");
+}
