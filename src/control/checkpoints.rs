@@ -90,7 +90,8 @@ impl Service {
         let record = tokio::spawn(async move {
             let id = record.id.clone();
             // A repeated call is answered by the record, whatever would be said of it by now.
-            if floors.store.catalog().read(move |tx| rows::get(tx, &id)).await?.is_none() {
+            let known = floors.store.catalog().read(move |tx| rows::get(tx, &id)).await?.is_some();
+            if !known && !is_sent(&record) {
                 floors.ingests.check(&record, &credentials)?;
             }
             let (record, _) = insert(&floors, record).await?;

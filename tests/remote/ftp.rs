@@ -166,9 +166,8 @@ fn what_is_refused_says_why() {
     }
     assert_shown_nowhere(&daemon, &["hush-hush"]);
     let strict = Daemon::start_with(&[ONE_ATTEMPT]);
-    for host in ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"] {
-        let name = format!("at-{}", host.len());
-        refused(&strict, &name, &format!("ftp://{host}:{}/", plain.port), "EGRESS_REFUSED");
+    for (name, host) in [("address", "127.0.0.1"), ("name", "localhost"), ("mapped", "[::ffff:127.0.0.1]")] {
+        refused(&strict, name, &format!("ftp://{host}:{}/", plain.port), "EGRESS_REFUSED");
     }
 }
 

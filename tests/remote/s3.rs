@@ -272,6 +272,7 @@ fn signatures_are_verified_and_ranges_that_are_ignored_do_no_harm() {
         ran.refused(&[exit], &[]);
         assert_eq!(reason(&daemon, name), word);
     }
+    // What cannot be is refused before there is a record.
     create(&daemon, "aws", "half", "s3://ckpt/p/", &[&own, &id]).refused(&[2], &["not whole"]);
     create(&daemon, "wasabi", "nowhere", "s3://ckpt/p/", &[&id, &secret]).refused(&[2], &["endpoint"]);
     // The store says where the bucket is, and the request is signed anew.
