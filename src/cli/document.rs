@@ -384,7 +384,7 @@ mod tests {
         let value = serde_json::to_value(Checkpoint::from(&record)).unwrap();
         assert_eq!(
             keys(&value),
-            "created_at digest error files fill id logical_bytes name owner physical_bytes public revision source state unique_bytes"
+            "created_at digest error files fill id logical_bytes name owner physical_bytes public revision source state transfer unique_bytes"
         );
         assert_eq!(keys(&value["source"]), "options type uri");
         assert_eq!((&value["fill"], &value["error"]), (&Value::Null, &Value::Null));

@@ -92,13 +92,10 @@ fn attributes(text: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut rest = text;
     std::iter::from_fn(move || {
         rest = rest.trim_start_matches(|c: char| c.is_ascii_whitespace() || c == '/');
-        if rest.is_empty() {
-            return None;
-        }
-        let length = rest[1..].find(|c: char| c.is_ascii_whitespace() || matches!(c, '=' | '/'));
         // A name is at least one character, whichever.
-        let first = rest.chars().next().map_or(1, char::len_utf8);
-        let length = length.map_or(rest.len(), |length| (length + 1).max(first));
+        let first = rest.chars().next()?.len_utf8();
+        let length = rest[first..].find(|c: char| c.is_ascii_whitespace() || matches!(c, '=' | '/'));
+        let length = length.map_or(rest.len(), |length| first + length);
         let (name, behind) = rest.split_at(length);
         let Some(value) = behind.trim_ascii_start().strip_prefix('=').map(str::trim_ascii_start) else {
             rest = behind;
