@@ -2,7 +2,7 @@
 //!
 //! | address | what it is | where |
 //! |---|---|---|
-//! | `http(s)://host/file` | that file | [`file`] |
+//! | `http(s)://host/file` | that file | [`mod@file`] |
 //! | `http(s)://host/dir/` | everything below, by the server's index pages | [`tree`], [`index`], [`html`] |
 //! | `ftp(s)://host/file`, `ftp(s)://host/dir/` | that file, or everything below | [`ftp`] |
 //!
