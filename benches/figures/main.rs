@@ -20,6 +20,7 @@ mod read;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod table;
+mod transfer;
 mod unpack;
 mod walk;
 mod web;
@@ -34,6 +35,7 @@ const FIGURES: &[(&str, Take)] = &[
     ("ingest", ingest::take),
     ("objects", objects::take),
     ("web", web::take),
+    ("transfer", transfer::take),
     ("unpack", unpack::take),
     ("dedup", dedup::take),
     ("attach", attach::take),

@@ -46,6 +46,11 @@ impl Server {
         server
     }
 
+    /// Its first process, which leads a group of its own.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// `http://127.0.0.1:<port>`, with `path` behind it.
     pub(crate) fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.port)

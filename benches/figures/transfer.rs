@@ -1,0 +1,145 @@
+//! Receiving an upload by the transfer protocol, against receiving the same bodies with nginx's WebDAV: CPU of the server alone.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::Instant;
+
+use sha2::{Digest as _, Sha512};
+
+use super::support::corpus::{random_file, seed};
+use super::support::daemon::Daemon;
+use super::support::ran::{shell, wait_until};
+use super::support::server::free_port;
+use super::support::webserver::nginx;
+use super::table::{Scale, Table, float, three};
+
+/// Bytes of a body: what the platform's client sends is between 64 and 192 KiB.
+const BODY_BYTES: usize = 128 << 10;
+
+pub(crate) fn take(scale: &Scale, table: &mut Table) {
+    let listen = format!("\"127.0.0.1:{}\"", free_port());
+    let daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &listen)]);
+    let tree = daemon.place().dir("tree");
+    random_file(&tree.join("weights.bin"), seed(), (scale.tensors * scale.tensor_bytes) as u64);
+    let tar = daemon.place().join("upload.tar");
+    shell("tar -c -C \"$1\" -f \"$2\" .; sync -f \"$2\"; cat \"$2\" > /dev/null", &[&tree, &tar]).ok();
+
+    let site = daemon.place().dir("site");
+    let server = nginx(daemon.place(), &site, "location /put/ { dav_methods PUT; client_max_body_size 8m; }");
+    let before = cpu_seconds_of_group(server.pid());
+    send_to_nginx(&tar, server.port);
+    let native = cpu_seconds_of_group(server.pid()) - before;
+
+    let transfer = daemon.json(&["create", "sent", "--type", "local", "--uri", "/x"])["transfer"].clone();
+    let address = transfer["url"].as_str().unwrap().trim_start_matches("http://").trim_end_matches('/').to_owned();
+    let before = cpu_seconds(daemon.pid());
+    let began = Instant::now();
+    send_to_ckptd(&tar, &address, transfer["token"].as_str().unwrap());
+    wait_until("the upload is ready", std::time::Duration::from_secs(60), || {
+        daemon.json(&["get", "sent"])["state"] == "ready"
+    });
+    let took = began.elapsed().as_secs_f64();
+    let ours = cpu_seconds(daemon.pid()) - before;
+    table.row(
+        "CPU of an upload / of nginx's PUT",
+        three(ours / native),
+        "<= 2",
+        format!("{ours:.2} s of {native:.2} s, bodies of 128 KiB; {took:.2} s to ready"),
+    );
+}
+
+fn send_to_nginx(file: &Path, port: u16) {
+    let mut connection = Connection::to(&format!("127.0.0.1:{port}"));
+    let mut number = 0;
+    each_body(file, |body| {
+        let length = body.len();
+        connection.ask(&format!("PUT /put/{number} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"), body);
+        number += 1;
+    });
+}
+
+fn send_to_ckptd(file: &Path, address: &str, token: &str) {
+    let mut connection = Connection::to(address);
+    let mut digest = Sha512::new();
+    let mut at = 0;
+    let common = format!("Host: x\r\nAuthorization: Bearer {token}\r\nUpload-Id: figure\r\n");
+    each_body(file, |body| {
+        digest.update(body);
+        let end = at + body.len();
+        connection.ask(
+            &format!(
+                "PUT /upload HTTP/1.1\r\n{common}Content-Range: bytes {at}-{}/{end}\r\nContent-Length: {}\r\n\r\n",
+                end - 1,
+                body.len()
+            ),
+            body,
+        );
+        at = end;
+    });
+    let hex: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let body = format!("{{\"hash\": \"{hex}\"}}");
+    let length = body.len();
+    connection.ask(&format!("POST /finalize HTTP/1.1\r\n{common}Content-Length: {length}\r\n\r\n"), body.as_bytes());
+}
+
+fn each_body(file: &Path, mut send: impl FnMut(&[u8])) {
+    let mut file = File::open(file).unwrap();
+    let mut body = vec![0; BODY_BYTES];
+    loop {
+        let read = file.read(&mut body).unwrap();
+        if read == 0 {
+            return;
+        }
+        send(&body[..read]);
+    }
+}
+
+/// One connection that is kept.
+struct Connection(BufReader<TcpStream>);
+
+impl Connection {
+    fn to(address: &str) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    /// Sends a request; its answer must be a success.
+    fn ask(&mut self, head: &str, body: &[u8]) {
+        let mut stream = self.0.get_ref();
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body).unwrap();
+        let mut status = String::new();
+        self.0.read_line(&mut status).unwrap();
+        assert!(status.starts_with("HTTP/1.1 2"), "{status}");
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            self.0.read_line(&mut line).unwrap();
+            if line.trim().is_empty() {
+                break;
+            }
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+        }
+        let mut answer = vec![0; length];
+        self.0.read_exact(&mut answer).unwrap();
+    }
+}
+
+/// Seconds of CPU that a program took so far.
+fn cpu_seconds(pid: u32) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<_> = text.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+    float(ticks) / 100.0
+}
+
+/// The same of a server and its workers.
+fn cpu_seconds_of_group(leader: u32) -> f64 {
+    let workers = shell(&format!("pgrep -g {leader}"), &[]).ok().stdout;
+    workers.lines().map(|pid| cpu_seconds(pid.trim().parse().unwrap())).sum()
+}
