@@ -254,7 +254,6 @@ fn a_file_that_hangs_leaves_the_others_alone() {
     let late = store.root().with_file_name("late");
     fs::create_dir(&late).unwrap();
     daemon.attach_at("job3", &["w"], &late).refused(&[7], &["`models`", "no answer"]);
-    assert!(fs::read(at.join("calm")).unwrap() == files[1].1, "what is open or cached goes on");
 
     store.let_go();
     for _ in 0..48 {
