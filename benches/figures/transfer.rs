@@ -27,7 +27,12 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     shell("tar -c -C \"$1\" -f \"$2\" .; sync -f \"$2\"; cat \"$2\" > /dev/null", &[&tree, &tar]).ok();
 
     let site = daemon.place().dir("site");
-    let server = nginx(daemon.place(), &site, "location /put/ { dav_methods PUT; client_max_body_size 8m; }");
+    daemon.place().dir("site/put");
+    let server = nginx(
+        daemon.place(),
+        &site,
+        "location /put/ { dav_methods PUT; client_max_body_size 8m; } keepalive_requests 10000000;",
+    );
     let before = cpu_seconds_of_group(server.pid());
     send_to_nginx(&tar, server.port);
     let native = cpu_seconds_of_group(server.pid()) - before;
