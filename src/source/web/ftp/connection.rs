@@ -358,7 +358,9 @@ fn fault(error: FtpError, what: &str) -> Error {
                     Error::not_found("NO_SUCH_FILE", because("nothing is there")).remedy("check the address")
                 }
                 400..=499 => Error::unavailable("SERVER_BUSY", because("the server cannot now")),
-                _ => Error::invalid("REQUEST_REFUSED", because("the server refuses the request")),
+                501..=599 => Error::invalid("REQUEST_REFUSED", because("the server refuses the request")),
+                // A connection that ends instead of answering, and answers to something else.
+                _ => Error::unavailable("BAD_ANSWER", because("its answer is none to what was asked")),
             };
             fault.fact("ftp_code", code)
         }
