@@ -1,7 +1,7 @@
 //! From what was asked for to a source: the rules of each kind's URI, and how a URI is shown.
 //!
 //! The rules are those of the platform's user page. A URI that breaks its kind's rule is refused here, before a record
-//! is made of it; a kind that this build does not fetch yet is `SOURCE_NOT_SUPPORTED`.
+//! is made of it; a kind whose bytes are sent and not fetched is `SOURCE_NOT_SUPPORTED`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -99,7 +99,7 @@ impl SourceContext {
 ///
 /// # Errors
 /// Invalid for a URI or option that breaks its kind's rule; denied for a directory where the context has none;
-/// `SOURCE_NOT_SUPPORTED` for a kind that is not fetched by this build.
+/// `SOURCE_NOT_SUPPORTED` for a kind whose bytes are sent and not fetched.
 pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceContext) -> Result<Arc<dyn Source>> {
     check_uri(spec.kind, &spec.uri)?;
     match spec.kind {
@@ -119,7 +119,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         SourceKind::Aws | SourceKind::Wasabi => objects::s3::connect(spec, credentials, context),
         SourceKind::Azure => objects::azure::connect(spec, credentials, context),
         SourceKind::Gcp => objects::gcs::connect(spec, credentials, context),
-        SourceKind::Local | SourceKind::Upload => Err(not_supported(format!("sources of type `{}`", spec.kind))),
+        SourceKind::Local | SourceKind::Upload => Err(sent(spec.kind)),
     }
 }
 
@@ -257,10 +257,9 @@ fn is_git(uri: &str) -> bool {
     scp || has_scheme(uri, &["http", "https", "ssh"])
 }
 
-pub(super) fn not_supported(what: impl std::fmt::Display) -> Error {
-    Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", format!("{what} are not supported by this build")).remedy(
-        "give one file by http or https or a Hugging Face repository, or use `ckptctl upload` or `ckptctl capture`",
-    )
+fn sent(kind: SourceKind) -> Error {
+    let message = format!("checkpoints of type `{kind}` are sent to ckptd, which cannot fetch them");
+    Error::new(Kind::Unsupported, "SOURCE_NOT_SUPPORTED", message).remedy("send it again from where it is")
 }
 
 #[cfg(test)]
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_built_says_so() {
+    fn what_is_sent_cannot_be_fetched() {
         let error = refused(SourceKind::Upload, "");
         assert_eq!((error.kind(), error.reason()), (Kind::Unsupported, "SOURCE_NOT_SUPPORTED"));
     }
