@@ -60,6 +60,9 @@ pub const MEMORY_BUDGET_DEFAULT: u64 = 256 << 20;
 /// Files fetched at a time from one source.
 pub const FETCHES_PER_SOURCE: usize = 8;
 
+/// Streams from sources that all ingests together have open: several ranges of several files.
+pub const STREAMS: usize = FETCHES_PER_SOURCE * 4;
+
 /// Ingests that move bytes at the same time; more wait their turn.
 pub const INGESTS_AT_A_TIME: usize = 8;
 

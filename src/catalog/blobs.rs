@@ -222,6 +222,22 @@ pub fn compact_blobs(tx: &Connection, manifest: &Digest) -> Result<Vec<(BlobRow,
     blobs.into_iter().map(|blob| Ok((blob, borrows_of(tx, blob.id)?))).collect()
 }
 
+/// Those of the blobs `digests` that borrow anything, with what they borrow.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn compact_among(tx: &Connection, digests: &[Digest]) -> Result<Vec<(BlobRow, Vec<Borrow>)>> {
+    let mut compact = Vec::new();
+    for digest in digests {
+        let Some(blob) = sealed(tx, digest)? else { continue };
+        let borrows = borrows_of(tx, blob.id)?;
+        if !borrows.is_empty() {
+            compact.push((blob, borrows));
+        }
+    }
+    Ok(compact)
+}
+
 /// Marks everything a blob borrows as being in it too.
 ///
 /// # Errors

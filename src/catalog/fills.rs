@@ -3,11 +3,12 @@
 //! A row appears when a large file begins to fill (with the bitmap of its durable units) or when a file is sealed. Rows of a
 //! flight go in the transaction that makes its checkpoint ready, or when the flight is given up.
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::{catalog_error, digest_at, from_sql, to_sql};
 use crate::digest::Digest;
 use crate::error::Result;
+use crate::manifest::Manifest;
 
 /// How far a file of a flight is.
 #[derive(Clone, Debug)]
@@ -76,6 +77,29 @@ pub fn set_sealed(tx: &Connection, flight: &str, path: &[u8], number: u64, size:
     Ok(())
 }
 
+/// Keeps the tree that a flight fills, for whoever must show it before the source has been asked again.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn put_listing(tx: &Connection, flight: &str, tree: &Manifest) -> Result<()> {
+    tx.prepare_cached("INSERT OR REPLACE INTO listings (flight, tree) VALUES (?, ?)")
+        .and_then(|mut put| put.execute(params![flight, tree.encode()]))
+        .map_err(catalog_error)?;
+    Ok(())
+}
+
+/// The tree that a flight fills, if it was kept.
+///
+/// # Errors
+/// Those of the catalog; corrupt where it does not decode.
+pub fn listing(tx: &Connection, flight: &str) -> Result<Option<Manifest>> {
+    let encoded: Option<Vec<u8>> = tx
+        .prepare_cached("SELECT tree FROM listings WHERE flight = ?")
+        .and_then(|mut query| query.query_row([flight], |row| row.get(0)).optional())
+        .map_err(catalog_error)?;
+    encoded.map(|encoded| Manifest::decode(&encoded)).transpose()
+}
+
 /// Forgets a flight. Returns the blobs it had sealed.
 ///
 /// # Errors
@@ -87,6 +111,7 @@ pub fn delete(tx: &Connection, flight: &str) -> Result<Vec<i64>> {
             .query_map([flight], |row| row.get(0))?
             .collect::<rusqlite::Result<_>>()?;
         tx.prepare_cached("DELETE FROM fills WHERE flight = ?")?.execute([flight])?;
+        tx.prepare_cached("DELETE FROM listings WHERE flight = ?")?.execute([flight])?;
         Ok(blobs)
     };
     delete().map_err(catalog_error)
@@ -98,7 +123,9 @@ pub fn delete(tx: &Connection, flight: &str) -> Result<Vec<i64>> {
 /// Those of the catalog.
 pub fn flights(tx: &Connection) -> Result<Vec<String>> {
     let read = || -> rusqlite::Result<Vec<String>> {
-        tx.prepare_cached("SELECT DISTINCT flight FROM fills")?.query_map([], |row| row.get(0))?.collect()
+        tx.prepare_cached("SELECT flight FROM fills UNION SELECT flight FROM listings")?
+            .query_map([], |row| row.get(0))?
+            .collect()
     };
     read().map_err(catalog_error)
 }

@@ -145,6 +145,14 @@ const MIGRATIONS: &[&str] = &[
         PRIMARY KEY (flight, path)
     ) WITHOUT ROWID;
     ",
+    // 3: checkpoints that are read while they fill.
+    "
+    -- The tree that a flight fills, as it was shown to jobs before its files had digests: canonical, file digests zero.
+    CREATE TABLE listings (
+        flight  TEXT PRIMARY KEY,
+        tree    BLOB NOT NULL
+    ) WITHOUT ROWID;
+    ",
 ];
 
 /// Applies what is missing.

@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 /// How long an attachment may take before people are told what it waits for: far above a mount, far below patience.
 const SILENT_FOR: Duration = Duration::from_secs(2);
 
+const BYTES_AWAITED: &str = "waiting for all bytes to be here; --lazy would not wait";
+const LISTING_AWAITED: &str = "waiting for the listing, or for all bytes of a source that cannot be read before";
+
 /// Show checkpoints to a job, read-only
 ///
 /// One checkpoint is at the root of the target, several in one directory each, named like them.
@@ -48,7 +51,11 @@ impl Attach {
         let request = self.request()?;
         let daemon = console.daemon().await?;
         let mut jobs = daemon.jobs();
-        let attachment = speaking_up(daemon.ask(jobs.attach_checkpoints(request))).await?;
+        let silence = if request.lazy { LISTING_AWAITED } else { BYTES_AWAITED };
+        let attachment = speaking_up(silence, daemon.ask(jobs.attach_checkpoints(request))).await?;
+        if !attachment.waited_for.is_empty() {
+            talk(&format!("waited until all bytes were here, of {}", attachment.waited_for));
+        }
         for terms in &attachment.terms {
             talk(&format!("by attaching you accept: {terms}"));
         }
@@ -83,12 +90,12 @@ fn target(at: PathBuf, pid: Option<u32>) -> Result<String> {
     absolute(at)
 }
 
-async fn speaking_up<T>(wait: impl Future<Output = Result<T>>) -> Result<T> {
+async fn speaking_up<T>(silence: &str, wait: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::pin!(wait);
     tokio::select! {
         done = &mut wait => done,
         () = tokio::time::sleep(SILENT_FOR) => {
-            talk("waiting for all bytes to be here; --lazy would not wait");
+            talk(silence);
             wait.await
         }
     }

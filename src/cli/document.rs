@@ -429,6 +429,7 @@ mod tests {
             state: wire::AttachmentState::Attached.into(),
             terms: vec!["be kind".into()],
             pid: 0,
+            waited_for: String::new(),
         };
         let expected = json!({
             "job": "j", "target": "/t", "checkpoints": [{"id": "i", "name": "n", "path": "/t", "digest": "d"}],

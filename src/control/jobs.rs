@@ -8,7 +8,7 @@ use super::refusal::status;
 use super::{Floors, records, resolve, wire};
 use crate::catalog::checkpoints::{self as checkpoint_rows, Record};
 use crate::catalog::jobs as rows;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::names::JobId;
 use crate::serve::attachments::Wanted;
 
@@ -52,14 +52,6 @@ impl Service {
     }
 
     async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
-        if request.lazy {
-            return Err(Error::new(
-                Kind::Unsupported,
-                "LAZY_NOT_SUPPORTED",
-                "attaching before all bytes are here is not built yet",
-            )
-            .remedy("attach without --lazy: it waits until the checkpoint is ready"));
-        }
         let job = JobId::new(request.job)?;
         let named = if request.checkpoints.is_empty() {
             self.reserved(&job).await?
@@ -67,8 +59,16 @@ impl Service {
             self.named(request.checkpoints, request.owner.clone()).await?
         };
         let mut checkpoints = Vec::with_capacity(named.len());
+        let mut waited_for = Vec::new();
         for (record, subdir) in named {
-            checkpoints.push((self.floors.until_ready(&record.id).await?, subdir));
+            let record = if request.lazy {
+                let (record, obstacle) = self.floors.until_readable(&record.id).await?;
+                waited_for.extend(obstacle.map(|why| format!("`{}`: {why}", record.name)));
+                record
+            } else {
+                self.floors.until_ready(&record.id).await?
+            };
+            checkpoints.push((record, subdir));
         }
         let wanted = Wanted {
             job,
@@ -82,7 +82,7 @@ impl Service {
         let row = tokio::spawn(async move { attachments.attach(wanted).await })
             .await
             .map_err(|error| Error::internal("attaching ended early").because(error))??;
-        self.floors.show_job(row).await
+        Ok(wire::Attachment { waited_for: waited_for.join("; "), ..self.floors.show_job(row).await? })
     }
 
     async fn detach(&self, request: wire::DetachCheckpointsRequest) -> Result<wire::Attachment> {

@@ -146,6 +146,7 @@ pub(super) fn attachment(tx: &Connection, row: JobRow, catalogue: &Catalogue) ->
         state: job_state(row.state).into(),
         terms,
         pid: row.pid,
+        waited_for: String::new(),
     })
 }
 

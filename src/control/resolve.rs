@@ -5,6 +5,7 @@ use rusqlite::Connection;
 use super::Floors;
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::error::{Error, Kind, Result};
+use crate::ingest::Arrival;
 
 /// The one visible checkpoint that `reference` (id, or a name borne by one) means.
 ///
@@ -73,6 +74,31 @@ impl Floors {
                     .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
                 }
                 State::New | State::Filling | State::Removing => {}
+            }
+            wait_for(&mut changes, id).await;
+        }
+    }
+}
+
+impl Floors {
+    /// Waits until a checkpoint can be attached, be it before all bytes are here. Where that cannot be, waits until it is ready and says why.
+    ///
+    /// # Errors
+    /// As [`Floors::until_ready`].
+    pub(super) async fn until_readable(&self, id: &str) -> Result<(Record, Option<String>)> {
+        let mut changes = self.ingests.changes();
+        loop {
+            let key = id.to_owned();
+            let record = self.store.catalog().read(move |tx| checkpoints::get(tx, &key)).await?;
+            match (record, self.ingests.arrival(id)) {
+                (Some(record), Some(Arrival::Readable(_))) if record.state == State::Filling => {
+                    return Ok((record, None));
+                }
+                (Some(record), Some(Arrival::NotBefore(why))) if record.state == State::Filling => {
+                    return Ok((self.until_ready(id).await?, Some(why)));
+                }
+                (Some(record), _) if matches!(record.state, State::New | State::Filling) => {}
+                _ => return Ok((self.until_ready(id).await?, None)),
             }
             wait_for(&mut changes, id).await;
         }

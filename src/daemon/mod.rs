@@ -152,7 +152,6 @@ async fn compose(
     let (on, below) = (store.clone(), runtime_dir.clone());
     let datastores = Arc::new(config.datastores.clone());
     let known = datastores.clone();
-    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
     let ingests = Ingests::new(
         store.clone(),
         connector(config, &store, datastores)?,
@@ -163,6 +162,8 @@ async fn compose(
             capacity_bytes: config.capacity_bytes,
         },
     );
+    let filling = ingests.clone();
+    let attachments = blocking(move || Attachments::open(on, filling, known, &below, passthrough)).await?;
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
     let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
     Ok(Floors { store, ingests, attachments, tokens, facts })

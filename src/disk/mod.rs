@@ -402,6 +402,18 @@ impl Disk {
         Ok(())
     }
 
+    /// Moves a file that was filled wrongly out of sight for examination; returns where it is. It replaces an earlier one of the same flight
+    /// and number.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn quarantine_filling(&self, flight: &str, number: u64) -> Result<PathBuf> {
+        let from = self.filling_path(flight, number);
+        let to = self.root.join("quarantine").join(format!("{flight}-{number}"));
+        fs::rename(&from, &to).map_err(|error| Error::io("quarantining", &from, error))?;
+        Ok(to)
+    }
+
     /// Moves a sealed blob out of sight for examination.
     ///
     /// # Errors

@@ -3,14 +3,13 @@
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 
-use super::fetch::{Flying, WRITE_BYTES, blocking, changed, filled, join_fill};
+use super::fetch::{Bringing, WRITE_BYTES, blocking, changed, filled, join_fill};
 use super::plan::ToFill;
 use super::progress::Progress;
 use super::publish::GiveUp;
 use super::seal;
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
-use crate::manifest::Entry;
 use crate::source::File;
 use crate::store::filling::{Filling, UnitMap};
 
@@ -18,7 +17,13 @@ use crate::store::filling::{Filling, UnitMap};
 const COPY_BYTES: usize = 8 << 20;
 
 /// Copies and seals a large file that the source has opened here.
-pub(super) async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: std::fs::File) -> Result<Entry> {
+pub(super) async fn large_from_here(
+    bringing: &Bringing,
+    file: &Arc<ToFill>,
+    entry: u32,
+    opened: std::fs::File,
+) -> Result<()> {
+    let flying = &bringing.flying;
     let size = file.file.size.unwrap_or(0);
     let disk = flying.shared.store.disk().clone();
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
@@ -40,7 +45,7 @@ pub(super) async fn large_from_here(flying: Arc<Flying>, file: ToFill, opened: s
         })
     };
     let digested = join_fill(copier, sealer).await?;
-    filled(&flying, file, size, digested, true).await
+    filled(bringing, file, entry, size, digested, true).await
 }
 
 /// Shares extents where the filesystem can, else copies in the kernel, unit by unit.
@@ -48,7 +53,7 @@ fn copy_here(from: &std::fs::File, filling: &Filling, file: &File, progress: &Pr
     let size = file.size.unwrap_or(0);
     if crate::disk::clone_file(from.as_fd(), filling.file(), size) {
         let units = filling.units();
-        (0..units.units()).for_each(|unit| filling.complete(unit));
+        (0..units.units()).for_each(|unit| _ = filling.complete(unit));
         progress.arrived(size);
         return Ok(());
     }
@@ -62,7 +67,7 @@ fn copy_here(from: &std::fs::File, filling: &Filling, file: &File, progress: &Pr
             _ => Error::io("copying", &file.locator, error),
         })?;
         let end = at + want as u64;
-        (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| filling.complete(unit));
+        (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| _ = filling.complete(unit));
         progress.arrived(want as u64);
         at = end;
     }

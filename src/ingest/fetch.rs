@@ -1,13 +1,13 @@
 //! Getting one file's bytes here and sealed.
 //!
 //! Small files (one fill unit or less) are held in memory, digested there and written once. Large files are filled in units, from
-//! ranges of several units in parallel where the source has ranges, else from the beginning in one stream; a sealer
-//! follows on a blocking thread. Files of this host are copied by the kernel, or share extents with the store where the filesystem can.
+//! ranges of several units in parallel where the source has ranges, else from the beginning in one stream, in the order that
+//! [`arriving`](super::arriving) decides; a sealer follows on a blocking thread. Files of this host are copied by the kernel, or share extents with the store where the filesystem can.
 //!
 //! Durable units are recorded while a large file fills (flush, then row), at most every second and every 64 MiB: that is what `kill -9`
 //! costs. Copies on this host are not recorded; copying again is as quick as checking.
 
-use std::ops::Range;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,24 +16,20 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Shared;
+use super::arriving::{Arriving, Step};
 use super::copy;
 use super::plan::{self, ToFill};
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
 use super::retry::Ladder;
 use super::seal::{self, Digested};
+use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{Error, Kind, Result};
 use crate::limits::{self, UNIT_BYTES};
-use crate::manifest::Entry;
 use crate::source::{File, Source};
 use crate::store::filling::{Filling, UnitMap};
-
-/// Units asked for in one range: few requests, yet several in flight for one file.
-const UNITS_PER_RANGE: u64 = 8;
-
-/// Ranges of one file under way at a time.
-const RANGES_PER_FILE: usize = 4;
+use crate::units::now_unix_ms;
 
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
@@ -72,6 +68,13 @@ impl Flying {
     }
 }
 
+/// A flight under way and what its readers see of it; cheap to clone.
+#[derive(Clone)]
+pub(super) struct Bringing {
+    pub(super) flying: Arc<Flying>,
+    pub(super) arriving: Arc<Arriving>,
+}
+
 /// Permits for blocking work that uses a core: some of it waits for the disk.
 fn cores() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
@@ -81,6 +84,8 @@ fn cores() -> Arc<Semaphore> {
 pub(super) struct Bounds {
     /// Memory in KiB.
     memory: Arc<Semaphore>,
+    /// Memory in KiB for what readers wait for: a quarter of all, so that they never wait for the background.
+    wanted: Arc<Semaphore>,
     /// Streams from sources.
     streams: Arc<Semaphore>,
     /// Blocking work that uses a core.
@@ -92,8 +97,9 @@ impl Bounds {
     pub(super) fn new(memory_budget_bytes: u64) -> Self {
         let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
         Self {
-            memory: Arc::new(Semaphore::new(budget_kib as usize)),
-            streams: Arc::new(Semaphore::new(limits::FETCHES_PER_SOURCE * 4)),
+            memory: Arc::new(Semaphore::new((budget_kib - budget_kib / 4) as usize)),
+            wanted: Arc::new(Semaphore::new((budget_kib / 4) as usize)),
+            streams: Arc::new(Semaphore::new(limits::STREAMS)),
             cores: cores(),
             budget_kib,
         }
@@ -101,8 +107,14 @@ impl Bounds {
 
     /// Claims memory before it is used; more than the whole budget counts as the whole.
     pub(super) async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib);
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib - self.budget_kib / 4);
         self.memory.clone().acquire_many_owned(kib).await.map_err(|_| closed())
+    }
+
+    /// [`Bounds::claim`] for what a reader waits for.
+    pub(super) async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib / 4);
+        self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())
     }
 
     pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit> {
@@ -111,8 +123,13 @@ impl Bounds {
 
     /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
     /// keep the others from being read.
-    async fn large(&self) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
-        Ok((self.stream().await?, self.claim(2 * WRITE_BYTES as u64).await?))
+    async fn large(&self) -> Result<(Option<OwnedSemaphorePermit>, OwnedSemaphorePermit)> {
+        Ok((Some(self.stream().await?), self.claim(2 * WRITE_BYTES as u64).await?))
+    }
+
+    /// [`Bounds::large`] for what a reader waits for.
+    async fn wanted(&self) -> Result<(Option<OwnedSemaphorePermit>, OwnedSemaphorePermit)> {
+        Ok((None, self.claim_wanted(2 * WRITE_BYTES as u64).await?))
     }
 }
 
@@ -150,15 +167,17 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
         .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
-/// Fetches and seals a file of at most one fill unit.
-pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
+/// Fetches and seals a file of at most one fill unit; `wanted` if a reader waits for it.
+pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Result<()> {
+    let Bringing { flying, arriving } = &bringing;
+    let file = arriving.to_fill(entry)?;
     let size = file.file.size.unwrap_or(0);
     let (bytes, memory, core) = if flying.source.is_local() {
         // Memory last: what waits for a disk must not hold it.
         let core = flying.core().await?;
         (None, flying.shared.bounds.claim(size).await?, core)
     } else {
-        let (bytes, memory) = small_from_stream(&flying, &file, size).await?;
+        let (bytes, memory) = small_from_stream(flying, &file, size, wanted).await?;
         (Some(bytes), memory, flying.core().await?)
     };
     let (work, flight) = (file.clone(), flying.clone());
@@ -176,7 +195,7 @@ pub(super) async fn small(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
     if file.file.size.is_some() {
         flying.progress.arrived(size);
     }
-    filled(&flying, file, size, digested, false).await
+    filled(&bringing, &file, entry, size, digested, false).await
 }
 
 fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8>> {
@@ -199,12 +218,18 @@ pub(super) fn changed(what: &str) -> Error {
 }
 
 /// The bytes, and the permit for the memory they are in.
-async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<(Vec<u8>, OwnedSemaphorePermit)> {
+async fn small_from_stream(
+    flying: &Arc<Flying>,
+    file: &ToFill,
+    size: u64,
+    wanted: bool,
+) -> Result<(Vec<u8>, OwnedSemaphorePermit)> {
+    let bounds = &flying.shared.bounds;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
         let fetched = {
-            let _stream = flying.shared.bounds.stream().await?;
-            let memory = flying.shared.bounds.claim(size * 2).await?;
+            let _stream = if wanted { None } else { Some(bounds.stream().await?) };
+            let memory = if wanted { bounds.claim_wanted(size * 2).await? } else { bounds.claim(size * 2).await? };
             small_once(flying, file, size).await.map(|bytes| (bytes, memory))
         };
         match fetched {
@@ -238,14 +263,15 @@ fn too_long(size: u64) -> Error {
     Error::corrupt("BODY_TOO_LONG", format!("the source sends more than the {size} bytes announced"))
 }
 
-/// Fetches and seals a large file, or one of unknown size.
-pub(super) async fn large(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
-    if let Some(opened) = flying.open_local(&file.file).await? {
-        return copy::large_from_here(flying, file, opened).await;
+/// Seals a large file, or one of unknown size, once its bytes are here; those of this host it copies itself.
+pub(super) async fn large(bringing: Bringing, entry: u32) -> Result<()> {
+    let file = bringing.arriving.to_fill(entry)?;
+    if let Some(opened) = bringing.flying.open_local(&file.file).await? {
+        return copy::large_from_here(&bringing, &file, entry, opened).await;
     }
     match file.file.size {
-        Some(size) => large_from_ranges(flying, file, size).await,
-        None => large_unsized(flying, file).await,
+        Some(size) => large_from_ranges(&bringing, &file, entry, size).await,
+        None => large_unsized(&bringing, &file, entry).await,
     }
 }
 
@@ -259,102 +285,79 @@ pub(super) async fn join_fill<A>(
     sealed
 }
 
-async fn large_from_ranges(flying: Arc<Flying>, file: ToFill, size: u64) -> Result<Entry> {
-    let disk = flying.shared.store.disk().clone();
-    let units = file.units.clone().unwrap_or_else(|| UnitMap::new(size));
-    let believed = units.here_bytes();
-    let filling = Arc::new(Filling::open(disk, &flying.key, file.number, units)?);
-    flying.progress.take_back(believed - filling.units().here_bytes());
+async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, size: u64) -> Result<()> {
+    let Bringing { flying, arriving } = bringing;
+    let believed = file.units.as_ref().map_or(0, UnitMap::here_bytes);
+    let filling = arriving.filling(file, entry)?;
+    flying.progress.take_back(believed.saturating_sub(filling.here_bytes()));
     let _give_up = GiveUp(filling.clone());
+    arriving.start(entry);
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
         blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
     };
     let filler = async {
-        let filled = {
-            let fetching = fetch_ranges(&flying, &file, &filling);
-            let recording = record_units(&flying, &file, &filling);
-            tokio::select! {
-                fetched = fetching => fetched,
-                recorded = recording => recorded,
-            }
-        };
-        if filled.is_err() {
-            filling.give_up();
-        }
-        filled?;
+        arriving.filled(&filling).await;
         let filling = filling.clone();
         blocking(move || filling.flush().map(|_| ())).await
     };
     match join_fill(filler, sealer).await {
-        Ok(digested) => filled(&flying, file, size, digested, true).await,
+        Ok(digested) => filled(bringing, file, entry, size, digested, true).await,
         Err(error) => {
             if error.kind() == Kind::Corrupt {
-                distrust(&flying, &file, size).await?;
-            } else {
-                record_once(&flying, &file, &filling).await?;
+                distrust(bringing, file, entry, size).await?;
             }
             Err(error)
         }
     }
 }
 
-/// Wrong bytes are not resumed from.
-async fn distrust(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<()> {
+/// Wrong bytes are not resumed from; they are put aside to be looked at.
+async fn distrust(bringing: &Bringing, file: &ToFill, entry: u32, size: u64) -> Result<()> {
+    let Bringing { flying, arriving } = bringing;
+    arriving.distrust(entry);
     let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
+    let aside = flying.shared.store.disk().quarantine_filling(&flying.key, file.number)?;
+    let message =
+        format!("`{}` arrived with other bytes than its source states; they are at {}", file.path, aside.display());
+    let event = NewEvent { kind: "FILE_QUARANTINED", message, ..Default::default() };
+    let units = UnitMap::new(size).to_bytes();
     flying
         .shared
         .store
         .catalog()
-        .write(move |tx| fills::set_units(tx, &key, path.as_bytes(), number, size, &UnitMap::new(size).to_bytes()))
-        .await?;
-    flying.shared.store.disk().remove_filling(&flying.key, file.number)
-}
-
-async fn fetch_ranges(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
-    let missing = filling.units().missing();
-    let ranges = if file.file.ranges {
-        group(&missing, UNITS_PER_RANGE)
-    } else if missing.is_empty() {
-        Vec::new()
-    } else {
-        std::iter::once(0..filling.units().units()).collect()
-    };
-    futures_util::stream::iter(ranges)
-        .map(|units| fetch_range(flying, file, filling, units))
-        .buffer_unordered(RANGES_PER_FILE)
-        .try_collect::<()>()
+        .write(move |tx| {
+            fills::set_units(tx, &key, path.as_bytes(), number, size, &units)?;
+            events::record(tx, now_unix_ms(), &event)
+        })
         .await
 }
 
-/// Runs of adjacent units, at most `most` long.
-fn group(units: &[u64], most: u64) -> Vec<Range<u64>> {
-    let mut groups: Vec<Range<u64>> = Vec::new();
-    for unit in units {
-        match groups.last_mut() {
-            Some(group) if group.end == *unit && group.end - group.start < most => group.end += 1,
-            _ => groups.push(*unit..*unit + 1),
-        }
-    }
-    groups
-}
-
-async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>, units: Range<u64>) -> Result<()> {
+/// Fetches one range, until it is here or another step has it.
+pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
+    let Bringing { flying, arriving } = bringing;
+    let step = Taken { arriving: arriving.clone(), step };
+    let file = arriving.to_fill(step.step.entry)?;
+    let filling = arriving.filling(&file, step.step.entry)?;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
-    let mut next = units.start;
+    let mut next = step.step.units.start;
     loop {
         let before = next;
         let fetched = {
-            let _permits = flying.shared.bounds.large().await?;
-            fetch_units(flying, file, filling, &mut next, units.end).await
+            let bounds = &flying.shared.bounds;
+            let _permits = if step.step.wanted { bounds.wanted().await? } else { bounds.large().await? };
+            if !arriving.go_on(&step.step, next).await {
+                return Ok(());
+            }
+            fetch_units(flying, &file, &filling, &step, &mut next).await
         };
         // A stream that breaks behind its last byte has given everything.
         let Err(error) = fetched else { return Ok(()) };
-        if next == units.end {
+        if next == step.step.units.end {
             return Ok(());
         }
         if !file.file.ranges {
-            next = units.start;
+            next = step.step.units.start;
         } else if next > before {
             ladder.progressed();
         }
@@ -362,15 +365,29 @@ async fn fetch_range(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>
     }
 }
 
-/// One request: writes what arrives and completes units, moving `next`.
+/// A step that is being made; what it has not brought is for others when it goes away.
+struct Taken {
+    arriving: Arc<Arriving>,
+    step: Step,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.arriving.end(&self.step);
+    }
+}
+
+/// One request: writes what arrives and completes units, moving `next`. Ends before a unit that another step has taken.
 async fn fetch_units(
     flying: &Arc<Flying>,
     file: &ToFill,
     filling: &Arc<Filling>,
+    step: &Taken,
     next: &mut u64,
-    end: u64,
 ) -> Result<()> {
-    let map = filling.units();
+    let Taken { arriving, step } = step;
+    let end = step.units.end;
+    let map = UnitMap::new(filling.size());
     let range = map.range(*next).start..map.range(end - 1).end;
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
@@ -386,18 +403,22 @@ async fn fetch_units(
             gathered.push(piece.clone());
         }
         let ended = !matches!(piece, Some(Ok(_)));
-        if gathered_bytes >= WRITE_BYTES || (ended && gathered_bytes > 0) {
+        if gathered_bytes >= WRITE_BYTES || (ended && gathered_bytes > 0) || at + gathered_bytes as u64 == range.end {
             write(filling, std::mem::take(&mut gathered), at).await?;
             at += gathered_bytes as u64;
             gathered_bytes = 0;
             while *next < end && map.range(*next).end <= at {
-                if !filling.units().contains(*next) {
+                if filling.complete(*next) {
                     let unit = map.range(*next);
-                    filling.complete(*next);
                     flying.progress.arrived(unit.end - unit.start);
                 }
+                arriving.arrived(step.entry, *next);
                 *next += 1;
+                if *next < end && !arriving.go_on(step, *next).await {
+                    return Ok(());
+                }
             }
+            arriving.make_way(step).await;
         }
         match piece {
             Some(Ok(_)) => {}
@@ -422,40 +443,45 @@ async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()
     .await
 }
 
-/// Records durable units for as long as it runs; ends only with an error.
-async fn record_units(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
-    let mut recorded = filling.units();
+/// Records durable units of all large files for as long as it runs; ends only with an error.
+pub(super) async fn record_units(bringing: &Bringing) -> Result<()> {
+    let mut recorded: HashMap<u64, u64> = HashMap::new();
     loop {
         tokio::time::sleep(RECORD_EVERY).await;
-        if filling.units() != recorded {
-            recorded = record_once(flying, file, filling).await?;
-        }
+        record_changed(bringing, &mut recorded).await?;
     }
 }
 
-async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<UnitMap> {
+/// Records durable units of those large files that have grown since; `recorded` is what each had then, by number.
+pub(super) async fn record_changed(bringing: &Bringing, recorded: &mut HashMap<u64, u64>) -> Result<()> {
+    for (file, filling) in bringing.arriving.fillings() {
+        let here = filling.here_bytes();
+        if recorded.insert(file.number, here) != Some(here) && here > 0 {
+            record_once(&bringing.flying, &file, &filling).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
     let flushing = filling.clone();
     let units = blocking(move || flushing.flush()).await?;
     let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
     let (size, bits) = (file.file.size.unwrap_or(0), units.to_bytes());
-    flying
-        .shared
-        .store
-        .catalog()
-        .write(move |tx| fills::set_units(tx, &key, path.as_bytes(), number, size, &bits))
-        .await?;
-    Ok(units)
+    let record = move |tx: &rusqlite::Connection| fills::set_units(tx, &key, path.as_bytes(), number, size, &bits);
+    flying.shared.store.catalog().write(record).await
 }
 
 /// A file whose size the source does not say: one stream, sealed afterwards.
-async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
+async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> Result<()> {
+    let flying = &bringing.flying;
     let disk = flying.shared.store.disk().clone();
     let filling = Arc::new(Filling::open_unsized(disk, &flying.key, file.number)?);
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let size = loop {
         let fetched = {
             let _permits = flying.shared.bounds.large().await.map_err(|error| error.during("fetching"))?;
-            fetch_unsized(&flying, &file, &filling).await
+            fetch_unsized(flying, file, &filling).await
         };
         match fetched {
             Ok(size) => break size,
@@ -473,7 +499,7 @@ async fn large_unsized(flying: Arc<Flying>, file: ToFill) -> Result<Entry> {
         seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling)
     })
     .await?;
-    filled(&flying, file, size, digested, true).await
+    filled(bringing, file, entry, size, digested, true).await
 }
 
 async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<u64, (u64, Error)> {
@@ -495,24 +521,18 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
 
 /// Seals a file of the listing.
 pub(super) async fn filled(
-    flying: &Arc<Flying>,
-    file: ToFill,
+    bringing: &Bringing,
+    file: &ToFill,
+    entry: u32,
     size: u64,
     digested: Digested,
     synced: bool,
-) -> Result<Entry> {
-    let executable = file.file.executable;
-    let filled = Filled { path: file.path, number: file.number, size, executable, digested, synced };
-    publish(&flying.shared, &flying.key, &flying.progress, filled).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn adjacent_units_are_asked_for_together() {
-        assert_eq!(group(&[0, 1, 2, 5, 6, 9], 2), [0..2, 2..3, 5..7, 9..10]);
-        assert!(group(&[], 4).is_empty());
-    }
+) -> Result<()> {
+    let Bringing { flying, arriving } = bringing;
+    let digest = digested.digest;
+    arriving.sealing(entry, digest);
+    let (path, executable) = (file.path.clone(), file.file.executable);
+    let filled = Filled { path, number: file.number, size, executable, digested, synced };
+    publish(&flying.shared, &flying.key, &flying.progress, filled).await?;
+    arriving.sealed(entry, digest, size).await
 }

@@ -3,6 +3,7 @@
 //! The flight's task is aborted when the last waiter lets go. Small files go first and overlap widely, so that their seals share batches;
 //! large ones overlap a little, since each keeps a fetcher and a sealer busy.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,27 +11,28 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use super::fetch::{self, Flying};
-use super::plan::{self, Plan};
+use super::arriving::{Arriving, Wanted};
+use super::fetch::{self, Bringing, Flying};
+use super::plan;
 use super::progress::Progress;
 use crate::catalog::checkpoints::Record;
 use crate::catalog::fills;
 use crate::digest::Digester;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
-use crate::manifest::{Entry, EntryKind, Manifest};
+use crate::manifest::{EntryKind, Manifest};
 use crate::places::Place;
 use crate::source::Listing;
 
 type Outcome = Option<std::result::Result<Arc<Manifest>, Arc<Error>>>;
 
 /// A running or landed flight. Dropping the last handle ends it.
-#[derive(Debug)]
 pub(super) struct Flight {
     key: String,
     revision: String,
     in_place: Option<Place>,
     progress: Arc<Progress>,
+    arriving: Option<Arc<Arriving>>,
     outcome: watch::Receiver<Outcome>,
     task: AbortHandle,
 }
@@ -59,13 +61,14 @@ impl Flight {
         revision: String,
         in_place: Option<Place>,
         progress: Arc<Progress>,
+        arriving: Option<Arc<Arriving>>,
         work: impl Future<Output = Result<Manifest>> + Send + 'static,
     ) -> Arc<Self> {
         let (sender, outcome) = watch::channel(None);
         let task = tokio::spawn(async move {
             let _ = sender.send(Some(work.await.map(Arc::new).map_err(Arc::new)));
         });
-        Arc::new(Self { key, revision, in_place, progress, outcome, task: task.abort_handle() })
+        Arc::new(Self { key, revision, in_place, progress, arriving, outcome, task: task.abort_handle() })
     }
 
     pub(super) fn key(&self) -> &str {
@@ -74,6 +77,11 @@ impl Flight {
 
     pub(super) fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// What its readers see, where it can have any.
+    pub(super) fn arriving(&self) -> Option<&Arc<Arriving>> {
+        self.arriving.as_ref()
     }
 
     /// Where the bytes stay, if they do.
@@ -101,33 +109,79 @@ impl Flight {
 }
 
 /// Fetches and seals everything that is listed.
-pub(super) async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
+pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing: Listing) -> Result<Manifest> {
     let shared = &flying.shared;
     let key = flying.key.clone();
     let rows = shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;
     let sizes = plan::Sizes::of(&listing, shared.settings.checkpoint_bytes)?;
     let kept: Vec<u64> = rows.iter().map(|row| row.number).collect();
     let number = || shared.next_number.fetch_add(1, Ordering::Relaxed);
-    let Plan { settled: mut entries, small, large, here_bytes, missing_bytes } = plan::plan(&listing, rows, number);
+    let plan = plan::plan(&listing, rows, number);
     drop(listing);
     let _slot = shared.slot().await?;
     // What an earlier run left without a row is of no use to anybody.
     shared.store.disk().clear_flight(&flying.key, &kept)?;
-    plan::admit(missing_bytes, shared.available_bytes().await?)?;
+    plan::admit(plan.missing_bytes, shared.available_bytes().await?)?;
     flying.progress.expect(sizes.known_bytes, sizes.files);
-    flying.progress.resume(here_bytes);
-    entries.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. })).for_each(|_| flying.progress.sealed());
+    flying.progress.resume(plan.here_bytes);
+    let settled = plan.settled.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
+    settled.for_each(|_| flying.progress.sealed());
     shared.store.disk().begin_flight(&flying.key)?;
-    let small = futures_util::stream::iter(small)
-        .map(|file| fetch::small(flying.clone(), file))
+    arriving.begin(&plan, Vec::new())?;
+    let large: Vec<u32> = plan.large.iter().filter_map(|file| Some(arriving.find(&file.path)?.0)).collect();
+    drop(plan);
+    let bringing = Bringing { flying: flying.clone(), arriving: arriving.clone() };
+    let brought = bring(&bringing, large).await;
+    if let Err(error) = &brought {
+        keep_units(&bringing, error).await;
+    }
+    brought?;
+    arriving.manifest()
+}
+
+/// Fetches what the queue gives until every file is sealed.
+async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
+    let arriving = &bringing.arriving;
+    let small = futures_util::stream::iter(std::iter::from_fn(|| arriving.next_small()))
+        .map(|entry| fetch::small(bringing.clone(), entry, false))
         .buffer_unordered(limits::PUBLISH_BATCH_FILES)
-        .try_collect::<Vec<Entry>>();
+        .try_collect::<()>();
     let large = futures_util::stream::iter(large)
-        .map(|file| fetch::large(flying.clone(), file))
+        .map(|entry| fetch::large(bringing.clone(), entry))
         .buffer_unordered(limits::FETCHES_PER_SOURCE)
-        .try_collect::<Vec<Entry>>();
-    let (small, large) = tokio::try_join!(small, large)?;
-    entries.extend(small);
-    entries.extend(large);
-    Manifest::new(entries)
+        .try_collect::<()>();
+    let background = (0..limits::STREAMS).map(|_| async {
+        loop {
+            fetch::range(bringing, arriving.next_background().await).await?;
+        }
+    });
+    let wanted = (0..limits::FETCHES_PER_SOURCE).map(|_| async {
+        loop {
+            match arriving.next_wanted().await {
+                Wanted::Small(entry) => fetch::small(bringing.clone(), entry, true).await?,
+                Wanted::Units(step) => fetch::range(bringing, step).await?,
+            }
+        }
+    });
+    let sealed = async {
+        tokio::try_join!(small, large)?;
+        // Of what readers waited for some may still be on its way.
+        arriving.until_whole().await;
+        Ok(())
+    };
+    tokio::select! {
+        outcome = sealed => outcome,
+        failed = futures_util::future::try_join_all(background) => failed.map(|_: Vec<()>| ()),
+        failed = futures_util::future::try_join_all(wanted) => failed.map(|_: Vec<()>| ()),
+        failed = fetch::record_units(bringing) => failed,
+    }
+}
+
+/// What came before a failure is for the next attempt.
+async fn keep_units(bringing: &Bringing, error: &Error) {
+    if error.kind() != Kind::NoSpace
+        && let Err(second) = fetch::record_changed(bringing, &mut HashMap::new()).await
+    {
+        tracing::warn!(error = %second.report(), "what was filled before a failure could not be recorded");
+    }
 }

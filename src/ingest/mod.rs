@@ -15,6 +15,8 @@
 //! `limits::SENDERS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
+mod arrivals;
+pub mod arriving;
 mod copy;
 mod extract;
 mod fetch;
@@ -45,6 +47,8 @@ use crate::source::{Credentials, EntryStream, Opened, Source, SourceSpec};
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
+pub use arrivals::Arrival;
+use arrivals::Arrivals;
 use flight::Flight;
 use progress::{Progress, Reading};
 
@@ -96,6 +100,7 @@ struct Shared {
     bounds: fetch::Bounds,
     tasks: Mutex<HashMap<String, Task>>,
     flights: Mutex<HashMap<String, Weak<Flight>>>,
+    arrivals: Arrivals,
     changes: broadcast::Sender<String>,
 }
 
@@ -118,6 +123,7 @@ impl Ingests {
             bounds: fetch::Bounds::new(settings.memory_budget_bytes),
             tasks: Mutex::default(),
             flights: Mutex::default(),
+            arrivals: Arrivals::default(),
             changes,
         }))
     }
@@ -258,7 +264,11 @@ impl Shared {
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
                 let flight = self.join_flight(record, source, listing, progress).await?;
-                let manifest = flight.landed().await?;
+                let landed = flight.landed().await;
+                if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
+                    arriving.fail(error);
+                }
+                let manifest = landed?;
                 Ok((flight.revision().to_owned(), manifest.as_ref().clone(), Some(flight)))
             }
             Opened::Streamed(entries) => {
@@ -327,6 +337,7 @@ impl Shared {
             plan = plan::Sizes { files: 0, known_bytes: 0 };
         }
         let key = flight::key(record, &revision);
+        self.check_shown(record, &key).await?;
         progress.expect(plan.known_bytes, plan.files);
         let (id, shown, key_row) = (record.id.clone(), revision.clone(), key.clone());
         let before = self
@@ -351,13 +362,16 @@ impl Shared {
             match flights.get(&key).and_then(Weak::upgrade) {
                 Some(flight) => flight,
                 None => {
-                    let flight = self.start_flight(key.clone(), revision, source, listing, archive);
+                    let flight = self.start_flight(key.clone(), revision, source, listing, archive)?;
                     flights.insert(key, Arc::downgrade(&flight));
                     flight
                 }
             }
         };
         progress.follow(flight.progress());
+        let otherwise = if flight.in_place().is_some() { "it stays where it is" } else { "it is an archive" };
+        self.arrivals.note(&record.id, flight.arriving(), otherwise);
+        let _ = self.changes.send(record.id.clone());
         self.note_skipped(record, &skipped).await?;
         Ok(flight)
     }
@@ -369,16 +383,40 @@ impl Shared {
         source: Arc<dyn Source>,
         listing: crate::source::Listing,
         archive: Option<extract::Archive>,
-    ) -> Arc<Flight> {
+    ) -> Result<Arc<Flight>> {
         let progress = Arc::new(Progress::default());
-        let flying = Arc::new(fetch::Flying::new(self.clone(), source, key.clone(), progress.clone()));
-        Flight::start(key, revision, listing.in_place.clone(), progress, async move {
-            match archive {
-                Some(archive) => extract::extract(&flying, &archive).await,
-                None if listing.in_place.is_some() => in_place::fly(&flying, listing).await,
-                None => flight::fly(&flying, listing).await,
+        let arriving = match archive {
+            None if listing.in_place.is_none() => {
+                Some(self.arrivals.begin(&self.store, &key, &listing, source.is_local())?)
             }
-        })
+            _ => None,
+        };
+        let flying = Arc::new(fetch::Flying::new(self.clone(), source, key.clone(), progress.clone()));
+        let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
+        Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
+            match (archive, brought) {
+                (Some(archive), _) => extract::extract(&flying, &archive).await,
+                (None, Some(arriving)) => flight::fly(&flying, &arriving, listing).await,
+                (None, None) => in_place::fly(&flying, listing).await,
+            }
+        }))
+    }
+
+    /// Refuses to go over to another revision under jobs that read the one before.
+    async fn check_shown(&self, record: &Record, key: &str) -> Result<()> {
+        let id = record.id.clone();
+        let before = self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
+        let moves = before != key && self.arrivals.of_key(&before).is_some_and(|arriving| arriving.is_read());
+        if moves { Err(arrivals::moved_on()) } else { Ok(()) }
+    }
+
+    /// Whether jobs read what there is of a checkpoint; where it cannot be told, they do.
+    async fn is_shown(&self, record: &Record) -> bool {
+        let id = record.id.clone();
+        match self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await {
+            Ok(key) => self.arrivals.of_key(&key).is_some_and(|arriving| arriving.is_read()),
+            Err(_) => true,
+        }
     }
 
     async fn note_skipped(&self, record: &Record, skipped: &[(String, String)]) -> Result<()> {
@@ -401,9 +439,10 @@ impl Shared {
             Err(error) if error.reason() == NOT_WANTED => return Err(error),
             Err(error) => Err(error),
         };
+        self.arrivals.forget(&record.id);
         if let Err(error) = &result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
-            if error.kind() == Kind::NoSpace {
+            if error.kind() == Kind::NoSpace && !self.is_shown(record).await {
                 self.give_back(record).await;
             }
             while let Err(second) = self.make_failed(record, error).await {

@@ -268,7 +268,7 @@ impl Taker<'_> {
             let map = target.units();
             (at / UNIT_BYTES..map.units())
                 .take_while(|unit| map.range(*unit).end <= end)
-                .for_each(|unit| target.complete(unit));
+                .for_each(|unit| _ = target.complete(unit));
             Ok(())
         })
         .await?;

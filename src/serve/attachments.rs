@@ -6,7 +6,10 @@
 //! start of a session passes the gate of its checkpoint. No gate is held while waiting for another job.
 //!
 //! **Sessions** start with the first job and stop with the last; what a job still has open is served until it is closed. A checkpoint
-//! whose blobs are compact is hydrated in the background once it is served.
+//! whose blobs are compact is hydrated in the background once it is served and ready.
+//!
+//! **Lazily attached** checkpoints are served from the listing on, which is durable before it is shown; their session goes on when they are
+//! ready, and nothing is mounted anew.
 //!
 //! **After a restart** dead sessions below the runtime directory and dead views of known jobs are unmounted, and each view is made again
 //! at its target. A view that cannot be (its process is gone, something is in the way) becomes `lost`, with an event.
@@ -18,6 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use super::content::Content;
 use super::gates::Gates;
+use super::partial::PartialContent;
 use super::placed::InPlace;
 use super::stored::StoredContent;
 use super::{Features, NamedView, Place, ReadBuffers, Session, SessionConfig, Views, features};
@@ -26,6 +30,8 @@ use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
+use crate::ingest::Ingests;
+use crate::ingest::arriving::Arriving;
 use crate::limits;
 use crate::manifest::Tree;
 use crate::names::{CheckpointName, EntryName, JobId};
@@ -37,6 +43,9 @@ use crate::units::now_unix_ms;
 /// Where a job inside a container expects its checkpoint.
 pub const CONTAINER_TARGET: &str = "/opt/ml/checkpoint";
 
+/// How often it is looked whether a checkpoint that is served early has become ready, where no change says so.
+const READY_AGAIN_AFTER: Duration = Duration::from_secs(60);
+
 /// How long a stop waits for the threads of a session; they go on by themselves after that.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
 
@@ -47,7 +56,7 @@ pub struct Wanted {
     pub job: JobId,
     /// Who asks; may be empty.
     pub owner: String,
-    /// Ready checkpoints, each with the directory it is to have (empty: decided here).
+    /// Checkpoints that are ready or can be read while they fill, each with the directory it is to have (empty: decided here).
     pub checkpoints: Vec<(Record, String)>,
     /// Where; `None` for the default.
     pub target: Option<PathBuf>,
@@ -61,6 +70,7 @@ pub struct Attachments(Arc<Shared>);
 
 struct Shared {
     store: Store,
+    ingests: Ingests,
     in_place: InPlace,
     sessions_dir: PathBuf,
     jobs_dir: PathBuf,
@@ -84,7 +94,13 @@ impl Attachments {
     ///
     /// # Errors
     /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
-    pub fn open(store: Store, datastores: Arc<Datastores>, runtime_dir: &Path, passthrough: bool) -> Result<Self> {
+    pub fn open(
+        store: Store,
+        ingests: Ingests,
+        datastores: Arc<Datastores>,
+        runtime_dir: &Path,
+        passthrough: bool,
+    ) -> Result<Self> {
         let sessions_dir = runtime_dir.join("sessions");
         let jobs_dir = runtime_dir.join("jobs");
         for directory in [runtime_dir, &jobs_dir] {
@@ -97,6 +113,7 @@ impl Attachments {
         Ok(Self(Arc::new(Shared {
             in_place: InPlace::new(store.catalog().clone(), datastores),
             store,
+            ingests,
             sessions_dir,
             jobs_dir,
             passthrough,
@@ -361,9 +378,11 @@ impl Attachments {
         Ok(served)
     }
 
-    async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
-        let digest =
-            record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
+    /// The tree and bytes of a checkpoint; a reader where the bytes are in the store, all of them.
+    async fn content_of(&self, record: &Record) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
+        let Some(digest) = record.manifest else {
+            return self.partial_content_of(record).await;
+        };
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
         let manifest = Arc::new(manifest);
         let (content, reader): (Arc<dyn Content>, _) = if let Some(place) = record.in_place.clone() {
@@ -372,14 +391,34 @@ impl Attachments {
             let reader = self.0.store.reader(digest, manifest.clone()).await?;
             (Arc::new(StoredContent(reader.clone())), Some(reader))
         };
+        Ok((Arc::new(Tree::new(manifest)), content, reader))
+    }
+
+    /// [`Attachments::content_of`] a checkpoint that still fills. Its tree is durable before anybody sees it.
+    async fn partial_content_of(&self, record: &Record) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
+        let Some(arriving) = self.0.ingests.shown_before(record).await? else {
+            let id = record.id.clone();
+            let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
+            let ready = now.filter(|now| now.manifest.is_some()).ok_or_else(|| not_readable(record))?;
+            return Box::pin(self.content_of(&ready)).await;
+        };
+        arriving.keep_listing().await?;
+        let tree = Arc::new(Tree::new(arriving.tree().clone()));
+        let content = PartialContent::new(arriving.clone()).await?;
+        self.hydrate_when_ready(record.id.clone(), &arriving);
+        Ok((tree, Arc::new(content), None))
+    }
+
+    async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
+        let (tree, content, reader) = self.content_of(record).await?;
         let config = SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
             passthrough: self.0.passthrough,
             stack_depth: self.0.stack_depth,
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         };
-        let session = blocking(move || Session::start(config, Arc::new(Tree::new(manifest)), content)).await?;
-        if let Some(reader) = reader {
+        let session = blocking(move || Session::start(config, tree, content)).await?;
+        if let (Some(reader), Some(digest)) = (reader, record.manifest) {
             self.hydrate(record.id.clone(), digest, reader);
         }
         let jobs = BTreeSet::from([job.to_owned()]);
@@ -396,6 +435,25 @@ impl Attachments {
                 }
                 Ok(_) => {}
                 Err(error) => tracing::warn!(checkpoint = id, error = %error.report(), "hydrating failed"),
+            }
+        });
+    }
+
+    /// Hydrates a checkpoint that is served already, once it is ready; ends when nobody reads it any more.
+    fn hydrate_when_ready(&self, id: String, arriving: &Arc<Arriving>) {
+        let (attachments, arriving) = (self.clone(), Arc::downgrade(arriving));
+        let mut changes = self.0.ingests.changes();
+        tokio::spawn(async move {
+            while arriving.strong_count() > 0 {
+                let asked = id.clone();
+                let record = attachments.0.store.catalog().read(move |tx| checkpoints::get(tx, &asked)).await;
+                if let Ok(Some(Record { manifest: Some(digest), .. })) = record {
+                    if let Some(reader) = arriving.upgrade().and_then(|arriving| arriving.reader()) {
+                        attachments.hydrate(id, digest, reader);
+                    }
+                    return;
+                }
+                let _ = tokio::time::timeout(READY_AGAIN_AFTER, changes.recv()).await;
             }
         });
     }
@@ -549,6 +607,12 @@ fn same_checkpoints(held: &[Lease], wanted: &[(Record, String)]) -> bool {
         && held.iter().zip(wanted).all(|(lease, (record, subdir))| {
             lease.checkpoint == record.id && (subdir.is_empty() || *subdir == lease.subdir)
         })
+}
+
+fn not_readable(record: &Record) -> Error {
+    Error::wrong_state("NOT_READY", format!("the checkpoint `{}` is not ready and has not been listed", record.name))
+        .fact("checkpoint", &record.id)
+        .remedy("attach it when it is ready")
 }
 
 fn has_others(row: &JobRow) -> Error {

@@ -36,6 +36,11 @@ pub trait Content: Send + Sync + 'static {
 
     /// How the bytes of `file` are here now.
     fn state(&self, file: &FileNode) -> FileState;
+
+    /// Digest of the bytes of `file`; `None` while it is not known.
+    fn digest(&self, file: &FileNode) -> Option<Digest> {
+        Some(file.digest)
+    }
 }
 
 /// What is run once bytes are here, or cannot come.
@@ -53,6 +58,11 @@ pub trait OpenFile: Send + Sync {
     /// `Some` where the file is sealed and without holes: it may be given to the kernel. The `Arc` is kept as long as the kernel
     /// has it.
     fn whole(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether pages that the kernel has of the file from earlier opens are right.
+    fn kept_pages_are_right(&self) -> bool {
+        true
+    }
 
     /// Whether `length` bytes from `offset` can be read now. Cheap.
     fn here(&self, offset: u64, length: usize) -> bool {

@@ -228,7 +228,11 @@ impl Filesystem for Adapter {
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let handle = FileHandle(ino.0);
         guarded("open", ino, || match self.opened(ino.0, flags) {
-            Ok(Mode::Daemon) => reply.opened(handle, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH),
+            Ok(Mode::Daemon) => {
+                let kept = self.open_file(ino.0).is_ok_and(|file| file.kept_pages_are_right());
+                let keep = if kept { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
+                reply.opened(handle, keep | FopenFlags::FOPEN_NOFLUSH);
+            }
             Ok(Mode::Passthrough { backing }) => {
                 // SAFETY: `OpenFiles` has registered this number on this connection and withdraws it only after the last
                 // release; ownership goes back to it right below.

@@ -7,7 +7,7 @@
 //! fuse.rs        requests -> view -> answers    buffers.rs     memory for answers
 //! attachments.rs jobs, their rights and views   gates.rs    one at a time per job, per checkpoint
 //! stored.rs      the store as content           placed.rs      a datastore as content
-//! readers.rs     threads that may be held up
+//! partial.rs     a flight as content            readers.rs     threads that may be held up
 //! features.rs    what the kernel offers         handshake.rs   fuser on a connection of ours
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
@@ -40,6 +40,7 @@ mod handshake;
 mod mount_calls;
 mod mountinfo;
 mod namespace;
+mod partial;
 mod placed;
 mod readers;
 mod stored;

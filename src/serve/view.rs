@@ -202,7 +202,10 @@ impl View {
         let known = self.attribute_names(inode)?.iter().find(|known| known.as_bytes() == name);
         match known.copied() {
             Some(XATTR_CHECKPOINT) => Ok(self.checkpoint.clone()),
-            Some(XATTR_DIGEST) => Ok(self.file(inode)?.digest.to_hex()),
+            Some(XATTR_DIGEST) => {
+                let file = self.file(inode)?;
+                self.content.digest(&file).map(|digest| digest.to_hex()).ok_or(Refusal::NoSuchAttribute)
+            }
             Some(XATTR_STATE) => {
                 let file = self.file(inode)?;
                 Ok(show_state(self.content.state(&file), passthrough))

@@ -170,6 +170,23 @@ impl Filling {
         &self.path
     }
 
+    /// Whether all bytes of `range` are here.
+    pub fn has(&self, range: std::ops::Range<u64>) -> bool {
+        let units = &self.locked().units;
+        let until = range.end.min(units.size());
+        range.start >= until || (range.start / UNIT_BYTES..until.div_ceil(UNIT_BYTES)).all(|unit| units.contains(unit))
+    }
+
+    /// Length of the file in bytes.
+    pub fn size(&self) -> u64 {
+        self.locked().units.size()
+    }
+
+    /// Bytes here.
+    pub fn here_bytes(&self) -> u64 {
+        self.locked().units.here_bytes()
+    }
+
     /// A copy of the map of what is here.
     pub fn units(&self) -> UnitMap {
         self.locked().units.clone()
@@ -199,12 +216,19 @@ impl Filling {
         self.file.read_exact_at(buffer, offset).map_err(|error| Error::io("reading", &self.path, error))
     }
 
-    /// Notes a unit as here, starts its write-back and wakes the sealer.
-    pub fn complete(&self, unit: u64) {
-        let range = self.locked().units.range(unit);
+    /// Notes a unit as here, starts its write-back and wakes the sealer; whether it was not here before.
+    pub fn complete(&self, unit: u64) -> bool {
+        let range = {
+            let units = &self.locked().units;
+            if units.contains(unit) {
+                return false;
+            }
+            units.range(unit)
+        };
         self.disk.begin_write_back(&self.file, range);
         self.locked().units.set(unit);
         self.moved.notify_all();
+        true
     }
 
     /// Wakes everybody who waits, for good: the fill failed.

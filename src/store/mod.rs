@@ -127,6 +127,27 @@ impl Store {
         Ok(Arc::new(read::Reader::new(self.disk.clone(), &self.holds, &manifest, compact)))
     }
 
+    /// A reading side that knows no blob yet, for files that are sealed one after the other: see [`Store::add_to`].
+    pub fn growing_reader(&self) -> Arc<read::Reader> {
+        Arc::new(read::Reader::growing(self.disk.clone(), &self.holds))
+    }
+
+    /// Makes sealed blobs readable through `reader`.
+    ///
+    /// # Errors
+    /// Those of the catalog.
+    pub async fn add_to(&self, reader: &read::Reader, digests: Vec<Digest>) -> Result<()> {
+        let asked = digests.clone();
+        let compact = self.catalog.read(move |tx| blobs::compact_among(tx, &asked)).await?;
+        reader.add(digests, compact);
+        Ok(())
+    }
+
+    /// Keeps a blob from being punched, also one that is still to be published, for as long as what is returned lives.
+    pub fn hold(&self, digest: Digest) -> read::Hold {
+        self.holds.hold(vec![digest])
+    }
+
     /// Bytes that may be taken from the filesystem now: what is free less the reserve.
     ///
     /// # Errors

@@ -208,23 +208,30 @@ impl Publisher {
         Ok(())
     }
 
-    /// Step 5. Nobody can have these blobs open yet: their checkpoint is not ready before this returns.
+    /// Step 5. Whoever reads these blobs already, of a checkpoint that is still filling, holds them: they stay whole.
     fn give_up_duplicate_bytes(&self, sealed: &[Sealed]) -> Result<()> {
         let mut changed = Vec::new();
+        let mut kept = Vec::new();
         for blob in sealed {
             for (run, home) in &blob.shared {
                 self.disk.share(&blob.digest, run.start..run.start + run.len, home, run.home.start)?;
             }
-            if !blob.borrowed.is_empty() && !self.holds.is_held(&blob.digest) {
+            if blob.borrowed.is_empty() {
+                continue;
+            }
+            if self.holds.is_held(&blob.digest) {
+                kept.push((blob.blob, self.disk.stored_bytes(&blob.digest)?));
+            } else {
                 let ranges: Vec<_> = blob.borrowed.iter().map(|run| run.start..run.start + run.len).collect();
                 self.disk.punch(&blob.digest, &ranges)?;
                 changed.push((blob.blob, self.disk.stored_bytes(&blob.digest)?));
             }
         }
-        if changed.is_empty() {
+        if changed.is_empty() && kept.is_empty() {
             return Ok(());
         }
         self.catalog.write_blocking(move |tx| {
+            kept.iter().try_for_each(|(blob, stored)| blobs::set_filled(tx, *blob, *stored))?;
             changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored))
         })
     }

@@ -27,7 +27,8 @@ impl Holds {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(digest)
     }
 
-    fn hold(&self, digests: Vec<Digest>) -> Hold {
+    /// Keeps blobs from being punched for as long as what is returned lives.
+    pub(super) fn hold(&self, digests: Vec<Digest>) -> Hold {
         let mut holds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         digests.iter().for_each(|digest| *holds.entry(*digest).or_insert(0) += 1);
         drop(holds);
@@ -37,7 +38,7 @@ impl Holds {
 
 /// Keeps blobs from being punched.
 #[derive(Debug)]
-struct Hold {
+pub struct Hold {
     holds: Holds,
     digests: Vec<Digest>,
 }
@@ -60,7 +61,8 @@ impl Drop for Hold {
 #[derive(Debug)]
 pub struct Reader {
     disk: Arc<Disk>,
-    _hold: Hold,
+    holds: Holds,
+    held: Mutex<Vec<Hold>>,
     /// Blobs with ranges that are not in them, and those ranges.
     compact: Mutex<HashMap<Digest, Arc<[Borrow]>>>,
 }
@@ -73,15 +75,21 @@ impl Reader {
         });
         let homes = blobs.iter().flat_map(|(_, borrows)| borrows.iter().map(|borrow| borrow.home));
         let hold = holds.hold(named.chain(homes).collect());
-        let compact = blobs
-            .into_iter()
-            .map(|(blob, mut borrows)| {
-                borrows.retain(|borrow| !borrow.filled);
-                (blob.digest, Arc::from(borrows))
-            })
-            .filter(|(_, borrows): &(_, Arc<[Borrow]>)| !borrows.is_empty())
-            .collect();
-        Self { disk, _hold: hold, compact: Mutex::new(compact) }
+        let compact = missing_ranges(blobs).collect();
+        Self { disk, holds: holds.clone(), held: Mutex::new(vec![hold]), compact: Mutex::new(compact) }
+    }
+
+    /// One that knows no blob yet: see [`Reader::add`].
+    pub(super) fn growing(disk: Arc<Disk>, holds: &Holds) -> Self {
+        Self { disk, holds: holds.clone(), held: Mutex::default(), compact: Mutex::default() }
+    }
+
+    /// Makes blobs readable here, of which those in `blobs` are compact.
+    pub(super) fn add(&self, digests: Vec<Digest>, blobs: Vec<(BlobRow, Vec<Borrow>)>) {
+        let homes = blobs.iter().flat_map(|(_, borrows)| borrows.iter().map(|borrow| borrow.home));
+        let hold = self.holds.hold(digests.into_iter().chain(homes).collect());
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).push(hold);
+        self.compact.lock().unwrap_or_else(PoisonError::into_inner).extend(missing_ranges(blobs));
     }
 
     /// Opens the blob of a file.
@@ -121,6 +129,15 @@ impl Reader {
         let compact = self.compact.lock().unwrap_or_else(PoisonError::into_inner);
         compact.get(digest).cloned().unwrap_or_else(|| Arc::from([]))
     }
+}
+
+/// Of each blob the ranges that are not in it; blobs that are whole are left out.
+fn missing_ranges(blobs: Vec<(BlobRow, Vec<Borrow>)>) -> impl Iterator<Item = (Digest, Arc<[Borrow]>)> {
+    let ranges = blobs.into_iter().map(|(blob, mut borrows)| {
+        borrows.retain(|borrow| !borrow.filled);
+        (blob.digest, Arc::from(borrows))
+    });
+    ranges.filter(|(_, borrows): &(_, Arc<[Borrow]>)| !borrows.is_empty())
 }
 
 /// A blob open for reading.

@@ -185,6 +185,7 @@ fn attachment(job: String, state: wire::AttachmentState) -> wire::Attachment {
         state: state.into(),
         terms: vec!["a licence".into()],
         pid: 0,
+        waited_for: String::new(),
     }
 }
 

@@ -1,0 +1,311 @@
+//! A job that does not wait: what it reads is right, what is missing comes first, and what cannot come fails alone.
+
+#![cfg(test)]
+
+mod support;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use support::corpus::{Random, seed};
+use support::daemon::{Daemon, LOOPBACK};
+use support::faults::{Fault, Faults};
+use support::files::{b3sum, xattr};
+use support::place::mounts_at;
+use support::ran::{run, wait_until};
+use support::site::{Page, Site};
+
+const MIB: u64 = 1 << 20;
+const UNIT: u64 = 4 * MIB;
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a source gives, and a daemon that may ask it.
+struct Scene {
+    daemon: Daemon,
+    site: Site,
+    bytes: Arc<Vec<u8>>,
+}
+
+impl Scene {
+    /// A file of `mib` MiB at `/w.bin`, given at `rate` bytes a second.
+    fn new(mib: usize, rate: u64) -> Self {
+        Self::with(mib, rate, &[LOOPBACK])
+    }
+
+    fn with(mib: usize, rate: u64, env: &[(&'static str, &str)]) -> Self {
+        let daemon = Daemon::start_with(env);
+        let site = Site::open();
+        site.limit(rate);
+        let bytes = Arc::new(Random::new(seed()).bytes((mib << 20) - 7));
+        Self { daemon, site, bytes }
+    }
+
+    fn put(&self, page: impl FnOnce(Arc<Vec<u8>>) -> Page) -> String {
+        self.site.put("/w.bin", page(Arc::clone(&self.bytes)))
+    }
+
+    fn create(&self, url: &str) {
+        self.daemon.ctl(&["create", "w", "--type", "web", "--uri", url]).ok();
+    }
+
+    /// Creates and attaches for `job` without waiting; where the file is seen.
+    fn attach(&self, job: &str) -> PathBuf {
+        let target = self.daemon.place().dir(&format!("at-{job}"));
+        run(self.daemon.ctl_command().args(["attach", job, "w", "--lazy", "--at"]).arg(&target)).ok();
+        target.join("w.bin")
+    }
+
+    fn assert_read(&self, file: &Path, offset: u64, length: usize) {
+        let mut found = vec![0; length];
+        File::open(file).unwrap().read_exact_at(&mut found, offset).unwrap();
+        let from = usize::try_from(offset).unwrap();
+        assert!(found == self.bytes[from..from + length], "{length} bytes at {offset} differ");
+    }
+
+    fn digest(&self) -> String {
+        blake3::hash(&self.bytes).to_hex().to_string()
+    }
+}
+
+#[test]
+fn the_end_of_a_file_is_read_long_before_its_middle_is_here() {
+    let scene = Scene::new(200, 16 * MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    scene.assert_read(&file, 199 * MIB, 1000);
+    scene.assert_read(&file, 100 * MIB - 9, 20);
+    let done = scene.daemon.bytes_done("w");
+    assert!(done < 100 * MIB, "{done} bytes had to come first");
+    assert!(xattr(&file, "user.ckptd.state").starts_with("filling "));
+    assert_eq!(file.metadata().unwrap().len(), scene.bytes.len() as u64);
+    let early = File::open(&file).unwrap();
+    scene.site.limit(0);
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(b3sum(&file), scene.digest());
+    drop(early);
+    wait_until("the kernel reads the file itself", LIMIT, || xattr(&file, "user.ckptd.state") == "passthrough");
+    assert_eq!(xattr(&file, "user.ckptd.digest"), scene.digest());
+    assert_eq!(scene.daemon.json(&["jobs"])["jobs"][0]["checkpoints"][0]["digest"].as_str().unwrap().len(), 64);
+    assert!(scene.site.take_sent() < scene.bytes.len() as u64 + 64 * MIB, "units came more than once");
+}
+
+#[test]
+fn many_jobs_that_start_together_cost_the_source_one() {
+    let scene = Scene::new(64, 48 * MIB);
+    let url = scene.put(Page::Ranged);
+    scene.create(&url);
+    thread::scope(|scope| {
+        for job in 0..16 {
+            let scene = &scene;
+            scope.spawn(move || {
+                let file = scene.attach(&format!("job-{job}"));
+                assert_eq!(b3sum(&file), scene.digest());
+            });
+        }
+    });
+    let sent = scene.site.take_sent();
+    assert!(sent <= scene.bytes.len() as u64 * 101 / 100, "{sent} bytes were sent");
+}
+
+#[test]
+fn a_source_without_ranges_is_waited_for_and_the_answer_says_so() {
+    let scene = Scene::new(24, 12 * MIB);
+    scene.create(&scene.put(Page::Whole));
+    let target = scene.daemon.place().dir("at");
+    let ran = run(scene.daemon.ctl_command().args(["attach", "job", "w", "--lazy", "--at"]).arg(&target)).ok();
+    assert!(
+        ran.stderr.contains("waited until all bytes were here") && ran.stderr.contains("no ranges"),
+        "{}",
+        ran.stderr
+    );
+    assert_eq!(scene.daemon.json(&["get", "w"])["state"], "ready");
+    assert_eq!(b3sum(&target.join("w.bin")), scene.digest());
+}
+
+#[test]
+fn a_failure_for_good_costs_the_missing_bytes_alone_and_retry_heals_in_place() {
+    let scene = Scene::with(96, 16 * MIB, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    let url = scene.put(Page::Ranged);
+    scene.create(&url);
+    let file = scene.attach("job");
+    scene.assert_read(&file, 0, 1000);
+    let open = File::open(&file).unwrap();
+    scene.site.put("/w.bin", Page::Status(403));
+    let mut byte = [0];
+    let missing = (0..24).rev().map(|unit| unit * UNIT).find(|at| open.read_exact_at(&mut byte, *at).is_err());
+    let missing = missing.expect("some unit never came");
+    wait_until("the record says so", LIMIT, || scene.daemon.json(&["get", "w"])["state"] == "failed");
+    let error = open.read_exact_at(&mut byte, missing + 5).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EIO));
+    scene.assert_read(&file, 1000, 5000);
+    let before = mounts_at(file.parent().unwrap());
+    scene.put(Page::Ranged);
+    scene.site.limit(0);
+    scene.daemon.ctl(&["retry", "w"]).ok();
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    open.read_exact_at(&mut byte, missing + 5).unwrap();
+    assert_eq!(b3sum(&file), scene.digest());
+    let after = mounts_at(file.parent().unwrap());
+    assert_eq!(format!("{before:?}"), format!("{after:?}"), "something was mounted anew");
+}
+
+#[test]
+fn what_jobs_were_shown_is_not_replaced_under_them() {
+    // More than the ranges that are under way at once: some are asked for after the change.
+    let scene = Scene::with(160, 16 * MIB, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    let url = scene.put(Page::Ranged);
+    scene.create(&url);
+    let file = scene.attach("job");
+    scene.assert_read(&file, 0, 4096);
+    let other = Arc::new(Random::new(seed() + 1).bytes(scene.bytes.len()));
+    scene.site.put("/w.bin", Page::Ranged(other));
+    wait_until("the change is noticed", LIMIT, || scene.daemon.json(&["get", "w"])["state"] == "failed");
+    scene.daemon.ctl(&["retry", "w"]);
+    wait_until("the change is noticed again", LIMIT, || {
+        scene.daemon.json(&["get", "w"])["error"]["reason"] == "SOURCE_CHANGED"
+    });
+    scene.assert_read(&file, 0, 4096);
+    let mut found = vec![0; 64 << 10];
+    let open = File::open(&file).unwrap();
+    for at in (0..scene.bytes.len() as u64 - 64 * 1024).step_by(64 << 10) {
+        if open.read_exact_at(&mut found, at).is_ok() {
+            let from = usize::try_from(at).unwrap();
+            assert!(found == scene.bytes[from..from + found.len()], "bytes of another revision at {at}");
+        }
+    }
+    scene.daemon.ctl(&["release", "job"]).ok();
+    scene.daemon.ctl(&["retry", "w"]).ok();
+    scene.site.limit(0);
+    scene.daemon.wait_state("w", "ready", LIMIT);
+}
+
+#[test]
+fn readers_that_are_killed_while_they_wait_go_away_at_once() {
+    let scene = Scene::new(64, MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    let read = |flags: &str, skip: u64| -> Child {
+        let path = file.display();
+        Command::new("dd")
+            .args([&format!("if={path}"), "of=/dev/null", "bs=4096", "count=1", &format!("skip={skip}")])
+            .args(flags.split_whitespace())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    };
+    let mut readers = [read("", 15_000), read("", 9_000), read("iflag=nonblock", 12_000)];
+    for reader in &mut readers {
+        let stack = format!("/proc/{}/wchan", reader.id());
+        wait_until("the reader waits", LIMIT, || {
+            std::fs::read_to_string(&stack).is_ok_and(|place| place.contains("folio") || place.contains("fuse"))
+        });
+        reader.kill().unwrap();
+        wait_until("the killed reader is gone", Duration::from_secs(2), || reader.try_wait().unwrap().is_some());
+    }
+    scene.site.limit(0);
+    assert_eq!(b3sum(&file), scene.digest());
+}
+
+#[test]
+fn ten_thousand_waiting_reads_cost_little_and_all_are_answered() {
+    const READS: usize = 10_000;
+    let scene = Scene::new(128, MIB / 2);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    let before = resident(scene.daemon.pid());
+    let (begun, right) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let open = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(&file).unwrap();
+    thread::scope(|scope| {
+        for read in 0..READS {
+            let (open, begun, right, bytes) = (&open, &begun, &right, &scene.bytes);
+            let one = move || {
+                let at = usize::try_from(64 * MIB).unwrap() + (read * 6151 % 16_000) * 4096;
+                let mut found = vec![0; 8192];
+                let start = found.as_ptr().align_offset(4096);
+                begun.fetch_add(1, Ordering::Relaxed);
+                open.read_exact_at(&mut found[start..start + 4096], at as u64).unwrap();
+                right.fetch_add(usize::from(found[start..start + 4096] == bytes[at..at + 4096]), Ordering::Relaxed);
+            };
+            thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, one).unwrap();
+        }
+        wait_until("all have begun", LIMIT, || begun.load(Ordering::Relaxed) == READS);
+        let after = resident(scene.daemon.pid());
+        assert!(after < before + 64 * MIB, "the daemon grew from {before} to {after} bytes");
+        scene.daemon.json(&["status"]);
+        scene.site.limit(0);
+    });
+    assert_eq!(right.load(Ordering::Relaxed), READS);
+}
+
+#[test]
+fn a_killed_daemon_shows_the_same_again_and_goes_on() {
+    let mut scene = Scene::new(96, 16 * MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    scene.assert_read(&file, 60 * MIB, 1000);
+    wait_until("units are durable", LIMIT, || scene.daemon.bytes_done("w") > 32 * MIB);
+    thread::sleep(Duration::from_millis(1500));
+    scene.daemon.kill9();
+    scene.site.take_sent();
+    scene.daemon.restart();
+    scene.assert_read(&file, 95 * MIB, 1000);
+    scene.site.limit(0);
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(b3sum(&file), scene.digest());
+    assert!(scene.site.take_sent() < 80 * MIB, "what was durable came again");
+}
+
+#[test]
+fn a_faltering_network_delays_readers_and_harms_none() {
+    let scene = Scene::new(96, 64 * MIB);
+    let url = scene.put(Page::Ranged);
+    let port = url.rsplit(':').next().unwrap().split('/').next().unwrap().parse().unwrap();
+    let proxy = Faults::before(port);
+    scene.create(&proxy.url("/w.bin"));
+    let file = scene.attach("job");
+    let mut random = Random::new(seed());
+    for read in 0..60 {
+        let fault = match read {
+            0 => Fault::Reset(MIB),
+            10 => Fault::Truncate(3 * MIB),
+            20 => Fault::Status(503, ""),
+            30 => Fault::Status(429, "Retry-After: 1"),
+            40 => Fault::Reset(10),
+            _ => Fault::Truncate(u64::MAX),
+        };
+        if read % 10 == 0 {
+            proxy.spoil("GET /w.bin", fault, 1);
+        }
+        let at = random.below(scene.bytes.len() as u64 - 100_000);
+        scene.assert_read(&file, at, 100_000);
+    }
+    assert_eq!(b3sum(&file), scene.digest());
+    scene.daemon.wait_state("w", "ready", LIMIT);
+}
+
+#[test]
+fn a_mapped_file_waits_like_a_read_one() {
+    let scene = Scene::new(64, 16 * MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let open = File::open(scene.attach("job")).unwrap();
+    assert!(open.as_raw_fd() > 0);
+    // SAFETY: nothing changes a file of a checkpoint.
+    let map = unsafe { memmap2::Mmap::map(&open) }.unwrap();
+    for at in [63 << 20, 5, 31 << 20] {
+        assert_eq!(map[at], scene.bytes[at]);
+    }
+}
+
+/// Resident bytes of a process.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
