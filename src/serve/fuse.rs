@@ -127,6 +127,10 @@ fn file_type(kind: NodeKind) -> FileType {
 
 fn refuse(inode: u64, refusal: &Refusal) -> Errno {
     match refusal {
+        // The failure of the checkpoint was logged once; its readers may be thousands.
+        Refusal::Failed(error) if error.reason() == "CHECKPOINT_FAILED" => {
+            tracing::debug!(inode, error = %error.report(), "a request of a reader failed");
+        }
         Refusal::Failed(error) => tracing::warn!(inode, error = %error.report(), "a request of a reader failed"),
         Refusal::Truncated => tracing::error!(inode, "the bytes of a file end before the file does"),
         _ => {}
