@@ -78,6 +78,15 @@ impl Inode {
         self.pending.clear();
     }
 
+    /// Its size with the bytes it had before.
+    fn hollow(&self) -> Content {
+        let mut content = self.durable.clone();
+        if !self.pending.is_empty() {
+            content.change(&Change::Size(self.now.bytes.len()));
+        }
+        content
+    }
+
     /// What may be left of it.
     fn torn(&self, random: &mut Random) -> Content {
         match random.below(4) {
@@ -149,6 +158,8 @@ pub(crate) enum Loss {
     Nothing,
     /// None of it.
     Everything,
+    /// Names and sizes are there, bytes are not: a journal is written first.
+    Bytes,
     /// Some of it, by a seed.
     Some(u64),
 }
@@ -246,7 +257,10 @@ impl Disk {
     /// What is found after a crash now.
     pub(crate) fn image(&self, loss: Loss) -> Image {
         let mut random = Random::new(if let Loss::Some(seed) = loss { seed } else { 0 });
-        let mut names = if matches!(loss, Loss::Nothing) { self.now.clone() } else { self.durable.clone() };
+        let mut names = match loss {
+            Loss::Nothing | Loss::Bytes => self.now.clone(),
+            Loss::Everything | Loss::Some(_) => self.durable.clone(),
+        };
         if matches!(loss, Loss::Some(_)) {
             let kept = usize::try_from(random.below(self.pending.len() as u64 + 1)).unwrap();
             self.pending[..kept].iter().for_each(|naming| naming.carry_out(&mut names));
@@ -266,6 +280,7 @@ impl Disk {
                     let content = match loss {
                         Loss::Nothing => inode.now.clone(),
                         Loss::Everything => inode.durable.clone(),
+                        Loss::Bytes => inode.hollow(),
                         Loss::Some(_) => inode.torn(&mut random),
                     };
                     image.files.insert(path, content);
@@ -312,7 +327,8 @@ impl Image {
             let file = File::create(root.join(name)).unwrap();
             file.set_len(content.bytes.len() as u64).unwrap();
             let pages = content.bytes.chunks(PAGE_BYTES);
-            for (page, at) in pages.zip((0..).step_by(PAGE_BYTES)).filter(|(page, _)| page.iter().any(|byte| *byte != 0))
+            for (page, at) in
+                pages.zip((0..).step_by(PAGE_BYTES)).filter(|(page, _)| page.iter().any(|byte| *byte != 0))
             {
                 file.write_all_at(page, at).unwrap();
             }
@@ -323,7 +339,9 @@ impl Image {
     pub(crate) fn differences(&self, other: &Self) -> Vec<String> {
         let mut found: Vec<_> = self.directories.symmetric_difference(&other.directories).cloned().collect();
         let names: BTreeSet<_> = self.files.keys().chain(other.files.keys()).collect();
-        let differs = |name: &String| self.files.get(name).map(|file| &file.bytes) != other.files.get(name).map(|file| &file.bytes);
+        let differs = |name: &String| {
+            self.files.get(name).map(|file| &file.bytes) != other.files.get(name).map(|file| &file.bytes)
+        };
         found.extend(names.into_iter().filter(|name| differs(name)).cloned());
         found
     }

@@ -135,7 +135,8 @@ impl Law {
         ensure(rows.fills.is_empty(), || "something is still filling".into())?;
         for blob in &rows.blobs {
             ensure(blob.state != "doomed", || format!("{} is still doomed", hex(&blob.digest)))?;
-            let needed = rows.named.iter().any(|(_, id)| *id == blob.id) || rows.borrows.iter().any(|row| row.home == blob.id);
+            let needed =
+                rows.named.iter().any(|(_, id)| *id == blob.id) || rows.borrows.iter().any(|row| row.home == blob.id);
             ensure(needed, || format!("{} is kept and nobody needs it", hex(&blob.digest)))?;
         }
         match image.files.keys().find(|path| path.starts_with("filling/")) {
@@ -168,7 +169,9 @@ impl Law {
     fn units(&mut self, image: &Image, rows: &Rows) -> Fault {
         for fill in rows.fills.iter().filter(|fill| fill.blob.is_none()) {
             let path = format!("filling/{}/{}", fill.flight, fill.number);
-            let (Some(file), Some(truth)) = (image.files.get(&path), self.truth.filling.get(&fill.path)) else { continue };
+            let (Some(file), Some(truth)) = (image.files.get(&path), self.truth.filling.get(&fill.path)) else {
+                continue;
+            };
             if file.bytes.len() != fill.size {
                 continue;
             }
@@ -223,7 +226,9 @@ impl Law {
                 bytes[borrow.start..borrow.start + borrow.len].copy_from_slice(lent);
             }
             let found: Sum = blake3::hash(&bytes).into();
-            ensure(found == blob.digest, || format!("{path} has, with what it borrows, other bytes than it is named after"))?;
+            ensure(found == blob.digest, || {
+                format!("{path} has, with what it borrows, other bytes than it is named after")
+            })?;
         }
         Ok(())
     }
@@ -250,7 +255,9 @@ fn promised(truth: &Truth, rows: &Rows, promises: &Promises) -> Fault {
         }
         let named = rows.named.iter().filter(|(of, _)| Some(*of) == *manifest);
         let found: Option<BTreeSet<Sum>> = named.map(|(_, blob)| sealed.get(blob).copied()).collect();
-        ensure(found.as_ref() == truth.trees.get(name), || format!("`{name}` is ready and not all its files are sealed"))?;
+        ensure(found.as_ref() == truth.trees.get(name), || {
+            format!("`{name}` is ready and not all its files are sealed")
+        })?;
     }
     for fill in &rows.fills {
         let lost = fill.blob.is_some_and(|blob| !sealed.contains_key(&blob));

@@ -1,6 +1,7 @@
 //! What the daemon does while it is recorded: everything that changes the state directory, a few times over.
 //!
-//! It is told in legs. A leg is one daemon from its start to its end; it begins with what the one before had left.
+//! It is told in legs. A leg is one daemon from its start to its end; it begins with what the one before had left, the last two with what
+//! a crash in the middle of an earlier one leaves.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use crate::disk::{Disk, Image, Loss};
-use crate::law::Truth;
+use crate::law::{self, Promise, Promises, Truth};
 use crate::support::corpus::{Random, Tensors, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::files::{regular_files, xattr};
@@ -20,9 +21,23 @@ use crate::trace::{Act, Marks, Recorder};
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
 
+/// A file is filled, sealed, and shared; some are made whole again.
+pub(crate) const KEEPS: usize = 0;
+/// A source is slow; the daemon is killed.
+pub(crate) const INTERRUPTED: usize = 1;
+/// What was interrupted is finished; then removals.
+pub(crate) const REMOVES: usize = 2;
+/// The start after a crash between a blob's name and its row.
+pub(crate) const UNDOES: usize = 3;
+/// The start after a crash in a removal.
+pub(crate) const FINISHES: usize = 4;
+
 /// One daemon's life.
+#[derive(Default)]
 pub(crate) struct Leg {
     pub(crate) begins_with: Image,
+    /// What had been promised before.
+    pub(crate) promises: Promises,
     pub(crate) acts: Vec<Act>,
 }
 
@@ -68,6 +83,11 @@ impl Story {
                 fs::write(place.join(&format!("b/f{index}")), &bytes).unwrap();
             }
         }
+        // So many that they are made durable together.
+        fs::create_dir_all(place.join("a/many")).unwrap();
+        for index in 0..200 {
+            fs::write(place.join(&format!("a/many/{index}")), format!("file {index}\n")).unwrap();
+        }
         fs::write(place.join("b/empty"), b"").unwrap();
         fs::write(place.join("c/sent"), random.bytes(5 * MIB)).unwrap();
         fs::write(place.join("c/sent-too"), random.bytes(MIB)).unwrap();
@@ -83,14 +103,30 @@ impl Story {
         }
         truth.filling.insert("w.bin".into(), bytes);
 
-        let first = record(&Image::default(), |daemon, marks| keep_and_share(daemon, marks, &place));
-        let second = record(&first.ends_with(), |daemon, marks| {
+        let keeps = record(Leg::default().end(), |daemon, marks| keep_and_share(daemon, marks, &place));
+        let interrupted = record(keeps.end(), |daemon, marks| {
             site.limit(5 * MIB as u64);
             interrupt(daemon, marks, &url);
         });
         site.limit(0);
-        let third = record(&second.ends_with(), |daemon, marks| resume_and_remove(daemon, marks, &place));
-        Self { legs: vec![first, second, third], truth: Arc::new(truth), sources: Sources { place, _site: site } }
+        let removes = record(interrupted.end(), |daemon, marks| resume_and_remove(daemon, marks, &place));
+        let publishes = |act: &Act| matches!(act, Act::Rename { to, .. } if to.starts_with("blobs/"));
+        let undoes = record(keeps.stopped_after(publishes), |daemon, marks| {
+            daemon.wait_state("a", "ready", LIMIT);
+            marks.say("ready a");
+            daemon.stop();
+        });
+        let unlinks = |act: &Act| matches!(act, Act::Unlink(path) if path.starts_with("blobs/"));
+        let broken_off = removes.stopped_after(unlinks);
+        let leaving = broken_off.1.iter().find(|(_, promise)| **promise == Promise::Leaving);
+        let leaving = leaving.unwrap().0.clone();
+        let finishes = record(broken_off, |daemon, marks| {
+            wait_until("it is gone", LIMIT, || daemon.rows("list").iter().all(|row| row["name"] != *leaving));
+            marks.say(&format!("gone {leaving}"));
+            daemon.stop();
+        });
+        let legs = vec![keeps, interrupted, removes, undoes, finishes];
+        Self { legs, truth: Arc::new(truth), sources: Sources { place, _site: site } }
     }
 }
 
@@ -142,8 +178,8 @@ fn remove(daemon: &Daemon, marks: &mut Marks, name: &str) {
     marks.say(&format!("gone {name}"));
 }
 
-/// Runs a daemon on `begins_with` and writes down what it does. `play` ends it.
-fn record(begins_with: &Image, play: impl FnOnce(&mut Daemon, &mut Marks)) -> Leg {
+/// Runs a daemon on what it begins with and writes down what it does. `play` ends it.
+fn record((begins_with, promises): (Image, Promises), play: impl FnOnce(&mut Daemon, &mut Marks)) -> Leg {
     let place = Place::new();
     let state = place.join("state");
     begins_with.write_to(&state);
@@ -151,20 +187,35 @@ fn record(begins_with: &Image, play: impl FnOnce(&mut Daemon, &mut Marks)) -> Le
     let environment: Vec<_> = recorder.environment(&state).into_iter().chain([LOOPBACK]).collect();
     let mut daemon = Daemon::start_on(state.clone(), &environment);
     play(&mut daemon, &mut recorder.marks());
-    let leg = Leg { begins_with: begins_with.clone(), acts: recorder.acts() };
+    let leg = Leg { begins_with, promises, acts: recorder.acts() };
     drop(daemon);
-    let differences = leg.ends_with().differences(&Image::of(&state));
-    // Of what a killed daemon did last, one thing on each of its threads may have gone without a record.
-    let most = if leg.acts.iter().any(|act| matches!(act, Act::Mark(mark) if mark == "begin w")) { 1 } else { 0 };
-    assert!(differences.len() <= most, "the records do not tell everything: {differences:?}");
+    let differences = leg.end().0.differences(&Image::of(&state));
+    // What a killed daemon did last may have gone without a record.
+    let killed = leg.acts.iter().any(|act| matches!(act, Act::Mark(mark) if mark == "begin w"));
+    assert!(differences.len() <= usize::from(killed), "the records do not tell everything: {differences:?}");
     leg
 }
 
 impl Leg {
-    fn ends_with(&self) -> Image {
+    /// What it has left, and promised.
+    fn end(&self) -> (Image, Promises) {
+        self.stopped_after(|_| false)
+    }
+
+    /// The same after a kill at the first of such acts.
+    fn stopped_after(&self, last: impl Fn(&Act) -> bool) -> (Image, Promises) {
         let mut disk = Disk::holding(&self.begins_with);
-        self.acts.iter().for_each(|act| disk.apply(act));
-        disk.image(Loss::Nothing)
+        let mut promises = self.promises.clone();
+        for act in &self.acts {
+            disk.apply(act);
+            if let Act::Mark(remark) = act {
+                law::note(&mut promises, remark);
+            }
+            if last(act) {
+                break;
+            }
+        }
+        (disk.image(Loss::Nothing), promises)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a daemon asked of its state directory, in order: records of `recorder.c`, which is compiled here.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::ops::Range;
@@ -59,6 +60,15 @@ impl Act {
     pub(crate) fn is_step(&self) -> bool {
         let names = matches!(self, Self::Rename { .. } | Self::Unlink(_) | Self::RemoveDirectory(_));
         names || self.sync_kind().is_some() || matches!(self, Self::Punch { .. })
+    }
+}
+
+impl fmt::Display for Act {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Write { path, at, bytes } => write!(f, "{} bytes at {at} of {path}", bytes.len()),
+            other => write!(f, "{other:?}"),
+        }
     }
 }
 
