@@ -268,8 +268,7 @@ fn promised(truth: &Truth, rows: &Rows, promises: &Promises) -> Fault {
 
 /// 4: what has a name among the blobs has a row, or is known to be on its way.
 fn strays(image: &Image, rows: &Rows) -> Fault {
-    let known: HashSet<_> =
-        rows.blobs.iter().map(|blob| &blob.digest).chain(&rows.publishing).map(|digest| blob_path(digest)).collect();
+    let known: HashSet<_> = rows.blobs.iter().map(|blob| &blob.digest).chain(&rows.publishing).map(blob_path).collect();
     match image.files.keys().find(|path| path.starts_with("blobs/") && !known.contains(*path)) {
         Some(stray) => Err(format!("nobody knows {stray}")),
         None => Ok(()),

@@ -8,7 +8,8 @@
 //!
 //! `TEST_CRASHES` says how many crashes a daemon starts from (default 80, or `all`), `TEST_SEED` which, and what is lost of
 //! what is half durable. Needs root, as mounting does, and a C compiler, as SQLite does.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+#![cfg(test)]
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -32,8 +32,11 @@ pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, cle
         assert!(listed || *promise != Promise::Ready, "`{name}` was ready and is not there");
     }
     if clear {
+        // Ours, and the one of the story.
+        for row in daemon.rows("jobs") {
+            daemon.ctl(&["release", row["job"].as_str().unwrap()]).ok();
+        }
         for (name, promise) in &mut settled {
-            daemon.ctl(&["release", name]);
             daemon.ctl(&["remove", name, "--yes"]).ok();
             *promise = Promise::Gone;
         }
