@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::support::corpus::random_file;
 use crate::support::daemon::Daemon;
+use crate::support::faults::{Fault, Faults};
 use crate::support::files::assert_same_tree;
 use crate::support::ran::{run, shell, wait_until};
 use crate::support::server::tool;
@@ -63,6 +64,41 @@ fn the_sdk_sends_trees_files_and_archives() {
     assert_same_tree(&packed, &daemon.attach("kept", "kept"));
     send(&daemon, "beside", &[], &packed);
     assert_same_tree(&packed, &daemon.attach("beside", "beside"));
+}
+
+#[test]
+fn the_sdk_gets_through_a_proxy_that_falters() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let tree = daemon.place().dir("tree");
+    random_file(&tree.join("w.bin"), 1, 9 << 20);
+    let mut transfer = create(&daemon, "tree", &[]);
+    let port = transfer["url"].as_str().unwrap().rsplit(':').next().unwrap().parse().unwrap();
+    let proxy = Faults::before(port);
+    transfer["url"] = proxy.url("").into();
+    // Pieces by the first digit of where they begin: some are refused on the way, some arrive and the client is not told.
+    proxy.spoil("bytes 0-", Fault::Reset(0), 1);
+    proxy.spoil("bytes 1", Fault::Status(502, ""), 1);
+    proxy.spoil("bytes 2", Fault::Status(503, ""), 1);
+    proxy.spoil("bytes 3", Fault::Status(504, ""), 1);
+    proxy.spoil("bytes 4", Fault::Truncate(0), 1);
+    proxy.spoil("POST /finalize", Fault::Reset(0), 1);
+    run(client("sdk", &transfer).arg(&tree)).ok();
+    assert_eq!(proxy.faults_left(), 0, "all of them were met");
+    daemon.wait_state("tree", "ready", Duration::from_secs(30));
+    assert_same_tree(&tree, &daemon.attach("tree", "tree"));
+}
+
+#[test]
+fn the_sdk_sends_twenty_thousand_files() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let tree = daemon.place().dir("tree");
+    for directory in 0..20 {
+        let below = daemon.place().dir(&format!("tree/{directory}"));
+        (0..1000).for_each(|index| fs::write(below.join(format!("f{index}")), format!("{directory} {index}")).unwrap());
+    }
+    send(&daemon, "tree", &[], &tree);
+    assert_eq!(daemon.json(&["get", "tree"])["files"], 20_000);
+    assert_same_tree(&tree, &daemon.attach("tree", "tree"));
 }
 
 #[test]

@@ -1,0 +1,332 @@
+//! What holds of a state directory whenever the power fails: the order of writes, read off the catalog and the files.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::sync::Arc;
+
+use rusqlite::{Connection, Row};
+
+use crate::disk::Image;
+use crate::support::place::Place;
+
+const UNIT_BYTES: usize = 4 << 20;
+/// Files that the catalog consists of.
+const CATALOG: [&str; 3] = ["catalog.db", "catalog.db-wal", "catalog.db-journal"];
+
+type Sum = [u8; 32];
+
+/// What was promised of a checkpoint to whoever asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Promise {
+    /// It was asked for.
+    Arriving,
+    Ready,
+    /// Its removal was asked for.
+    Leaving,
+    Gone,
+}
+
+/// Promises by name.
+pub(crate) type Promises = BTreeMap<String, Promise>;
+
+/// Takes a remark of the story into account.
+pub(crate) fn note(promises: &mut Promises, remark: &str) {
+    let (what, name) = remark.split_once(' ').unwrap();
+    let promise = match what {
+        "begin" => Promise::Arriving,
+        "ready" => Promise::Ready,
+        "remove" => Promise::Leaving,
+        "gone" => Promise::Gone,
+        _ => panic!("nobody says `{remark}`"),
+    };
+    promises.insert(name.to_owned(), promise);
+}
+
+/// What the bytes are in truth.
+#[derive(Debug, Default)]
+pub(crate) struct Truth {
+    /// The digests of a checkpoint's files, by its name.
+    pub(crate) trees: BTreeMap<String, BTreeSet<Sum>>,
+    /// Files that fill for long, by their path in the checkpoint.
+    pub(crate) filling: BTreeMap<String, Arc<Vec<u8>>>,
+}
+
+struct Blob {
+    id: i64,
+    digest: Sum,
+    size: usize,
+    state: String,
+}
+
+/// Rows as (blob, start, len, digest).
+type Chunk = (i64, usize, usize, Sum);
+
+struct Borrow {
+    blob: i64,
+    start: usize,
+    len: usize,
+    home: i64,
+    home_start: usize,
+    filled: bool,
+}
+
+struct Fill {
+    flight: String,
+    path: String,
+    number: u64,
+    size: usize,
+    units: Vec<u8>,
+    blob: Option<i64>,
+}
+
+#[derive(Default)]
+struct Rows {
+    /// Name, state, manifest.
+    checkpoints: Vec<(String, String, Option<Sum>)>,
+    named: Vec<(Sum, i64)>,
+    blobs: Vec<Blob>,
+    chunks: Vec<Chunk>,
+    borrows: Vec<Borrow>,
+    fills: Vec<Fill>,
+    publishing: HashSet<Sum>,
+}
+
+/// Holds images against the law. It remembers what it has seen, since most of an image was in the one before.
+pub(crate) struct Law {
+    truth: Arc<Truth>,
+    place: Place,
+    rows: Option<(Vec<Option<u64>>, Rows)>,
+    /// Digests of ranges, by number of the content.
+    sums: HashMap<(u64, usize, usize), Sum>,
+    /// Units that a row claimed and that were there.
+    pub(crate) units_seen: u64,
+    /// Ranges that were borrowed and not here.
+    pub(crate) borrows_seen: u64,
+}
+
+type Fault = Result<(), String>;
+
+impl Law {
+    pub(crate) fn new(truth: Arc<Truth>) -> Self {
+        Self { truth, place: Place::new(), rows: None, sums: HashMap::new(), units_seen: 0, borrows_seen: 0 }
+    }
+
+    /// What of the law is broken, if anything.
+    pub(crate) fn check(&mut self, image: &Image, promises: &Promises) -> Fault {
+        let numbers: Vec<_> = CATALOG.iter().map(|name| image.files.get(*name).map(|file| file.number)).collect();
+        let rows = match self.rows.take() {
+            Some((of, rows)) if of == numbers => rows,
+            _ => self.read(image)?,
+        };
+        let fault = promised(&self.truth, &rows, promises)
+            .and_then(|()| self.units(image, &rows))
+            .and_then(|()| self.chunks(image, &rows))
+            .and_then(|()| self.blobs(image, &rows))
+            .and_then(|()| strays(image, &rows));
+        self.rows = Some((numbers, rows));
+        fault
+    }
+
+    /// The same of a directory whose daemon has come to rest: nothing is half done.
+    pub(crate) fn check_settled(&mut self, image: &Image, promises: &Promises) -> Fault {
+        self.check(image, promises)?;
+        let rows = &self.rows.as_ref().unwrap().1;
+        ensure(rows.publishing.is_empty(), || "something is still being published".into())?;
+        ensure(rows.fills.is_empty(), || "something is still filling".into())?;
+        for blob in &rows.blobs {
+            ensure(blob.state != "doomed", || format!("{} is still doomed", hex(&blob.digest)))?;
+            let needed =
+                rows.named.iter().any(|(_, id)| *id == blob.id) || rows.borrows.iter().any(|row| row.home == blob.id);
+            ensure(needed, || format!("{} is kept and nobody needs it", hex(&blob.digest)))?;
+        }
+        match image.files.keys().find(|path| path.starts_with("filling/")) {
+            Some(left) => Err(format!("{left} is left")),
+            None => Ok(()),
+        }
+    }
+
+    /// The catalog as SQLite finds it after the crash.
+    fn read(&self, image: &Image) -> Result<Rows, String> {
+        for name in CATALOG {
+            let path = self.place.join(name);
+            let _ = fs::remove_file(&path);
+            if let Some(content) = image.files.get(name) {
+                fs::write(&path, content.bytes.as_slice()).unwrap();
+            }
+        }
+        let _ = fs::remove_file(self.place.join("catalog.db-shm"));
+        read_rows(&Connection::open(self.place.join(CATALOG[0])).unwrap())
+            .map_err(|error| format!("the catalog cannot be read: {error}"))
+    }
+
+    fn sum(&mut self, image: &Image, path: &str, start: usize, len: usize) -> Option<Sum> {
+        let file = image.files.get(path)?;
+        let bytes = file.bytes.get(start..start + len)?;
+        Some(*self.sums.entry((file.number, start, len)).or_insert_with(|| blake3::hash(bytes).into()))
+    }
+
+    /// 1: a unit's bytes are durable before the row that says so. Nothing is believed of a file that is not there in its size.
+    fn units(&mut self, image: &Image, rows: &Rows) -> Fault {
+        for fill in rows.fills.iter().filter(|fill| fill.blob.is_none()) {
+            let path = format!("filling/{}/{}", fill.flight, fill.number);
+            let (Some(file), Some(truth)) = (image.files.get(&path), self.truth.filling.get(&fill.path)) else {
+                continue;
+            };
+            if file.bytes.len() != fill.size {
+                continue;
+            }
+            for unit in 0..fill.size.div_ceil(UNIT_BYTES) {
+                let range = unit * UNIT_BYTES..((unit + 1) * UNIT_BYTES).min(fill.size);
+                if fill.units.get(unit / 8).is_some_and(|byte| byte & (1 << (unit % 8)) != 0) {
+                    self.units_seen += 1;
+                    ensure(file.bytes[range.clone()] == truth[range], || {
+                        format!("unit {unit} of `{}` is claimed to be here, and other bytes are", fill.path)
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// 3: what a chunk's row names is in its blob.
+    fn chunks(&mut self, image: &Image, rows: &Rows) -> Fault {
+        let paths: HashMap<_, _> = rows.blobs.iter().map(|blob| (blob.id, blob_path(&blob.digest))).collect();
+        for (blob, start, len, digest) in &rows.chunks {
+            let path = paths.get(blob).ok_or_else(|| format!("a chunk's home, {blob}, has no row"))?;
+            let found = self.sum(image, path, *start, *len);
+            ensure(found == Some(*digest), || format!("the chunk at {start} of {path} is not there"))?;
+        }
+        Ok(())
+    }
+
+    /// 2 and 3: a sealed blob is there, and with what it borrows it has the bytes that it is named after.
+    fn blobs(&mut self, image: &Image, rows: &Rows) -> Fault {
+        let by_id: HashMap<_, _> = rows.blobs.iter().map(|blob| (blob.id, blob)).collect();
+        for blob in rows.blobs.iter().filter(|blob| blob.state != "doomed") {
+            let path = blob_path(&blob.digest);
+            let file = image.files.get(&path).ok_or_else(|| format!("the {} blob {path} is missing", blob.state))?;
+            ensure(file.bytes.len() == blob.size, || format!("{path} has {} bytes", file.bytes.len()))?;
+            if blob.state != "sealed" {
+                continue;
+            }
+            let missing: Vec<_> = rows.borrows.iter().filter(|row| row.blob == blob.id && !row.filled).collect();
+            if missing.is_empty() {
+                let found = self.sum(image, &path, 0, blob.size);
+                ensure(found == Some(blob.digest), || format!("{path} has other bytes than it is named after"))?;
+                continue;
+            }
+            let mut bytes = file.bytes.as_ref().clone();
+            for borrow in missing {
+                self.borrows_seen += 1;
+                let home = by_id.get(&borrow.home).filter(|home| home.state != "doomed");
+                let home = home.and_then(|home| image.files.get(&blob_path(&home.digest)));
+                let range = borrow.home_start..borrow.home_start + borrow.len;
+                let lent = home.and_then(|home| home.bytes.get(range));
+                let lent = lent.ok_or_else(|| format!("{path} borrows from a blob that is not there"))?;
+                bytes[borrow.start..borrow.start + borrow.len].copy_from_slice(lent);
+            }
+            let found: Sum = blake3::hash(&bytes).into();
+            ensure(found == blob.digest, || {
+                format!("{path} has, with what it borrows, other bytes than it is named after")
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// 2: who was told that a checkpoint is ready finds it so; what is ready has all its files. 4: what is gone stays gone.
+fn promised(truth: &Truth, rows: &Rows, promises: &Promises) -> Fault {
+    for (name, promise) in promises {
+        let row = rows.checkpoints.iter().find(|(row, ..)| row == name);
+        match (promise, row) {
+            (Promise::Ready, None) => return Err(format!("`{name}` was ready and is not there")),
+            (Promise::Ready, Some((_, state, _))) if state != "ready" => {
+                return Err(format!("`{name}` was ready and is {state}"));
+            }
+            (Promise::Gone, Some((_, state, _))) => return Err(format!("`{name}` was gone and is {state}")),
+            _ => {}
+        }
+    }
+    let sealed: HashMap<_, _> =
+        rows.blobs.iter().filter(|blob| blob.state == "sealed").map(|blob| (blob.id, blob.digest)).collect();
+    for (name, state, manifest) in &rows.checkpoints {
+        if state != "ready" {
+            continue;
+        }
+        let named = rows.named.iter().filter(|(of, _)| Some(*of) == *manifest);
+        let found: Option<BTreeSet<Sum>> = named.map(|(_, blob)| sealed.get(blob).copied()).collect();
+        ensure(found.as_ref() == truth.trees.get(name), || {
+            format!("`{name}` is ready and not all its files are sealed")
+        })?;
+    }
+    for fill in &rows.fills {
+        let lost = fill.blob.is_some_and(|blob| !sealed.contains_key(&blob));
+        ensure(!lost, || format!("`{}` is sealed by its flight's row and by no blob's", fill.path))?;
+    }
+    Ok(())
+}
+
+/// 4: what has a name among the blobs has a row, or is known to be on its way.
+fn strays(image: &Image, rows: &Rows) -> Fault {
+    let known: HashSet<_> = rows.blobs.iter().map(|blob| &blob.digest).chain(&rows.publishing).map(blob_path).collect();
+    match image.files.keys().find(|path| path.starts_with("blobs/") && !known.contains(*path)) {
+        Some(stray) => Err(format!("nobody knows {stray}")),
+        None => Ok(()),
+    }
+}
+
+fn read_rows(catalog: &Connection) -> rusqlite::Result<Rows> {
+    if catalog.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? == 0 {
+        return Ok(Rows::default());
+    }
+    let text = |row: &Row<'_>, at| row.get::<_, String>(at);
+    let number = |row: &Row<'_>, at| row.get::<_, i64>(at).map(|value| usize::try_from(value).unwrap());
+    Ok(Rows {
+        checkpoints: all(catalog, "SELECT name, state, manifest FROM checkpoints", |row| {
+            Ok((text(row, 0)?, text(row, 1)?, row.get(2)?))
+        })?,
+        named: all(catalog, "SELECT manifest, blob FROM manifest_blobs", |row| Ok((row.get(0)?, row.get(1)?)))?,
+        blobs: all(catalog, "SELECT id, digest, size, state FROM blobs", |row| {
+            Ok(Blob { id: row.get(0)?, digest: row.get(1)?, size: number(row, 2)?, state: text(row, 3)? })
+        })?,
+        chunks: all(catalog, "SELECT blob, start, len, digest FROM chunks", |row| {
+            Ok((row.get(0)?, number(row, 1)?, number(row, 2)?, row.get(3)?))
+        })?,
+        borrows: all(catalog, "SELECT blob, start, len, home, home_start, filled FROM borrows", |row| {
+            let (blob, start, len) = (row.get(0)?, number(row, 1)?, number(row, 2)?);
+            Ok(Borrow { blob, start, len, home: row.get(3)?, home_start: number(row, 4)?, filled: row.get(5)? })
+        })?,
+        fills: all(catalog, "SELECT flight, path, number, size, units, blob FROM fills", |row| {
+            Ok(Fill {
+                flight: text(row, 0)?,
+                path: String::from_utf8(row.get(1)?).unwrap(),
+                number: row.get::<_, i64>(2)?.unsigned_abs(),
+                size: number(row, 3)?,
+                units: row.get::<_, Option<Vec<u8>>>(4)?.unwrap_or_default(),
+                blob: row.get(5)?,
+            })
+        })?,
+        publishing: all(catalog, "SELECT digest FROM publishing", |row| row.get(0))?.into_iter().collect(),
+    })
+}
+
+fn all<T>(
+    catalog: &Connection,
+    query: &str,
+    read: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<Vec<T>> {
+    catalog.prepare(query)?.query_map([], |row| read(row))?.collect()
+}
+
+fn ensure(holds: bool, fault: impl FnOnce() -> String) -> Fault {
+    if holds { Ok(()) } else { Err(fault()) }
+}
+
+fn hex(digest: &Sum) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn blob_path(digest: &Sum) -> String {
+    let hex = hex(digest);
+    format!("blobs/{}/{hex}", &hex[..2])
+}

@@ -1,0 +1,69 @@
+//! A daemon on what a crash has left: it starts, serves what was ready, brings in what was arriving, and keeps nothing else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::disk::Image;
+use crate::law::{Law, Promise, Promises};
+use crate::story::Story;
+use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::files::{assert_same_tree, regular_files};
+use crate::support::place::Place;
+use crate::support::ran::wait_until;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Starts one on `image` and looks at everything; with `clear`, also removes everything in the end.
+pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, clear: bool) {
+    let place = Place::new();
+    let state = place.join("state");
+    image.write_to(&state);
+    let mut daemon = Daemon::start_on(state.clone(), &[LOOPBACK]);
+    let mut settled = Promises::new();
+    for row in daemon.rows("list") {
+        let name = row["name"].as_str().unwrap();
+        let promise = promises.get(name).unwrap_or_else(|| panic!("nobody asked for `{name}`: {row}"));
+        assert_ne!(*promise, Promise::Gone, "`{name}` is back: {row}");
+        read_back(story, &daemon, name);
+        settled.insert(name.to_owned(), Promise::Ready);
+    }
+    for (name, promise) in promises {
+        let listed = settled.contains_key(name);
+        assert!(listed || *promise != Promise::Ready, "`{name}` was ready and is not there");
+    }
+    if clear {
+        // Ours, and the one of the story.
+        for row in daemon.rows("jobs") {
+            daemon.ctl(&["release", row["job"].as_str().unwrap()]).ok();
+        }
+        for (name, promise) in &mut settled {
+            daemon.ctl(&["remove", name, "--yes"]).ok();
+            *promise = Promise::Gone;
+        }
+    }
+    wait_until("nothing is half done", LIMIT, || regular_files(&state.join("filling")).is_empty());
+    let left = regular_files(&state.join("blobs"));
+    assert!(!clear || left.is_empty(), "nothing is needed, and this is kept: {left:?}");
+    daemon.stop();
+    if let Err(fault) = Law::new(story.truth.clone()).check_settled(&Image::of(&state), &settled) {
+        panic!("after all is done: {fault}");
+    }
+}
+
+/// Compares it with its source through a mount, once it is here.
+fn read_back(story: &Story, daemon: &Daemon, name: &str) {
+    let mut tries = 0;
+    wait_until(&format!("`{name}` is ready"), LIMIT, || {
+        let record = daemon.json(&["get", name]);
+        if record["state"] == "failed" {
+            tries += 1;
+            assert!(tries < 3, "`{name}` fails again and again: {record}");
+            daemon.ctl(&["retry", name]).ok();
+        }
+        record["state"] == "ready"
+    });
+    let target = daemon.attach(name, name);
+    let tree = story.sources.place.join(if name == "a2" { "a" } else { name });
+    assert_same_tree(&tree, &target);
+    daemon.ctl(&["detach", name]).ok();
+}
