@@ -6,6 +6,7 @@
 
 #![expect(dead_code, reason = "each test file and the figures use their part of it")]
 
+pub(crate) mod container;
 pub(crate) mod corpus;
 pub(crate) mod daemon;
 pub(crate) mod faultfs;
@@ -18,4 +19,5 @@ pub(crate) mod ran;
 pub(crate) mod server;
 pub(crate) mod site;
 pub(crate) mod standin;
+pub(crate) mod steady;
 pub(crate) mod webserver;
