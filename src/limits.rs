@@ -95,6 +95,12 @@ pub const MESSAGE_BYTES: usize = 16 << 20;
 /// Connections of the HTTP listener; more wait to be accepted.
 pub const HTTP_CONNECTIONS: usize = 512;
 
+/// Orders of reading, rates and estimates kept, of each; older ones are dropped. An order is at most 32 KiB.
+pub const FORECASTS_KEPT: u64 = 256;
+
+/// Steps of one order of reading: 16 GiB of fill units, beyond which going in file order is as good.
+pub const READ_ORDER_STEPS: usize = 4096;
+
 /// Events kept; older ones are dropped.
 pub const EVENTS_KEPT: u64 = 10_000;
 

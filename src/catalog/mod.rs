@@ -12,6 +12,7 @@ pub mod blobs;
 pub mod checkpoints;
 pub mod events;
 pub mod fills;
+pub mod forecasts;
 pub mod jobs;
 pub mod placements;
 mod schema;

@@ -152,6 +152,27 @@ const MIGRATIONS: &[&str] = &[
         flight  TEXT PRIMARY KEY,
         tree    BLOB NOT NULL
     ) WITHOUT ROWID;
+
+    -- In which order a tree of this shape was first read: u32 entry, u32 fill unit, little-endian.
+    CREATE TABLE orders (
+        shape  BLOB PRIMARY KEY,
+        read   BLOB NOT NULL,
+        at_ms  INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    -- How fast places gave.
+    CREATE TABLE rates (
+        place        TEXT PRIMARY KEY,
+        bytes_per_s  INTEGER NOT NULL,
+        at_ms        INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    -- What was expected of an ingest and what it took.
+    CREATE TABLE estimates (
+        checkpoint   TEXT PRIMARY KEY,
+        at_ms        INTEGER NOT NULL,
+        bytes        INTEGER NOT NULL,
+        expected_ms  INTEGER NOT NULL,
+        took_ms      INTEGER
+    ) WITHOUT ROWID;
     ",
 ];
 

@@ -18,11 +18,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::Shared;
 use super::arriving::{Arriving, Step};
 use super::copy;
+use super::estimate;
 use super::plan::{self, ToFill};
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
 use super::retry::Ladder;
 use super::seal::{self, Digested};
+use crate::catalog::checkpoints::Origin;
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{Error, Kind, Result};
@@ -41,6 +43,8 @@ const RECORD_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct Flying {
     pub(super) shared: Arc<Shared>,
     pub(super) source: Arc<dyn Source>,
+    /// Where its bytes come from, as rates are kept by.
+    pub(super) place: String,
     pub(super) key: String,
     pub(super) progress: Arc<Progress>,
     /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
@@ -49,9 +53,16 @@ pub(super) struct Flying {
 }
 
 impl Flying {
-    pub(super) fn new(shared: Arc<Shared>, source: Arc<dyn Source>, key: String, progress: Arc<Progress>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        source: Arc<dyn Source>,
+        origin: &Origin,
+        key: String,
+        progress: Arc<Progress>,
+    ) -> Self {
+        let place = estimate::place_of(origin);
         let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
-        Self { shared, source, key, progress, cores }
+        Self { shared, source, place, key, progress, cores }
     }
 
     pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {

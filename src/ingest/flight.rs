@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
@@ -16,7 +17,7 @@ use super::fetch::{self, Bringing, Flying};
 use super::plan;
 use super::progress::Progress;
 use crate::catalog::checkpoints::Record;
-use crate::catalog::fills;
+use crate::catalog::{fills, forecasts};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
@@ -127,15 +128,20 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let settled = plan.settled.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
     settled.for_each(|_| flying.progress.sealed());
     shared.store.disk().begin_flight(&flying.key)?;
-    arriving.begin(&plan, Vec::new())?;
+    let shape = arriving.tree().shape();
+    let learned = shared.store.catalog().read(move |tx| forecasts::order(tx, &shape)).await?;
+    arriving.begin(&plan, learned)?;
     let large: Vec<u32> = plan.large.iter().filter_map(|file| Some(arriving.find(&file.path)?.0)).collect();
+    let missing_bytes = plan.missing_bytes;
     drop(plan);
     let bringing = Bringing { flying: flying.clone(), arriving: arriving.clone() };
+    let begun = Instant::now();
     let brought = bring(&bringing, large).await;
     if let Err(error) = &brought {
         keep_units(&bringing, error).await;
     }
     brought?;
+    shared.note_rate(&flying.place, missing_bytes, begun.elapsed()).await;
     arriving.manifest()
 }
 

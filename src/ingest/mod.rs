@@ -18,6 +18,7 @@
 mod arrivals;
 pub mod arriving;
 mod copy;
+pub mod estimate;
 mod extract;
 mod fetch;
 mod flight;
@@ -39,6 +40,7 @@ use tokio::task::JoinHandle;
 
 use crate::catalog::checkpoints::{self, Bytes, Failure, Origin, Record, State};
 use crate::catalog::events::{self, NewEvent};
+use crate::catalog::forecasts;
 use crate::catalog::placements;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
@@ -362,7 +364,7 @@ impl Shared {
             match flights.get(&key).and_then(Weak::upgrade) {
                 Some(flight) => flight,
                 None => {
-                    let flight = self.start_flight(key.clone(), revision, source, listing, archive)?;
+                    let flight = self.start_flight(record, key.clone(), revision, source, listing, archive)?;
                     flights.insert(key, Arc::downgrade(&flight));
                     flight
                 }
@@ -370,6 +372,7 @@ impl Shared {
         };
         progress.follow(flight.progress());
         let otherwise = if flight.in_place().is_some() { "it stays where it is" } else { "it is an archive" };
+        self.note_estimate(record, plan.known_bytes.saturating_sub(flight.progress().reading().bytes_done)).await?;
         self.arrivals.note(&record.id, flight.arriving(), otherwise);
         let _ = self.changes.send(record.id.clone());
         self.note_skipped(record, &skipped).await?;
@@ -378,6 +381,7 @@ impl Shared {
 
     fn start_flight(
         self: &Arc<Self>,
+        record: &Record,
         key: String,
         revision: String,
         source: Arc<dyn Source>,
@@ -391,7 +395,7 @@ impl Shared {
             }
             _ => None,
         };
-        let flying = Arc::new(fetch::Flying::new(self.clone(), source, key.clone(), progress.clone()));
+        let flying = Arc::new(fetch::Flying::new(self.clone(), source, &record.origin, key.clone(), progress.clone()));
         let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
         Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
             match (archive, brought) {
@@ -472,6 +476,7 @@ impl Shared {
             .write(move |tx| {
                 let digest = manifest.digest();
                 checkpoints::set_ready(tx, &id, &revision, &manifest, &digest, &bytes)?;
+                forecasts::note_outcome(tx, &id, now_unix_ms())?;
                 let event =
                     NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
                 events::record(tx, now_unix_ms(), &event)

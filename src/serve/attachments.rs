@@ -28,6 +28,7 @@ use super::placed::InPlace;
 use super::stored::StoredContent;
 use super::{Features, NamedView, Place, ReadBuffers, Session, Views, features};
 use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::forecasts;
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
@@ -453,6 +454,17 @@ impl Attachments {
         });
     }
 
+    /// Remembers what was read first, for the next fill of the same tree.
+    async fn keep_order(&self, (shape, order): (Digest, Vec<(u32, u32)>)) {
+        if order.is_empty() {
+            return;
+        }
+        let keep = move |tx: &rusqlite::Connection| forecasts::keep_order(tx, &shape, &order, now_unix_ms());
+        if let Err(error) = self.0.store.catalog().write(keep).await {
+            tracing::debug!(error = %error.report(), "the order of reading could not be kept");
+        }
+    }
+
     /// Takes a job off its sessions and stops those without jobs.
     async fn leave_sessions(&self, row: &JobRow) {
         for lease in &row.leases {
@@ -467,6 +479,7 @@ impl Attachments {
                 if unused { live.remove(&lease.checkpoint) } else { None }
             };
             let Some(session) = stopped.and_then(|served| lock(&served.session).take()) else { continue };
+            self.keep_order(session.read_order()).await;
             if let Err(error) = blocking(move || session.stop(STOP_PATIENCE)).await {
                 tracing::warn!(checkpoint = lease.checkpoint, error = %error.report(), "stopping a session failed");
             }

@@ -266,6 +266,7 @@ impl Filesystem for Adapter {
                 Err(refusal) => return reply.error(refuse(ino.0, &refusal)),
             };
             let bytes = usize::try_from(length).unwrap_or(usize::MAX);
+            self.open.order.note(ino.0, offset);
             if file.here(offset, bytes) {
                 return answer_read(&self.buffers, file.as_ref(), ino.0, offset, length, reply);
             }

@@ -8,6 +8,7 @@
 //! attachments.rs jobs, their rights and views   gates.rs    one at a time per job, per checkpoint
 //! stored.rs      the store as content           placed.rs      a datastore as content
 //! partial.rs     a flight as content            readers.rs     threads that may be held up
+//! read_order.rs  what was read first
 //! features.rs    what the kernel offers         handshake.rs   fuser on a connection of ours
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
@@ -30,6 +31,7 @@ pub mod content;
 pub mod features;
 pub mod keeping;
 pub mod open_files;
+pub mod read_order;
 pub mod refusal;
 pub mod session;
 pub mod sessions;

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::content::OpenFile;
+use super::read_order::ReadOrder;
 use crate::error::{Kind, Result};
 
 /// How an inode is open, with the number of its handles.
@@ -116,12 +117,20 @@ pub struct OpenFiles {
     backings: Box<dyn Backings>,
     ledger: Arc<dyn Ledger>,
     inodes: Mutex<HashMap<u64, OpenInode>>,
+    /// What was read first.
+    pub(super) order: ReadOrder,
 }
 
 impl OpenFiles {
     /// Nothing open; `passthrough` says whether the connection has it.
     pub fn new(passthrough: bool, backings: Box<dyn Backings>, ledger: Arc<dyn Ledger>) -> Self {
-        Self { passthrough: AtomicBool::new(passthrough), backings, ledger, inodes: Mutex::default() }
+        Self {
+            passthrough: AtomicBool::new(passthrough),
+            backings,
+            ledger,
+            inodes: Mutex::default(),
+            order: ReadOrder::default(),
+        }
     }
 
     /// What a predecessor had open, before the first request is answered; `open` gets the bytes of what the kernel reads itself, so that
@@ -152,6 +161,7 @@ impl OpenFiles {
     /// # Errors
     /// Those of `open` and of the ledger; nothing is counted then.
     pub fn open(&self, inode: u64, open: impl FnOnce() -> Result<Arc<dyn OpenFile>>) -> Result<Mode> {
+        self.order.note(inode, 0);
         if let Some(mode) = self.open_again(inode)? {
             return Ok(mode);
         }

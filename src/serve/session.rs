@@ -31,6 +31,7 @@ use super::ledger::Head;
 use super::mount_calls::{self, Device};
 use super::open_files::{Ledger, NoLedger, OpenFiles};
 use super::view::View;
+use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::Tree;
 
@@ -113,6 +114,7 @@ pub struct Session {
     init: Vec<u8>,
     features: Features,
     passthrough: bool,
+    shape: Digest,
     open: Arc<OpenFiles>,
     ended: Receiver<()>,
     kept: Option<Kept>,
@@ -154,8 +156,8 @@ impl Session {
         mount_calls::move_onto(&mount, &place)
             .map_err(|error| undo(Error::io("mounting a session at", &config.mountpoint, error)))?;
         tracing::debug!(mountpoint = %config.mountpoint.display(), %number, passthrough, "a session is mounted");
-        let (mountpoint, mount, init) = (config.mountpoint, Some(mount), head.init);
-        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended, kept })
+        let (mountpoint, mount, init, shape) = (config.mountpoint, Some(mount), head.init, head.shape);
+        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, shape, open, ended, kept })
     }
 
     /// Goes on with `orphan`, which shows `tree`. Nothing that was mounted or open changes.
@@ -193,9 +195,10 @@ impl Session {
         }
         let mount = mount_of(&config.mountpoint, head.device);
         let passthrough = config.passthrough && head.passthrough;
-        let (mountpoint, number, init) = (config.mountpoint, head.device, head.init);
+        let (mountpoint, number, init, shape) = (config.mountpoint, head.device, head.init, head.shape);
         tracing::debug!(mountpoint = %mountpoint.display(), %number, handles = open.handles(), "a session goes on");
-        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended, kept: Some(kept) })
+        let kept = Some(kept);
+        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, shape, open, ended, kept })
     }
 
     /// Whether new views of it can be made.
@@ -221,6 +224,11 @@ impl Session {
     /// What the kernel offers.
     pub fn features(&self) -> Features {
         self.features
+    }
+
+    /// The shape of its tree, and in which order it was first read: entries and fill units.
+    pub fn read_order(&self) -> (Digest, Vec<(u32, u32)>) {
+        (self.shape, self.open.order.steps())
     }
 
     /// Open handles of its files, of all jobs.
