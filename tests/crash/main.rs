@@ -6,7 +6,7 @@
 //! held against the law ([`law`]); from a sample of it a real daemon starts ([`reopen`]). That this can fail is
 //! shown by taking out one kind of sync after the other.
 //!
-//! `TEST_CRASHES` says how many crashes a daemon starts from (default 80, or `all`), `TEST_SEED` which, and what is lost of
+//! `TEST_CRASHES` says how many crashes a daemon starts from (default 40, or `all`), `TEST_SEED` which, and what is lost of
 //! what is half durable. Needs root, as mounting does, and a C compiler, as SQLite does.
 
 #![cfg(test)]
@@ -29,7 +29,7 @@ use support::corpus::{Random, seed};
 use trace::Act;
 
 /// Crashes that a daemon starts from by default.
-const CRASHES: usize = 80;
+const CRASHES: usize = 40;
 
 /// A kind of sync that is left out in one leg, from a remark on or from the beginning.
 struct Gap {
