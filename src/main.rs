@@ -1,4 +1,4 @@
-//! `ckptd`: arguments -> serve | quickstart | check-config.
+//! `ckptd`: arguments -> serve | quickstart | keeper | check-config.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use ckptd::daemon::config::{self, Config};
-use ckptd::daemon::{Instance, logging, quickstart, stop_signal};
+use ckptd::daemon::holder::{self, Inherited};
+use ckptd::daemon::{Instance, keeper, logging, quickstart, stop_signal};
 use ckptd::error::{Error, Result};
 
 /// Brings model checkpoints onto this host, keeps them once, and shows them to jobs read-only
@@ -27,6 +28,10 @@ enum Command {
     Serve(Serve),
     /// Do the whole job once, on a private instance: ingest, attach, check, measure, serve until Ctrl-C
     Quickstart(Quickstart),
+    /// Run the daemon, hold its mounts' descriptors, and start it again when it ends: where there is no systemd
+    ///
+    /// SIGHUP restarts the daemon, by the same path: jobs do not notice. SIGTERM ends both.
+    Keeper(Serve),
     /// Report every problem of a configuration at once
     CheckConfig {
         /// File to check
@@ -63,12 +68,13 @@ struct Quickstart {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = install_crypto().and_then(|()| match arguments.command {
-        Command::Serve(serve) => run_serve(serve),
-        Command::Quickstart(quickstart) => run_quickstart(quickstart),
-        Command::CheckConfig { config } => check_config(config),
+        Command::Serve(serve) => run_serve(serve).map(|()| 0),
+        Command::Keeper(_) => run_keeper(),
+        Command::Quickstart(quickstart) => run_quickstart(quickstart).map(|()| 0),
+        Command::CheckConfig { config } => check_config(config).map(|()| 0),
     });
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("ckptd: {}", error.report());
             ExitCode::from(error.kind().exit_code())
@@ -94,7 +100,15 @@ fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
+/// The arguments have been understood; the daemon gets them as they are.
+fn run_keeper() -> Result<u8> {
+    logging::start("info");
+    keeper::run(std::env::args_os().skip(2).collect())
+}
+
 fn run_serve(arguments: Serve) -> Result<()> {
+    // SAFETY: nothing before this has started a thread.
+    let inherited = unsafe { holder::take_over() };
     logging::start("info");
     let mut config = config::load(arguments.config.as_deref(), environment())?;
     let absolute = |path: PathBuf| std::path::absolute(&path).map_err(|error| Error::io("finding", &path, error));
@@ -105,15 +119,15 @@ fn run_serve(arguments: Serve) -> Result<()> {
         config.runtime_dir = absolute(runtime_dir)?;
     }
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve(config));
+    let outcome = runtime.block_on(serve(config, inherited));
     // Copies under way on blocking threads are nothing to wait for.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     outcome
 }
 
-async fn serve(config: Config) -> Result<()> {
+async fn serve(config: Config, inherited: Inherited) -> Result<()> {
     let stop = stop_signal()?;
-    let instance = Instance::start(&config).await?;
+    let instance = Instance::start(&config, inherited).await?;
     let ready = format!("ckptd {} is ready on {}\n", env!("CARGO_PKG_VERSION"), instance.socket().display());
     // Whoever does not read our standard output does not want to know.
     let _ = std::io::stdout().write_all(ready.as_bytes()).and_then(|()| std::io::stdout().flush());

@@ -74,6 +74,10 @@ pub struct Facts {
     pub capacity_bytes: u64,
     /// Public checkpoints that can be made by name.
     pub catalogue: Catalogue,
+    /// Who holds the mounts' descriptors: `systemd`, `keeper`, `none`.
+    pub holder: &'static str,
+    /// How often the keeper has restarted the daemon.
+    pub restarts: u32,
 }
 
 impl Floors {
@@ -125,6 +129,17 @@ async fn router(floors: Floors) -> Result<Router> {
         .add_service(InterceptedService::new(checkpoints, peer::check))
         .add_service(InterceptedService::new(jobs, peer::check))
         .add_service(InterceptedService::new(node, peer::check)))
+}
+
+/// A socket that was listened on before we began.
+///
+/// # Errors
+/// The I/O error.
+pub fn take_listener(listener: std::os::unix::net::UnixListener) -> Result<UnixListener> {
+    listener
+        .set_nonblocking(true)
+        .and_then(|()| UnixListener::from_std(listener))
+        .map_err(|error| Error::unavailable("LISTENER_FAILED", "taking over the socket").because(error))
 }
 
 /// Binds the socket, taking the place of one that nobody listens on. Mode 0600 from the beginning.

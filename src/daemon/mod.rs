@@ -1,14 +1,17 @@
 //! The process: configuration in, everything composed, one drain.
 //!
 //! [`Instance::start`] builds the floors from the bottom up: state directory (its lock makes this the only daemon on it), socket,
-//! kernel features and stale mounts, ingests, then recovery: removals finished, interrupted ingests begun again, views of known jobs
-//! made again. Only then is the socket answered, so whoever is answered sees the state whole.
+//! kernel features and stale mounts, sessions of a predecessor (their readers wait: before anything that may take long), ingests, then
+//! recovery: removals finished, interrupted ingests begun again, views of known jobs that are dead made again. Only then is the socket answered, so whoever is answered sees the state whole.
 //!
 //! On the way out nothing is unmounted: jobs go on with what the kernel has. A private instance ([`quickstart`]) takes everything
 //! down instead.
 
 pub mod config;
+pub mod holder;
+pub mod keeper;
 pub mod logging;
+mod notify;
 pub mod quickstart;
 mod recover;
 
@@ -31,6 +34,7 @@ use crate::source::{
 };
 use crate::store::Store;
 use config::Config;
+use holder::{Holder, Inherited};
 
 /// File of the secret that tokens of local transfers are derived from.
 const TRANSFER_KEY: &str = "transfer.key";
@@ -43,6 +47,9 @@ pub struct Instance {
     floors: Floors,
     listener: UnixListener,
     socket: PathBuf,
+    /// Whether the socket is ours to remove.
+    bound: bool,
+    holder: Holder,
     web: Option<(TcpListener, Arc<Transfers>)>,
 }
 
@@ -51,15 +58,14 @@ impl Instance {
     ///
     /// # Errors
     /// `NOT_ROOT`, `NO_FUSE`, `STATE_DIR_*`, `SOCKET_*`, or what failed on the way; nothing runs then.
-    pub async fn start(config: &Config) -> Result<Self> {
+    pub async fn start(config: &Config, mut inherited: Inherited) -> Result<Self> {
         let started = Instant::now();
         require_root()?;
         raise_descriptor_limit();
         for problem in config::examine_host(config) {
             tracing::warn!(key = problem.place, "{}", problem.what);
         }
-        let (state_dir, runtime_dir, passthrough) =
-            (config.state_dir.clone(), config.runtime_dir.clone(), config.passthrough);
+        let (state_dir, runtime_dir) = (config.state_dir.clone(), config.runtime_dir.clone());
         let read_ahead_bytes = config.read_ahead_bytes;
         let store = blocking(move || {
             let store = Store::open(&state_dir)?;
@@ -69,21 +75,27 @@ impl Instance {
         .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
-        let listener = control::bind(&socket).await?;
+        let (listener, bound) = match inherited.listener.take() {
+            Some(listener) => (control::take_listener(listener)?, false),
+            None => (control::bind(&socket).await?, true),
+        };
+        let holder = inherited.holder.clone();
         let composed = async {
             let (web, tokens) = listen_for_transfers(config, &store).await?;
-            let floors = compose(config, store, tokens, passthrough, started).await?;
+            let floors = compose(config, store, tokens, started, inherited).await?;
             Ok((floors, web))
         };
         let (floors, web): (Floors, Option<TcpListener>) = composed.await.inspect_err(|_: &Error| {
-            let _ = std::fs::remove_file(&socket);
+            if bound {
+                let _ = std::fs::remove_file(&socket);
+            }
         })?;
-        recover::recover(&floors).await?;
+        recover::recover(&floors, &holder).await?;
         let web = web.zip(floors.tokens.clone()).map(|(web, tokens)| {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
         });
-        Ok(Self { floors, listener, socket, web })
+        Ok(Self { floors, listener, socket, bound, web, holder })
     }
 
     /// Where it will listen.
@@ -102,9 +114,12 @@ impl Instance {
     /// The listener failed.
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
         let attachments = self.floors.attachments.clone();
+        let (holder, catalog) = (self.holder.clone(), self.floors.store.catalog().clone());
+        holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
         let serving = control::serve(self.floors, self.listener, async move {
             stop.await;
+            holder.stopping();
             let _ = stopped.send(());
         });
         // Ends where this future does: whoever sends then must begin again in any case.
@@ -123,8 +138,11 @@ impl Instance {
             outcome = serving => outcome,
             () = patience => Ok(()),
             () = web => Ok(()),
+            () = self.holder.watch(catalog) => Ok(()),
         };
-        let _ = std::fs::remove_file(&self.socket);
+        if self.bound {
+            let _ = std::fs::remove_file(&self.socket);
+        }
         attachments.leave().await;
         outcome
     }
@@ -145,14 +163,17 @@ async fn compose(
     config: &Config,
     store: Store,
     tokens: Option<Arc<Tokens>>,
-    passthrough: bool,
     started: Instant,
+    mut inherited: Inherited,
 ) -> Result<Floors> {
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
     let datastores = Arc::new(config.datastores.clone());
     let known = datastores.clone();
-    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough)).await?;
+    let (keeping, passthrough) = (inherited.keeping(), config.passthrough);
+    let attachments = blocking(move || Attachments::open(on, known, &below, passthrough, keeping)).await?;
+    // Readers wait for it.
+    attachments.adopt().await?;
     let ingests = Ingests::new(
         store.clone(),
         connector(config, &store, datastores)?,
@@ -164,7 +185,14 @@ async fn compose(
         },
     );
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
-    let facts = Arc::new(Facts { started, runtime_dir, capacity_bytes: config.capacity_bytes, catalogue });
+    let facts = Arc::new(Facts {
+        started,
+        runtime_dir,
+        capacity_bytes: config.capacity_bytes,
+        catalogue,
+        holder: inherited.holder.name(),
+        restarts: inherited.holder.restarts(),
+    });
     Ok(Floors { store, ingests, attachments, tokens, facts })
 }
 

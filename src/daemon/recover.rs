@@ -8,12 +8,16 @@
 //!
 //! Publishes and removals of single blobs were mended when the store was opened; views are made again by `serve::attachments`.
 
+use super::holder::Holder;
 use crate::catalog::checkpoints::{self, Record, State};
+use crate::catalog::events::{self, NewEvent};
 use crate::control::Floors;
 use crate::error::Result;
 use crate::source::{Credentials, SourceKind};
+use crate::units::now_unix_ms;
 
-pub(super) async fn recover(floors: &Floors) -> Result<()> {
+pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
+    note_restart(floors, holder).await?;
     let records = floors.store.catalog().read(|tx| checkpoints::list(tx, "", false)).await?;
     for record in records {
         match record.state {
@@ -28,10 +32,7 @@ pub(super) async fn recover(floors: &Floors) -> Result<()> {
             State::Ready | State::Failed | State::Evicted => {}
         }
     }
-    let (made, lost) = floors.attachments.recover().await?;
-    if made + lost > 0 {
-        tracing::info!(made, lost, "views of known jobs were made again");
-    }
+    floors.attachments.recover().await?;
     let store = floors.store.clone();
     tokio::spawn(async move {
         match store.sweep_unnamed().await {
@@ -41,6 +42,20 @@ pub(super) async fn recover(floors: &Floors) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// Says in the events that and why there was a predecessor.
+async fn note_restart(floors: &Floors, holder: &Holder) -> Result<()> {
+    let adopted = floors.attachments.reconciled().adopted;
+    let message = match holder.ended() {
+        Some(ended) => {
+            format!("ckptd was started again, {} times by now; of the one before: {ended}", holder.restarts())
+        }
+        None if adopted > 0 => format!("ckptd was started again and goes on with {adopted} sessions"),
+        None => return Ok(()),
+    };
+    let event = NewEvent { kind: "DAEMON_RESTARTED", message, ..Default::default() };
+    floors.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await
 }
 
 /// A removal that fails again is left for the next start: the daemon must come up.

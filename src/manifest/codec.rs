@@ -25,16 +25,25 @@ const MAGIC: &[u8] = b"ckptd-manifest-1\n";
 const ENTRY_MIN_BYTES: usize = 4;
 
 pub(super) fn encode(manifest: &Manifest) -> Vec<u8> {
+    encode_with(manifest, |digest| digest)
+}
+
+/// The encoding with every file digest zero.
+pub(super) fn encode_shape(manifest: &Manifest) -> Vec<u8> {
+    encode_with(manifest, |_| Digest::from_bytes([0; DIGEST_BYTES]))
+}
+
+fn encode_with(manifest: &Manifest, shown: fn(Digest) -> Digest) -> Vec<u8> {
     let mut out = Vec::with_capacity(MAGIC.len() + 8 + manifest.entries.len() * 80);
     out.extend_from_slice(MAGIC);
     out.extend_from_slice(&(manifest.entries.len() as u64).to_le_bytes());
     for entry in &manifest.entries {
-        encode_entry(entry, &mut out);
+        encode_entry(entry, shown, &mut out);
     }
     out
 }
 
-fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
+fn encode_entry(entry: &Entry, shown: fn(Digest) -> Digest, out: &mut Vec<u8>) {
     out.push(match entry.kind {
         EntryKind::Directory => b'd',
         EntryKind::File { executable: false, .. } => b'f',
@@ -46,7 +55,7 @@ fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
         EntryKind::Directory => {}
         EntryKind::File { size, digest, .. } => {
             out.extend_from_slice(&size.to_le_bytes());
-            out.extend_from_slice(digest.as_bytes());
+            out.extend_from_slice(shown(*digest).as_bytes());
         }
         EntryKind::Symlink { target } => encode_short(target, out),
     }

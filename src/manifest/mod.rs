@@ -134,6 +134,12 @@ impl Manifest {
     pub fn digest(&self) -> Digest {
         Digest::of(&self.encode())
     }
+
+    /// Digest of the tree without its files' bytes: of the canonical encoding with every file digest zero. Inode numbers
+    /// and attributes follow from it, also while the digests are not known yet.
+    pub fn shape(&self) -> Digest {
+        Digest::of(&codec::encode_shape(self))
+    }
 }
 
 fn add_missing_parents(entries: &mut Vec<Entry>) {
@@ -243,6 +249,18 @@ mod tests {
 
     const GOLDEN_SAMPLE: &str = "37c68e69f3fcecd5ed759ec26ce5eeeb7f73d1f23cc9cfa54fee261c04fbb144";
     const GOLDEN_EMPTY: &str = "9f99d528183d1fcec26753feae4998a654c23fb70adaef351ea194bc7fbfcc0d";
+
+    #[test]
+    fn a_shape_is_of_paths_kinds_and_sizes_and_not_of_bytes() {
+        let shape = |entries| Manifest::new(entries).unwrap().shape();
+        let before = shape(vec![file("a", b"123"), file("d/b", b"45")]);
+        assert_eq!(before, shape(vec![file("a", b"xyz"), file("d/b", b"uv")]));
+        assert_ne!(before, shape(vec![file("a", b"12"), file("d/b", b"345")]));
+        assert_ne!(before, shape(vec![file("a", b"123"), file("d/c", b"45")]));
+        assert_eq!(Manifest::new(sample()).unwrap().shape().to_hex(), GOLDEN_SHAPE);
+    }
+
+    const GOLDEN_SHAPE: &str = "";
 
     #[test]
     fn impossible_trees_are_refused() {

@@ -8,21 +8,22 @@
 //! **Sessions** start with the first job and stop with the last; what a job still has open is served until it is closed. A checkpoint
 //! whose blobs are compact is hydrated in the background once it is served.
 //!
-//! **After a restart** dead sessions below the runtime directory and dead views of known jobs are unmounted, and each view is made again
-//! at its target. A view that cannot be (its process is gone, something is in the way) becomes `lost`, with an event.
+//! **After a restart** what somebody has held goes on as it was, and what is dead is made again: [`recover`].
+
+mod recover;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use super::content::Content;
 use super::gates::Gates;
+use super::keeping::{Keeping, Orphan, Outlive};
 use super::placed::InPlace;
 use super::stored::StoredContent;
-use super::{Features, NamedView, Place, ReadBuffers, Session, SessionConfig, Views, features};
+use super::{Features, NamedView, Place, ReadBuffers, Session, Views, features};
 use crate::catalog::checkpoints::{self, Record};
-use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
@@ -33,6 +34,7 @@ use crate::source::Datastores;
 use crate::store::Store;
 use crate::store::read::Reader;
 use crate::units::now_unix_ms;
+pub use recover::Reconciled;
 
 /// Where a job inside a container expects its checkpoint.
 pub const CONTAINER_TARGET: &str = "/opt/ml/checkpoint";
@@ -71,6 +73,10 @@ struct Shared {
     live: Mutex<HashMap<String, Arc<Served>>>,
     job_gates: Gates,
     session_gates: Gates,
+    outlive: Option<Outlive>,
+    /// What a predecessor has left, until it is adopted.
+    orphans: Mutex<Vec<Orphan>>,
+    reconciled: Mutex<Reconciled>,
 }
 
 /// A live session and the jobs that see it.
@@ -83,14 +89,20 @@ impl Attachments {
     /// Prepares the runtime directory, removes dead sessions, finds out what the kernel offers. Blocks.
     ///
     /// # Errors
-    /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
-    pub fn open(store: Store, datastores: Arc<Datastores>, runtime_dir: &Path, passthrough: bool) -> Result<Self> {
+    /// `LEDGER_TOO_NEW` (nothing is touched then), `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
+    pub fn open(
+        store: Store,
+        datastores: Arc<Datastores>,
+        runtime_dir: &Path,
+        passthrough: bool,
+        keeping: Keeping,
+    ) -> Result<Self> {
         let sessions_dir = runtime_dir.join("sessions");
         let jobs_dir = runtime_dir.join("jobs");
         for directory in [runtime_dir, &jobs_dir] {
             std::fs::create_dir_all(directory).map_err(|error| Error::io("creating", directory, error))?;
         }
-        super::unmount_stale(runtime_dir)?;
+        let (outlive, orphans, reconciled) = recover::look_around(runtime_dir, keeping)?;
         super::prepare_sessions_dir(&sessions_dir)?;
         let features = super::probe()?;
         let stack_depth = features::stack_depth(store.disk().root());
@@ -106,6 +118,9 @@ impl Attachments {
             live: Mutex::default(),
             job_gates: Gates::default(),
             session_gates: Gates::default(),
+            outlive,
+            orphans: Mutex::new(orphans),
+            reconciled: Mutex::new(reconciled),
         })))
     }
 
@@ -213,26 +228,6 @@ impl Attachments {
         self.unmount(&row).await?;
         let job = job.to_string();
         self.0.store.catalog().write(move |tx| jobs::delete(tx, &job)).await
-    }
-
-    /// Makes every view again that a dead daemon has left; returns how many were made and how many are lost.
-    ///
-    /// # Errors
-    /// Those of the catalog.
-    pub async fn recover(&self) -> Result<(usize, usize)> {
-        let rows = self.0.store.catalog().read(jobs::list).await?;
-        let (mut made, mut lost) = (0, 0);
-        for row in rows.into_iter().filter(|row| matches!(row.state, JobState::Attaching | JobState::Attached)) {
-            match self.recover_one(&row).await {
-                Ok(()) => made += 1,
-                Err(error) => {
-                    lost += 1;
-                    tracing::warn!(job = row.job, target = row.target, error = %error.report(), "an attachment is lost");
-                    self.note_lost(row, &error).await?;
-                }
-            }
-        }
-        Ok((made, lost))
     }
 
     /// Takes every view and session down: for a private instance that ends.
@@ -361,7 +356,8 @@ impl Attachments {
         Ok(served)
     }
 
-    async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
+    /// The tree and bytes of a checkpoint; a reader where the bytes are in the store.
+    async fn content_of(&self, record: &Record) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
         let digest =
             record.manifest.ok_or_else(|| Error::internal("a checkpoint is to be served without a manifest"))?;
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
@@ -372,18 +368,28 @@ impl Attachments {
             let reader = self.0.store.reader(digest, manifest.clone()).await?;
             (Arc::new(StoredContent(reader.clone())), Some(reader))
         };
-        let config = SessionConfig {
-            created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
-            passthrough: self.0.passthrough,
-            stack_depth: self.0.stack_depth,
-            ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
-        };
-        let session = blocking(move || Session::start(config, Arc::new(Tree::new(manifest)), content)).await?;
-        if let Some(reader) = reader {
+        Ok((Arc::new(Tree::new(manifest)), content, reader))
+    }
+
+    async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
+        let (tree, content, reader) = self.content_of(record).await?;
+        let config = self.session_config(record);
+        let session = blocking(move || Session::start(config, tree, content)).await?;
+        Ok(self.serve(record, session, reader, BTreeSet::from([job.to_owned()])))
+    }
+
+    /// A session that runs, seen by `jobs`; what is compact of it is made whole.
+    fn serve(
+        &self,
+        record: &Record,
+        session: Session,
+        reader: Option<Arc<Reader>>,
+        jobs: BTreeSet<String>,
+    ) -> Arc<Served> {
+        if let (Some(reader), Some(digest)) = (reader, record.manifest) {
             self.hydrate(record.id.clone(), digest, reader);
         }
-        let jobs = BTreeSet::from([job.to_owned()]);
-        Ok(Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) }))
+        Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) })
     }
 
     /// Makes whole, in the background, what is compact of a served checkpoint.
@@ -418,57 +424,6 @@ impl Attachments {
                 tracing::warn!(checkpoint = lease.checkpoint, error = %error.report(), "stopping a session failed");
             }
         }
-    }
-
-    async fn recover_one(&self, row: &JobRow) -> Result<()> {
-        if row.pid == 0 {
-            let target = PathBuf::from(&row.target);
-            blocking(move || super::unmount_stale(&target).map(|_| ())).await?;
-        }
-        if let Some(mounted) = row.mounted.as_deref().and_then(|text| serde_json::from_str::<super::Mounted>(text).ok())
-        {
-            blocking(move || super::detach(&mounted)).await?;
-        }
-        let leases = row.leases.clone();
-        let records = self
-            .0
-            .store
-            .catalog()
-            .read(move |tx| {
-                leases
-                    .into_iter()
-                    .map(|lease| {
-                        let record = checkpoints::get(tx, &lease.checkpoint)?.ok_or_else(|| {
-                            Error::not_found(
-                                "NO_SUCH_CHECKPOINT",
-                                format!("there is no checkpoint `{}`", lease.checkpoint),
-                            )
-                        })?;
-                        Ok((record, lease.subdir))
-                    })
-                    .collect::<Result<Vec<_>>>()
-            })
-            .await?;
-        self.mount(row, &records).await.map(|_| ())
-    }
-
-    async fn note_lost(&self, row: JobRow, error: &Error) -> Result<()> {
-        self.leave_sessions(&row).await;
-        let event = NewEvent {
-            kind: "ATTACHMENT_LOST",
-            job: row.job.clone(),
-            checkpoint: String::new(),
-            message: format!("the view of job {} at {} was lost: {}", row.job, row.target, error.report()),
-        };
-        let row = JobRow { state: JobState::Lost, mounted: None, ..row };
-        self.0
-            .store
-            .catalog()
-            .write(move |tx| {
-                jobs::put(tx, &row)?;
-                events::record(tx, now_unix_ms(), &event)
-            })
-            .await
     }
 }
 

@@ -16,6 +16,12 @@ use crate::error::{Error, Kind, Result};
 /// An answer to INIT is 80 bytes; the rest is for later protocols.
 const ANSWER_ROOM: usize = 4096;
 
+/// `struct fuse_out_header`.
+const NOTIFICATION_BYTES: usize = 16;
+
+/// `FUSE_NOTIFY_RESEND`.
+const NOTIFY_RESEND: u32 = 7;
+
 /// A `fuser` session that reads requests from the new connection `device`, with `loops` threads.
 ///
 /// # Errors
@@ -29,6 +35,32 @@ pub(super) fn begin(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usiz
     begun.map_err(|error| {
         Error::new(Kind::Unavailable, "FUSE_HANDSHAKE", "agreeing on the FUSE protocol with the kernel").because(error)
     })
+}
+
+/// A `fuser` session that goes on with the connection `device`, whose `init` was answered by a predecessor.
+///
+/// # Errors
+/// `FUSE_HANDSHAKE`.
+pub(super) fn resume(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usize) -> Result<fuser::Session<Adapter>> {
+    let resumed = agree(adapter, init, loops).and_then(|(session, _)| {
+        mount_calls::replace_descriptor(device, session.as_fd())?;
+        Ok(session)
+    });
+    resumed.map_err(|error| {
+        Error::new(Kind::Unavailable, "FUSE_HANDSHAKE", "taking over a FUSE connection").because(error)
+    })
+}
+
+/// Has the kernel hand out again what a predecessor had taken and not answered.
+///
+/// # Errors
+/// What the kernel says; EINVAL where it cannot (before Linux 6.9).
+pub(super) fn resend(device: &OwnedFd) -> io::Result<()> {
+    // `struct fuse_out_header`: length, the notification's code where an error would be, no request.
+    let mut notification = [0; NOTIFICATION_BYTES];
+    notification[..4].copy_from_slice(&u32::try_from(NOTIFICATION_BYTES).unwrap_or(0).to_ne_bytes());
+    notification[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
+    nix::unistd::write(device, &notification).map(drop).map_err(Into::into)
 }
 
 /// A `fuser` session on one end of a pair, and its answer to `init`.

@@ -12,6 +12,7 @@
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
 //! namespace.rs   acting inside another mount namespace
+//! keeping.rs     what outlives the daemon      ledger.rs    what a successor must know of a session
 //! mountinfo.rs   the kernel's list of mounts    sessions.rs    the sessions directory, stale mounts
 //! ```
 //!
@@ -27,6 +28,7 @@ pub mod attachments;
 pub mod buffers;
 pub mod content;
 pub mod features;
+pub mod keeping;
 pub mod open_files;
 pub mod refusal;
 pub mod session;
@@ -37,6 +39,7 @@ mod backing;
 mod fuse;
 mod gates;
 mod handshake;
+mod ledger;
 mod mount_calls;
 mod mountinfo;
 mod namespace;
@@ -49,6 +52,7 @@ pub use attach::{Detached, Mounted, NamedView, Place, Views, attach, detach, sta
 pub use buffers::ReadBuffers;
 pub use content::{Content, FileNode, FileState, OpenFile, Resume};
 pub use features::{Features, probe};
+pub use keeping::{HandedOver, Keeper, Keeping, Orphan, Outlive};
 pub use mount_calls::Device;
 pub use session::{Session, SessionConfig, Stopped};
-pub use sessions::{prepare_sessions_dir, release_sessions_dir, stale_mounts, unmount_stale};
+pub use sessions::{prepare_sessions_dir, release_sessions_dir, stale_mounts, unmount_stale, unmount_stale_but};

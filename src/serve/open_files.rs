@@ -105,7 +105,7 @@ impl Ledger for NoLedger {
 }
 
 struct OpenInode {
-    /// `None` after [`OpenFiles::restore`], until it is needed.
+    /// `None` for reads of the daemon after [`OpenFiles::restore`], until it is needed.
     file: Option<Arc<dyn OpenFile>>,
     held: Held,
 }
@@ -124,9 +124,26 @@ impl OpenFiles {
         Self { passthrough: AtomicBool::new(passthrough), backings, ledger, inodes: Mutex::default() }
     }
 
-    /// What a predecessor had open, before the first request is answered.
-    pub fn restore(&self, held: impl IntoIterator<Item = (u64, Held)>) {
-        self.lock().extend(held.into_iter().map(|(inode, held)| (inode, OpenInode { file: None, held })));
+    /// What a predecessor had open, before the first request is answered; `open` gets the bytes of what the kernel reads itself, so that
+    /// they are held from now on.
+    pub fn restore(
+        &self,
+        held: impl IntoIterator<Item = (u64, Held)>,
+        open: impl Fn(u64) -> Result<Arc<dyn OpenFile>>,
+    ) {
+        let restored = held.into_iter().map(|(inode, held)| {
+            let file = match held {
+                Held::Daemon { .. } => None,
+                Held::Passthrough { .. } => open(inode)
+                    .inspect_err(|error| {
+                        tracing::warn!(inode, error = %error.report(), "an open file is the kernel's alone from now on");
+                    })
+                    .ok(),
+            };
+            (inode, OpenInode { file, held })
+        });
+        let restored: Vec<_> = restored.collect();
+        self.lock().extend(restored);
     }
 
     /// Counts one more handle of `inode` and says how to answer; `open` gets the bytes if they are not open yet. It is called
@@ -330,7 +347,10 @@ mod tests {
     #[test]
     fn what_a_predecessor_held_goes_on() {
         let (_, open) = table(true);
-        open.restore([(7, Held::Passthrough { backing: 40, handles: 1 }), (8, Held::Daemon { handles: 1 })]);
+        open.restore([(7, Held::Passthrough { backing: 40, handles: 1 }), (8, Held::Daemon { handles: 1 })], |inode| {
+            assert_eq!(inode, 7, "only what the kernel reads itself is opened at once");
+            whole()
+        });
         assert_eq!(open.open(7, || panic!("open already")).unwrap(), Mode::Passthrough { backing: 40 });
         assert_eq!(open.open(8, || panic!("open already")).unwrap(), Mode::Daemon);
         assert!(open.file(8, whole).unwrap().whole().is_some());

@@ -3,10 +3,14 @@
 //! A session owns its connection's descriptor, the mount in the sessions directory, and the threads that answer the kernel. Jobs
 //! get bind mounts of it ([`Session::tree`]) and are no concern of it.
 //!
-//! Order of a start: file system made (detached), INIT answered, read-ahead set, threads running, and only then mounted where others
-//! can find it; a failure before that leaves nothing behind. Dropping a session leaves the mount and
-//! the threads as they are: jobs must not notice the daemon leaving. [`Session::stop`] is the only way that unmounts,
-//! and even then views that still stand are served until they are gone.
+//! Order of a start: file system made (detached), kept for a successor ([`keeping`](super::keeping)), INIT answered, read-ahead set,
+//! threads running, and only then mounted where others can find it; a failure before that leaves nothing behind. Dropping a
+//! session leaves the mount and the threads as they are: jobs must not notice the daemon leaving. [`Session::stop`] is the only
+//! way that unmounts, and even then views that still stand are served, and kept, until they are gone.
+//!
+//! [`Session::adopt`] goes on with the session of a process that is gone: the ledger says what is open, the kernel is
+//! asked to hand out again what that process had taken. Where it cannot (before Linux 6.9) those requests stay without an
+//! answer: whoever made them waits until he is killed; all others go on.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,6 +26,8 @@ use super::content::Content;
 use super::features::{self, Features, Fresh};
 use super::fuse::Adapter;
 use super::handshake;
+use super::keeping::{Kept, Orphan, Outlive};
+use super::ledger::Head;
 use super::mount_calls::{self, Device};
 use super::open_files::{Ledger, NoLedger, OpenFiles};
 use super::view::View;
@@ -64,8 +70,10 @@ pub struct SessionConfig {
     pub read_ahead_kib: u32,
     /// Buffers that all sessions share.
     pub buffers: Arc<ReadBuffers>,
-    /// Where open handles are noted.
-    pub ledger: Arc<dyn Ledger>,
+    /// Whether what a dead process had taken is asked for again, where the kernel can.
+    pub resend: bool,
+    /// Where it is kept beyond this process, if anywhere.
+    pub outlive: Option<Outlive>,
 }
 
 impl SessionConfig {
@@ -80,7 +88,8 @@ impl SessionConfig {
             loops: LOOPS_DEFAULT,
             read_ahead_kib: READ_AHEAD_KIB_DEFAULT,
             buffers,
-            ledger: Arc::new(NoLedger),
+            resend: true,
+            outlive: None,
         }
     }
 }
@@ -98,13 +107,15 @@ pub enum Stopped {
 pub struct Session {
     mountpoint: PathBuf,
     device: Arc<OwnedFd>,
-    mount: OwnedFd,
+    /// `None` where an adopted session was unmounted already, and serves what is still open.
+    mount: Option<OwnedFd>,
     number: Device,
     init: Vec<u8>,
     features: Features,
     passthrough: bool,
     open: Arc<OpenFiles>,
     ended: Receiver<()>,
+    kept: Option<Kept>,
 }
 
 impl Session {
@@ -118,29 +129,78 @@ impl Session {
         let place = open_place(&config.mountpoint)?;
         let Fresh { device, mount, init } = features::make_filesystem()?;
         let features = Features::from_init(&init).ok_or_else(features::unreadable_init)?;
-        let device = Arc::new(device);
         let passthrough = config.passthrough && features.passthrough;
-        let backings = Box::new(DeviceBackings(device.clone()));
-        let open = Arc::new(OpenFiles::new(passthrough, backings, config.ledger));
-        let adapter = Adapter {
-            view: View::new(tree, content, config.checkpoint),
-            open: open.clone(),
-            buffers: config.buffers,
-            features,
-            passthrough_depth: passthrough.then_some(config.stack_depth.clamp(1, STACK_DEPTH_MAX)),
-            created: config.created,
-        };
-        let fuse = handshake::begin(adapter, &device, &init, config.loops.max(1))?;
         let number = mount_calls::standing(&mount)
             .map_err(|error| Error::io("looking at the new mount for", &config.mountpoint, error))?
             .device;
+        let head = Head {
+            checkpoint: config.checkpoint.clone(),
+            shape: tree.manifest().shape(),
+            device: number,
+            passthrough,
+            stack_depth: config.stack_depth.clamp(1, STACK_DEPTH_MAX),
+            inodes: u64::from(tree.len()) + 1,
+            init,
+        };
+        let kept = config.outlive.as_ref().map(|outlive| outlive.keep(&head, &device)).transpose()?;
+        let undo = |error| {
+            kept.iter().for_each(Kept::let_go);
+            error
+        };
+        let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, kept.as_ref());
+        let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
         raise_read_ahead(number, config.read_ahead_kib);
-        let ended = run(fuse)?;
+        let ended = run(fuse).map_err(undo)?;
         mount_calls::move_onto(&mount, &place)
-            .map_err(|error| Error::io("mounting a session at", &config.mountpoint, error))?;
+            .map_err(|error| undo(Error::io("mounting a session at", &config.mountpoint, error)))?;
         tracing::debug!(mountpoint = %config.mountpoint.display(), %number, passthrough, "a session is mounted");
-        let mountpoint = config.mountpoint;
-        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended })
+        let (mountpoint, mount, init) = (config.mountpoint, Some(mount), head.init);
+        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended, kept })
+    }
+
+    /// Goes on with `orphan`, which shows `tree`. Nothing that was mounted or open changes.
+    ///
+    /// # Errors
+    /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; the orphan is gone then, and its connection with it.
+    pub fn adopt(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>, orphan: Orphan) -> Result<Self> {
+        keep_large_buffers_unbacked();
+        let Orphan { device, head, kept } = orphan;
+        let undo = |error| {
+            kept.let_go();
+            error
+        };
+        if tree.manifest().shape() != head.shape {
+            let message = format!("the session of `{}` shows another tree than the checkpoint has", head.checkpoint);
+            return Err(undo(Error::wrong_state("TREE_CHANGED", message)));
+        }
+        let features = Features::from_init(&head.init).ok_or_else(features::unreadable_init).map_err(undo)?;
+        let held = kept.ledger.held().map_err(undo)?;
+        let (view, bytes) = (View::new(tree.clone(), content.clone(), ""), content.clone());
+        let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, Some(&kept));
+        open.restore(held, |inode| {
+            let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
+            bytes.open(&node)
+        });
+        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
+        let ended = run(fuse).map_err(undo)?;
+        if !(features.resend && config.resend) {
+            tracing::warn!(
+                checkpoint = head.checkpoint,
+                "requests that the predecessor had taken stay without an answer"
+            );
+        } else if let Err(error) = handshake::resend(&device) {
+            tracing::warn!(checkpoint = head.checkpoint, %error, "the kernel did not hand out requests again");
+        }
+        let mount = mount_of(&config.mountpoint, head.device);
+        let passthrough = config.passthrough && head.passthrough;
+        let (mountpoint, number, init) = (config.mountpoint, head.device, head.init);
+        tracing::debug!(mountpoint = %mountpoint.display(), %number, handles = open.handles(), "a session goes on");
+        Ok(Self { mountpoint, device, mount, number, init, features, passthrough, open, ended, kept: Some(kept) })
+    }
+
+    /// Whether new views of it can be made.
+    pub fn is_mounted(&self) -> bool {
+        self.mount.is_some()
     }
 
     /// Where it is mounted.
@@ -183,7 +243,10 @@ impl Session {
     /// # Errors
     /// What the kernel says; out of mounts (`fs.mount-max`) mostly.
     pub fn tree(&self) -> Result<OwnedFd> {
-        mount_calls::clone_tree(&self.mount)
+        let mount = self.mount.as_ref().ok_or_else(|| {
+            Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again")
+        })?;
+        mount_calls::clone_tree(mount)
             .map_err(|error| Error::io("copying the mount of the session at", &self.mountpoint, error))
     }
 
@@ -192,19 +255,73 @@ impl Session {
     /// # Errors
     /// What the kernel says of the unmount; the session goes on then.
     pub fn stop(self, patience: Duration) -> Result<Stopped> {
-        let Self { mountpoint, mount, ended, .. } = self;
-        if stands_at(&mount, &mountpoint) {
-            mount_calls::unmount_at(&mountpoint)
-                .map_err(|error| Error::io("unmounting the session at", &mountpoint, error))?;
+        let Self { mountpoint, mount, ended, kept, .. } = self;
+        if let Some(mount) = mount {
+            if stands_at(&mount, &mountpoint) {
+                mount_calls::unmount_at(&mountpoint)
+                    .map_err(|error| Error::io("unmounting the session at", &mountpoint, error))?;
+            }
+            drop(mount);
+            // Something else may be in it or it may be gone; neither is worth a word.
+            let _ = fs::remove_dir(&mountpoint);
         }
-        drop(mount);
-        // Something else may be in it or it may be gone; neither is worth a word.
-        let _ = fs::remove_dir(&mountpoint);
         match ended.recv_timeout(patience) {
-            Err(mpsc::RecvTimeoutError::Timeout) => Ok(Stopped::Serving),
-            Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => Ok(Stopped::Ended),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                kept.map(|kept| let_go_at_the_end(kept, ended)).transpose()?;
+                Ok(Stopped::Serving)
+            }
+            Ok(()) | Err(mpsc::RecvTimeoutError::Disconnected) => {
+                kept.iter().for_each(Kept::let_go);
+                Ok(Stopped::Ended)
+            }
         }
     }
+}
+
+/// A session that serves what is still open is kept for a successor until that is closed.
+fn let_go_at_the_end(kept: Kept, ended: Receiver<()>) -> Result<()> {
+    let wait = move || {
+        let _ = ended.recv();
+        kept.let_go();
+    };
+    thread::Builder::new().name("ckptd-last".to_owned()).spawn(wait).map(drop).map_err(|error| {
+        Error::new(Kind::NoSpace, "TOO_MANY_THREADS", "waiting for the end of a session").because(error)
+    })
+}
+
+/// The parts of a session that answer the kernel.
+fn assemble(
+    config: &SessionConfig,
+    tree: Arc<Tree>,
+    content: Arc<dyn Content>,
+    head: &Head,
+    features: Features,
+    device: OwnedFd,
+    kept: Option<&Kept>,
+) -> (Adapter, Arc<OpenFiles>, Arc<OwnedFd>) {
+    let device = Arc::new(device);
+    let ledger: Arc<dyn Ledger> = match kept {
+        Some(kept) => kept.ledger.clone(),
+        None => Arc::new(NoLedger),
+    };
+    let passthrough = config.passthrough && head.passthrough;
+    let open = Arc::new(OpenFiles::new(passthrough, Box::new(DeviceBackings(device.clone())), ledger));
+    let adapter = Adapter {
+        view: View::new(tree, content, config.checkpoint.clone()),
+        open: open.clone(),
+        buffers: config.buffers.clone(),
+        features,
+        passthrough_depth: head.passthrough.then_some(head.stack_depth),
+        created: config.created,
+    };
+    (adapter, open, device)
+}
+
+/// What stands at `mountpoint`, if it is the file system `number`. Nobody answers for it yet, so nothing is asked of it.
+fn mount_of(mountpoint: &Path, number: Device) -> Option<OwnedFd> {
+    let root = open_path(mountpoint).ok()?;
+    let standing = mount_calls::standing(&root).ok()?;
+    (standing.is_mount_root && standing.device == number).then_some(root)
 }
 
 fn keep_large_buffers_unbacked() {

@@ -74,7 +74,12 @@ pub fn release_sessions_dir(path: &Path) -> Result<()> {
 /// # Errors
 /// The list of mounts cannot be read.
 pub fn stale_mounts(under: &Path) -> Result<Vec<StaleMount>> {
-    let lines = ours_below(under)?;
+    stale_mounts_but(under, &[])
+}
+
+fn stale_mounts_but(under: &Path, spared: &[Device]) -> Result<Vec<StaleMount>> {
+    let mut lines = ours_below(under)?;
+    lines.retain(|line| !spared.contains(&line.device));
     Ok(lines.into_iter().rev().filter(is_dead).map(StaleMount::from).collect())
 }
 
@@ -83,10 +88,18 @@ pub fn stale_mounts(under: &Path) -> Result<Vec<StaleMount>> {
 /// # Errors
 /// What the kernel says; the rest is left for the next time.
 pub fn unmount_stale(under: &Path) -> Result<Vec<PathBuf>> {
+    unmount_stale_but(under, &[])
+}
+
+/// [`unmount_stale`] without asking the file systems `spared`: they are alive and nobody serves them yet.
+///
+/// # Errors
+/// As [`unmount_stale`].
+pub fn unmount_stale_but(under: &Path, spared: &[Device]) -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     // What a stale mount covers shows only when it is gone.
     loop {
-        let stale = stale_mounts(under)?;
+        let stale = stale_mounts_but(under, spared)?;
         let before = removed.len();
         for mount in stale {
             if on_top(&mount.target, mount.mount_id).is_some() {
@@ -100,6 +113,21 @@ pub fn unmount_stale(under: &Path) -> Result<Vec<PathBuf>> {
             return Ok(removed);
         }
     }
+}
+
+/// Unmounts what is at `target` if it is a view of the live file systems `ours`: one that was put there and never noted.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn unmount_unfinished(target: &Path, ours: &[Device]) -> Result<()> {
+    let mut lines = namespace::mounts(&namespace::open_proc()?)?;
+    lines.retain(|line| line.target == target && line.source == "ckptd");
+    let Some(line) = lines.pop() else { return Ok(()) };
+    // Several checkpoints are in a directory of their own, which is a tmpfs of ours.
+    if (ours.contains(&line.device) || line.kind == "tmpfs") && on_top(target, line.mount_id).is_some() {
+        mount_calls::unmount_at(target).map_err(|error| Error::io("unmounting the view at", target, error))?;
+    }
+    Ok(())
 }
 
 impl From<MountLine> for StaleMount {

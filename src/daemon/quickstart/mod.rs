@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use comfy_table::{Table, presets};
 
 use super::config::Config;
+use super::holder::Inherited;
 use super::{Instance, stop_signal};
 use crate::cli::connect::{Daemon, connect};
 use crate::cli::progress::Progress;
@@ -46,7 +47,7 @@ pub async fn run(arguments: Arguments, config: Config) -> Result<()> {
     let (state_dir, runtime_dir) = (home.path.join("state"), home.path.join("run"));
     // The configured HTTP address is the installed daemon's.
     let config = Config { state_dir, runtime_dir, http_listen: None, ..config };
-    let instance = Instance::start(&config).await?;
+    let instance = Instance::start(&config, Inherited::default()).await?;
     let attachments = instance.floors().attachments.clone();
     let endpoint = format!("unix:{}", instance.socket().display());
     let (finished, finish) = tokio::sync::oneshot::channel::<()>();

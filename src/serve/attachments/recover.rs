@@ -1,0 +1,283 @@
+//! What a restart finds of sessions and views, and what becomes of it.
+//!
+//! | found | then |
+//! |---|---|
+//! | a held descriptor with its ledger, of a checkpoint that is known | the session goes on; views of it stand as they are |
+//! | a held descriptor that cannot be taken over | let go: the kernel ends its connection |
+//! | a view whose sessions all go on | left exactly as it is |
+//! | another view of a known job | unmounted and made again, with an event: what the job had open is lost to it |
+//! | a view that cannot be made (its process is gone, something is in the way) | the job is `lost`, with an event |
+//! | a ledger without a descriptor, a directory without a session, a dead mount of ours | removed |
+//! | anybody else's mount | never touched |
+//!
+//! Readers wait from the death of a daemon until [`Attachments::adopt`] has run, so it comes before anything that may take
+//! long and asks nothing but the catalog and the disk. [`Attachments::recover`] comes after it and has time.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::{Attachments, blocking, lock, stands};
+use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::events::{self, NewEvent};
+use crate::catalog::jobs::{self, JobRow, JobState};
+use crate::error::{Error, Result};
+use crate::serve::keeping::{self, Keeping, Orphan, Outlive};
+use crate::serve::{Device, Mounted, Session, SessionConfig};
+use crate::units::now_unix_ms;
+
+/// What a start found and did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    /// Sessions that went on.
+    pub adopted: usize,
+    /// Views that were left as they were.
+    pub kept: usize,
+    /// Views that were made again.
+    pub remade: usize,
+    /// Views that could not be.
+    pub lost: usize,
+    /// Held descriptors that nobody could use.
+    pub dropped: usize,
+    /// Dead mounts of ours that were removed.
+    pub unmounted: usize,
+    /// Ledgers and directories without a session that were removed.
+    pub leftovers: usize,
+}
+
+impl std::fmt::Display for Reconciled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { adopted, kept, remade, lost, dropped, unmounted, leftovers } = self;
+        write!(
+            f,
+            "{adopted} sessions went on; {kept} views were left as they were, {remade} made again, {lost} lost; {dropped} \
+             descriptors, {unmounted} dead mounts and {leftovers} leftovers were removed"
+        )
+    }
+}
+
+/// Finds out what is left in the runtime directory and removes what is dead there.
+///
+/// # Errors
+/// `LEDGER_TOO_NEW`: nothing has been touched then.
+pub(super) fn look_around(runtime_dir: &Path, keeping: Keeping) -> Result<(Option<Outlive>, Vec<Orphan>, Reconciled)> {
+    let mut reconciled = Reconciled::default();
+    let ledgers = runtime_dir.join("ledgers");
+    std::fs::create_dir_all(&ledgers).map_err(|error| Error::io("creating", &ledgers, error))?;
+    let outlive = keeping.keeper.map(|keeper| Outlive { ledgers, keeper });
+    let mut orphans = Vec::new();
+    if let Some(outlive) = &outlive {
+        let found = keeping::inherit(keeping.handed_over, outlive)?;
+        (reconciled.dropped, reconciled.leftovers) = (found.dropped, found.leftovers);
+        orphans = found.orphans;
+    }
+    let alive: Vec<Device> = orphans.iter().map(Orphan::number).collect();
+    reconciled.unmounted = crate::serve::unmount_stale_but(runtime_dir, &alive)?.len();
+    Ok((outlive, orphans, reconciled))
+}
+
+impl Attachments {
+    /// What this start found and did.
+    pub fn reconciled(&self) -> Reconciled {
+        *lock(&self.0.reconciled)
+    }
+
+    /// Goes on with the sessions that a predecessor has left; readers of them are answered from now on.
+    ///
+    /// # Errors
+    /// Those of the catalog. A session that cannot go on is let go, and is no error.
+    pub async fn adopt(&self) -> Result<()> {
+        let orphans = std::mem::take(&mut *lock(&self.0.orphans));
+        if orphans.is_empty() {
+            return Ok(());
+        }
+        let rows = self.0.store.catalog().read(jobs::list).await?;
+        let found = orphans.len();
+        let mut adopted = 0;
+        for orphan in orphans {
+            let checkpoint = orphan.checkpoint().to_owned();
+            match self.adopt_one(orphan, &rows).await {
+                Ok(()) => adopted += 1,
+                Err(error) => tracing::warn!(checkpoint, error = %error.report(), "a session could not go on"),
+            }
+        }
+        let mut reconciled = lock(&self.0.reconciled);
+        reconciled.adopted = adopted;
+        reconciled.dropped += found - adopted;
+        Ok(())
+    }
+
+    async fn adopt_one(&self, orphan: Orphan, rows: &[JobRow]) -> Result<()> {
+        let id = orphan.checkpoint().to_owned();
+        let wanted = id.clone();
+        let record = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &wanted)).await;
+        let found = match record {
+            Ok(Some(record)) => self.content_of(&record).await.map(|content| (record, content)),
+            Ok(None) => Err(Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{id}`"))),
+            Err(error) => Err(error),
+        };
+        let (record, (tree, content, reader)) = match found {
+            Ok(found) => found,
+            Err(error) => {
+                let mountpoint = self.0.sessions_dir.join(&id);
+                blocking(move || let_go(orphan, &mountpoint)).await?;
+                return Err(error);
+            }
+        };
+        let config = self.session_config(&record);
+        let session = blocking(move || Session::adopt(config, tree, content, orphan)).await?;
+        let seen_by: BTreeSet<String> = rows.iter().filter(|row| sees(row, &id)).map(|row| row.job.clone()).collect();
+        if !session.is_mounted() || seen_by.is_empty() {
+            // Its jobs are gone; what they still have open is answered until they close it.
+            return blocking(move || session.stop(Duration::ZERO)).await.map(drop);
+        }
+        let served = self.serve(&record, session, reader, seen_by);
+        lock(&self.0.live).insert(id, served);
+        Ok(())
+    }
+
+    pub(super) fn session_config(&self, record: &Record) -> SessionConfig {
+        SessionConfig {
+            created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
+            passthrough: self.0.passthrough,
+            stack_depth: self.0.stack_depth,
+            outlive: self.0.outlive.clone(),
+            ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
+        }
+    }
+
+    /// Leaves views whose sessions went on, makes the others again, clears away leftovers, and says what came of it.
+    ///
+    /// # Errors
+    /// Those of the catalog.
+    pub async fn recover(&self) -> Result<Reconciled> {
+        let rows = self.0.store.catalog().read(jobs::list).await?;
+        let alive = self.numbers();
+        let mut done = self.reconciled();
+        for row in rows.into_iter().filter(|row| matches!(row.state, JobState::Attaching | JobState::Attached)) {
+            if goes_on(&row, &alive).await {
+                done.kept += 1;
+                continue;
+            }
+            match self.make_again(&row, &alive).await {
+                Ok(()) => done.remade += 1,
+                Err(error) => {
+                    done.lost += 1;
+                    tracing::warn!(job = row.job, target = row.target, error = %error.report(), "an attachment is lost");
+                    self.note_lost(row, &error).await?;
+                }
+            }
+        }
+        let (sessions, live) = (self.0.sessions_dir.clone(), self.numbers());
+        done.leftovers += blocking(move || Ok(remove_empty(&sessions, &live))).await?;
+        *lock(&self.0.reconciled) = done;
+        if done != Reconciled::default() {
+            tracing::info!("{done}");
+            let event = NewEvent { kind: "RECONCILED", message: done.to_string(), ..Default::default() };
+            self.0.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await?;
+        }
+        Ok(done)
+    }
+
+    /// File systems of the live sessions, by checkpoint.
+    fn numbers(&self) -> HashMap<String, Device> {
+        let live = lock(&self.0.live);
+        let number = |(id, served): (&String, &std::sync::Arc<super::Served>)| {
+            Some((id.clone(), lock(&served.session).as_ref()?.number()))
+        };
+        live.iter().filter_map(number).collect()
+    }
+
+    async fn make_again(&self, row: &JobRow, alive: &HashMap<String, Device>) -> Result<()> {
+        if row.pid == 0 {
+            let target = PathBuf::from(&row.target);
+            let spared: Vec<Device> = alive.values().copied().collect();
+            blocking(move || crate::serve::unmount_stale_but(&target, &spared).map(|_| ())).await?;
+        }
+        if let Some(mounted) = mounted(row) {
+            blocking(move || crate::serve::detach(&mounted)).await?;
+        } else if row.pid == 0 {
+            // Nobody noted what the daemon that died had mounted, if anything.
+            let (target, ours) = (PathBuf::from(&row.target), alive.values().copied().collect::<Vec<_>>());
+            blocking(move || crate::serve::sessions::unmount_unfinished(&target, &ours)).await?;
+        }
+        let leases = row.leases.clone();
+        let records = self.0.store.catalog().read(move |tx| records_of(tx, leases)).await?;
+        self.mount(row, &records).await?;
+        if row.state == JobState::Attaching {
+            return Ok(());
+        }
+        let message = format!(
+            "the view of job {} at {} was made again, since nobody had held it: what the job had open there is lost to it and has to \
+             be opened anew",
+            row.job, row.target
+        );
+        let event = NewEvent { kind: "ATTACHMENT_REPLACED", job: row.job.clone(), message, ..Default::default() };
+        self.0.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await
+    }
+
+    async fn note_lost(&self, row: JobRow, error: &Error) -> Result<()> {
+        self.leave_sessions(&row).await;
+        let event = NewEvent {
+            kind: "ATTACHMENT_LOST",
+            job: row.job.clone(),
+            checkpoint: String::new(),
+            message: format!("the view of job {} at {} was lost: {}", row.job, row.target, error.report()),
+        };
+        let row = JobRow { state: JobState::Lost, mounted: None, ..row };
+        self.0
+            .store
+            .catalog()
+            .write(move |tx| {
+                jobs::put(tx, &row)?;
+                events::record(tx, now_unix_ms(), &event)
+            })
+            .await
+    }
+}
+
+/// Whether a job sees, or was about to see, a checkpoint.
+fn sees(row: &JobRow, checkpoint: &str) -> bool {
+    matches!(row.state, JobState::Attaching | JobState::Attached)
+        && row.leases.iter().any(|lease| lease.checkpoint == checkpoint)
+}
+
+fn mounted(row: &JobRow) -> Option<Mounted> {
+    row.mounted.as_deref().and_then(|text| serde_json::from_str(text).ok())
+}
+
+/// Whether the view of a row needs nothing.
+async fn goes_on(row: &JobRow, alive: &HashMap<String, Device>) -> bool {
+    let Some(mounted) = mounted(row).filter(|_| row.state == JobState::Attached) else { return false };
+    let all = row.leases.iter().all(|lease| alive.contains_key(&lease.checkpoint));
+    // A view of one is its session's file system; one of several is a directory of ours with a view each.
+    let same = match row.leases.as_slice() {
+        [one] if one.subdir.is_empty() => alive.get(&one.checkpoint) == Some(&mounted.device),
+        _ => true,
+    };
+    all && same && stands(row).await.unwrap_or(false)
+}
+
+fn records_of(tx: &rusqlite::Connection, leases: Vec<jobs::Lease>) -> Result<Vec<(Record, String)>> {
+    let record = |lease: jobs::Lease| {
+        let missing =
+            || Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{}`", lease.checkpoint));
+        let record = checkpoints::get(tx, &lease.checkpoint)?.ok_or_else(missing)?;
+        Ok((record, lease.subdir))
+    };
+    leases.into_iter().map(record).collect()
+}
+
+/// Lets a session go that nobody can serve, and unmounts it.
+fn let_go(orphan: Orphan, mountpoint: &Path) -> Result<()> {
+    orphan.let_go();
+    crate::serve::unmount_stale(mountpoint).map(drop)
+}
+
+/// Removes directories of sessions that are gone; says how many.
+fn remove_empty(sessions: &Path, live: &HashMap<String, Device>) -> usize {
+    let entries = std::fs::read_dir(sessions).into_iter().flatten().flatten();
+    let others = entries.filter(|entry| entry.file_name().to_str().is_none_or(|name| !live.contains_key(name)));
+    // One that something is mounted in is in use, and stays.
+    others.filter(|entry| std::fs::remove_dir(entry.path()).is_ok()).count()
+}
