@@ -13,6 +13,7 @@
 //!
 //! **After a restart** what somebody has held goes on as it was, and what is dead is made again: [`recover`].
 
+mod contents;
 mod recover;
 
 use std::collections::{BTreeSet, HashMap};
@@ -20,22 +21,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::content::Content;
 use super::gates::Gates;
 use super::keeping::{Keeping, Orphan, Outlive};
-use super::partial::PartialContent;
 use super::placed::InPlace;
-use super::stored::StoredContent;
 use super::{Features, NamedView, Place, ReadBuffers, Session, Views, features};
-use crate::catalog::checkpoints::{self, Record};
-use crate::catalog::forecasts;
+use crate::catalog::checkpoints::Record;
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
-use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::ingest::Ingests;
-use crate::ingest::arriving::Arriving;
 use crate::limits;
-use crate::manifest::Tree;
 use crate::names::{CheckpointName, EntryName, JobId};
 use crate::source::Datastores;
 use crate::store::Store;
@@ -45,9 +39,6 @@ pub use recover::Reconciled;
 
 /// Where a job inside a container expects its checkpoint.
 pub const CONTAINER_TARGET: &str = "/opt/ml/checkpoint";
-
-/// How often it is looked whether a checkpoint that is served early has become ready, where no change says so.
-const READY_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// How long a stop waits for the threads of a session; they go on by themselves after that.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
@@ -369,37 +360,6 @@ impl Attachments {
         Ok(served)
     }
 
-    /// The tree and bytes of a checkpoint; a reader where the bytes are in the store, all of them.
-    async fn content_of(&self, record: &Record) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
-        let Some(digest) = record.manifest else {
-            return self.partial_content_of(record).await;
-        };
-        let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
-        let manifest = Arc::new(manifest);
-        let (content, reader): (Arc<dyn Content>, _) = if let Some(place) = record.in_place.clone() {
-            (Arc::new(self.0.in_place.content(record, place, manifest.clone()).await?), None)
-        } else {
-            let reader = self.0.store.reader(digest, manifest.clone()).await?;
-            (Arc::new(StoredContent(reader.clone())), Some(reader))
-        };
-        Ok((Arc::new(Tree::new(manifest)), content, reader))
-    }
-
-    /// [`Attachments::content_of`] a checkpoint that still fills. Its tree is durable before anybody sees it.
-    async fn partial_content_of(&self, record: &Record) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
-        let Some(arriving) = self.0.ingests.shown_before(record).await? else {
-            let id = record.id.clone();
-            let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
-            let ready = now.filter(|now| now.manifest.is_some()).ok_or_else(|| not_readable(record))?;
-            return Box::pin(self.content_of(&ready)).await;
-        };
-        arriving.keep_listing().await?;
-        let tree = Arc::new(Tree::new(arriving.tree().clone()));
-        let content = PartialContent::new(arriving.clone()).await?;
-        self.hydrate_when_ready(record.id.clone(), &arriving);
-        Ok((tree, Arc::new(content), None))
-    }
-
     async fn start_session(&self, record: &Record, job: &str) -> Result<Arc<Served>> {
         let (tree, content, reader) = self.content_of(record).await?;
         let config = self.session_config(record);
@@ -419,50 +379,6 @@ impl Attachments {
             self.hydrate(record.id.clone(), digest, reader);
         }
         Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) })
-    }
-
-    /// Makes whole, in the background, what is compact of a served checkpoint.
-    fn hydrate(&self, id: String, digest: Digest, reader: Arc<Reader>) {
-        let store = self.0.store.clone();
-        tokio::spawn(async move {
-            match store.hydrate(digest, &reader).await {
-                Ok(hydrated) if hydrated.left > 0 => {
-                    tracing::info!(checkpoint = id, left = hydrated.left, "blobs stay compact for want of space");
-                }
-                Ok(_) => {}
-                Err(error) => tracing::warn!(checkpoint = id, error = %error.report(), "hydrating failed"),
-            }
-        });
-    }
-
-    /// Hydrates a checkpoint that is served already, once it is ready; ends when nobody reads it any more.
-    fn hydrate_when_ready(&self, id: String, arriving: &Arc<Arriving>) {
-        let (attachments, arriving) = (self.clone(), Arc::downgrade(arriving));
-        let mut changes = self.0.ingests.changes();
-        tokio::spawn(async move {
-            while arriving.strong_count() > 0 {
-                let asked = id.clone();
-                let record = attachments.0.store.catalog().read(move |tx| checkpoints::get(tx, &asked)).await;
-                if let Ok(Some(Record { manifest: Some(digest), .. })) = record {
-                    if let Some(reader) = arriving.upgrade().and_then(|arriving| arriving.reader()) {
-                        attachments.hydrate(id, digest, reader);
-                    }
-                    return;
-                }
-                let _ = tokio::time::timeout(READY_AGAIN_AFTER, changes.recv()).await;
-            }
-        });
-    }
-
-    /// Remembers what was read first, for the next fill of the same tree.
-    async fn keep_order(&self, (shape, order): (Digest, Vec<(u32, u32)>)) {
-        if order.is_empty() {
-            return;
-        }
-        let keep = move |tx: &rusqlite::Connection| forecasts::keep_order(tx, &shape, &order, now_unix_ms());
-        if let Err(error) = self.0.store.catalog().write(keep).await {
-            tracing::debug!(error = %error.report(), "the order of reading could not be kept");
-        }
     }
 
     /// Takes a job off its sessions and stops those without jobs.
@@ -564,12 +480,6 @@ fn same_checkpoints(held: &[Lease], wanted: &[(Record, String)]) -> bool {
         && held.iter().zip(wanted).all(|(lease, (record, subdir))| {
             lease.checkpoint == record.id && (subdir.is_empty() || *subdir == lease.subdir)
         })
-}
-
-fn not_readable(record: &Record) -> Error {
-    Error::wrong_state("NOT_READY", format!("the checkpoint `{}` is not ready and has not been listed", record.name))
-        .fact("checkpoint", &record.id)
-        .remedy("attach it when it is ready")
 }
 
 fn has_others(row: &JobRow) -> Error {
