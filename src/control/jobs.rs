@@ -52,6 +52,7 @@ impl Service {
     }
 
     async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
+        self.floors.admit()?;
         if request.lazy {
             return Err(Error::new(
                 Kind::Unsupported,
