@@ -284,6 +284,13 @@ impl<'a> From<&'a wire::Usage> for Usage<'a> {
     }
 }
 
+/// The answer of `drain`.
+#[derive(Serialize)]
+pub(super) struct Drained {
+    /// Always true: draining twice is one.
+    pub(super) draining: bool,
+}
+
 /// The answer of `status`.
 #[derive(Serialize)]
 pub(super) struct Status<'a> {
@@ -296,6 +303,10 @@ pub(super) struct Status<'a> {
     state_dir: &'a str,
     runtime_dir: &'a str,
     degraded: &'a str,
+    holder: &'a str,
+    restarts: u32,
+    draining: bool,
+    reconciled: &'a str,
 }
 
 #[derive(Serialize)]
@@ -322,6 +333,10 @@ impl<'a> From<&'a wire::Status> for Status<'a> {
             state_dir: &status.state_dir,
             runtime_dir: &status.runtime_dir,
             degraded: &status.degraded,
+            holder: &status.holder,
+            restarts: status.restarts,
+            draining: status.draining,
+            reconciled: &status.reconciled,
         }
     }
 }
@@ -448,7 +463,11 @@ mod tests {
         );
         assert_eq!(value["owners"], json!([{"owner": "", "checkpoints": 0, "logical_bytes": 0}]));
         let value = serde_json::to_value(Status::from(&wire::Status::default())).unwrap();
-        assert_eq!(keys(&value), "attachments degraded features pid runtime_dir sessions state_dir uptime_s version");
+        assert_eq!(
+            keys(&value),
+            "attachments degraded draining features holder pid reconciled restarts runtime_dir sessions state_dir uptime_s \
+             version"
+        );
         assert_eq!(value["features"], json!({"passthrough": false, "resend": false, "reflink": false}));
     }
 }

@@ -24,6 +24,7 @@ pub(crate) mod connect;
 mod console;
 mod create;
 mod document;
+mod drain;
 mod events;
 mod exit;
 mod follow;
@@ -93,6 +94,7 @@ enum Verb {
     Release(release::Release),
     Usage(usage::Usage),
     Status(status::Status),
+    Drain(drain::Drain),
     Events(events::Events),
 }
 
@@ -116,6 +118,7 @@ impl Verb {
             Self::Release(verb) => verb.run(console).await,
             Self::Usage(verb) => verb.run(console).await,
             Self::Status(verb) => verb.run(console).await,
+            Self::Drain(verb) => verb.run(console).await,
             Self::Events(verb) => verb.run(console).await,
         }
     }
@@ -180,6 +183,7 @@ mod tests {
             "ckptctl detach job",
             "ckptctl reserve job a b",
             "ckptctl release job",
+            "ckptctl drain",
             "ckptctl --endpoint unix:/x events --follow",
             "ckptctl status --endpoint unix:/x",
         ] {

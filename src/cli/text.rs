@@ -177,7 +177,13 @@ pub(super) fn status(status: &wire::Status) -> String {
         ("reflink", yes_no(features.reflink)),
         ("state", plain(&status.state_dir)),
         ("runtime", plain(&status.runtime_dir)),
+        ("descriptors held by", plain(&status.holder)),
+        ("restarts", status.restarts.to_string()),
+        ("last start", plain(&status.reconciled)),
     ];
+    if status.draining {
+        rows.push(("draining", yes_no(true)));
+    }
     if !status.degraded.is_empty() {
         rows.push(("degraded", plain(&status.degraded)));
     }

@@ -31,6 +31,7 @@ impl Service {
     }
 
     async fn create(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+        self.floors.admit()?;
         if !request.catalog.is_empty() {
             return self.create_offered(request).await;
         }
@@ -106,6 +107,7 @@ impl Service {
     }
 
     async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
+        self.floors.admit()?;
         let job = JobId::new(request.job)?;
         if !request.directory.starts_with('/') {
             return Err(Error::invalid(
@@ -140,6 +142,7 @@ impl Service {
     }
 
     async fn retry(&self, request: wire::RetryCheckpointRequest) -> Result<wire::Checkpoint> {
+        self.floors.admit()?;
         let credentials = Credentials::new(request.credentials.into_iter().collect());
         let floors = self.floors.clone();
         let record = tokio::spawn(async move {

@@ -52,6 +52,7 @@ impl Service {
     }
 
     async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
+        self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let named = if request.checkpoints.is_empty() {
             self.reserved(&job).await?

@@ -20,6 +20,7 @@ pub mod wire;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::net::UnixListener;
@@ -78,9 +79,31 @@ pub struct Facts {
     pub holder: &'static str,
     /// How often the keeper has restarted the daemon.
     pub restarts: u32,
+    /// Whether work is no longer taken.
+    pub draining: AtomicBool,
 }
 
 impl Floors {
+    /// Stops taking work and filling; what is mounted stays, and is served. Another start ends it.
+    pub async fn drain(&self) {
+        if !self.facts.draining.swap(true, Ordering::Relaxed) {
+            tracing::info!("no new work is taken");
+        }
+        self.ingests.pause().await;
+    }
+
+    /// Whether new work may begin.
+    ///
+    /// # Errors
+    /// `DRAINING`.
+    fn admit(&self) -> Result<()> {
+        if self.facts.draining.load(Ordering::Relaxed) {
+            return Err(Error::unavailable("DRAINING", "ckptd takes no new work: it is being drained")
+                .remedy("try again when it has been restarted"));
+        }
+        Ok(())
+    }
+
     /// Records an event; a failure is logged, not passed on.
     async fn note(&self, event: NewEvent) {
         let noted = self.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::Stream;
@@ -49,6 +50,10 @@ impl Service {
             state_dir: floors.store.disk().root().display().to_string(),
             runtime_dir: floors.facts.runtime_dir.display().to_string(),
             degraded: floors.store.disk().poisoned().unwrap_or_default().to_owned(),
+            holder: floors.facts.holder.to_owned(),
+            restarts: floors.facts.restarts,
+            draining: floors.facts.draining.load(Ordering::Relaxed),
+            reconciled: floors.attachments.reconciled().to_string(),
         })
     }
 
@@ -114,6 +119,11 @@ impl wire::node_server::Node for Service {
 
     async fn get_status(&self, _request: Request<wire::GetStatusRequest>) -> Result<Response<wire::Status>, Status> {
         self.status().await.map(Response::new).map_err(status)
+    }
+
+    async fn drain(&self, _request: Request<wire::DrainRequest>) -> Result<Response<wire::DrainResponse>, Status> {
+        self.floors.drain().await;
+        Ok(Response::new(wire::DrainResponse {}))
     }
 
     async fn get_usage(&self, _request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {

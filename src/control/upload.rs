@@ -19,6 +19,7 @@ pub(super) async fn receive(
     floors: &Floors,
     mut messages: Streaming<wire::UploadCheckpointRequest>,
 ) -> Result<wire::Checkpoint> {
+    floors.admit()?;
     let Some(Message::Start(start)) = next(&mut messages).await? else {
         return Err(protocol("the first message must be `start`"));
     };

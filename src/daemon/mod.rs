@@ -17,6 +17,7 @@ mod recover;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, UnixListener};
@@ -115,11 +116,13 @@ impl Instance {
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
         let attachments = self.floors.attachments.clone();
         let (holder, catalog) = (self.holder.clone(), self.floors.store.catalog().clone());
+        let floors = self.floors.clone();
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
         let serving = control::serve(self.floors, self.listener, async move {
             stop.await;
             holder.stopping();
+            floors.drain().await;
             let _ = stopped.send(());
         });
         // Ends where this future does: whoever sends then must begin again in any case.
@@ -193,6 +196,7 @@ async fn compose(
         catalogue,
         holder: inherited.holder.name(),
         restarts: inherited.holder.restarts(),
+        draining: AtomicBool::new(false),
     });
     Ok(Floors { store, ingests, attachments, tokens, facts })
 }

@@ -32,7 +32,7 @@ mod stream;
 mod unpack;
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Semaphore, broadcast};
@@ -104,9 +104,13 @@ struct Shared {
     flights: Mutex<HashMap<String, Weak<Flight>>>,
     arrivals: Arrivals,
     changes: broadcast::Sender<String>,
+    /// Nothing is begun any more.
+    paused: AtomicBool,
 }
 
 struct Task {
+    /// Whether the next start of the daemon can go on with it.
+    resumes: bool,
     progress: Arc<Progress>,
     join: JoinHandle<()>,
 }
@@ -127,6 +131,7 @@ impl Ingests {
             flights: Mutex::default(),
             arrivals: Arrivals::default(),
             changes,
+            paused: AtomicBool::new(false),
         }))
     }
 
@@ -140,9 +145,12 @@ impl Ingests {
 
     /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
     pub fn start(&self, record: &Record, credentials: Credentials) {
+        if self.0.paused.load(Ordering::Relaxed) {
+            return;
+        }
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(record.id.clone(), |progress| async move {
+        self.spawn(record.id.clone(), true, |progress| async move {
             let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
             // What it failed with is in the record.
             let _ = shared.conclude(&record, outcome).await;
@@ -162,7 +170,7 @@ impl Ingests {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(record.id.clone(), move |progress| async move {
+        self.spawn(record.id.clone(), false, move |progress| async move {
             progress.expect(bytes_total, 0);
             let outcome = shared.fill_from_sender(&record, entries, &progress).await;
             if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
@@ -197,6 +205,17 @@ impl Ingests {
         }
     }
 
+    /// Begins no filling any more and stops what can be resumed: records stay `filling` with their durable units, as after a
+    /// crash, and the next start of the daemon goes on with them. What senders are sending goes on.
+    pub async fn pause(&self) {
+        self.0.paused.store(true, Ordering::Relaxed);
+        let stopped: Vec<_> = lock(&self.0.tasks).extract_if(|_, task| task.resumes).collect();
+        stopped.iter().for_each(|(_, task)| task.join.abort());
+        for (_, task) in stopped {
+            let _ = task.join.await;
+        }
+    }
+
     /// Makes a checkpoint that was being filled by a sender as if nothing had been sent: it waits, and nothing of it is on disk.
     pub async fn start_over(&self, record: &Record) {
         self.cancel(&record.id).await;
@@ -204,7 +223,7 @@ impl Ingests {
         self.note_change(&record.id);
     }
 
-    fn spawn<F, W>(&self, id: String, work: W)
+    fn spawn<F, W>(&self, id: String, resumes: bool, work: W)
     where
         W: FnOnce(Arc<Progress>) -> F,
         F: Future<Output = ()> + Send + 'static,
@@ -225,7 +244,7 @@ impl Ingests {
             lock(&shared.tasks).retain(|id, task| *id != own || !Arc::ptr_eq(&task.progress, &present));
             let _ = shared.changes.send(own);
         });
-        tasks.insert(id, Task { progress, join });
+        tasks.insert(id, Task { resumes, progress, join });
     }
 }
 

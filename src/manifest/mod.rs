@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(Manifest::new(sample()).unwrap().shape().to_hex(), GOLDEN_SHAPE);
     }
 
-    const GOLDEN_SHAPE: &str = "";
+    const GOLDEN_SHAPE: &str = "4ad31a1cd59db75832899927adcf9be21be89daf390c2c6cecf1ed9eb3e80a00";
 
     #[test]
     fn impossible_trees_are_refused() {

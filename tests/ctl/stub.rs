@@ -333,6 +333,10 @@ impl Node for Answers {
         Ok(Response::new(wire::Status { pid: 7, version: "0.1.0".into(), features, ..Default::default() }))
     }
 
+    async fn drain(&self, _: Request<wire::DrainRequest>) -> Answer<wire::DrainResponse> {
+        Ok(Response::new(wire::DrainResponse {}))
+    }
+
     async fn get_usage(&self, _: Request<wire::GetUsageRequest>) -> Answer<wire::Usage> {
         Ok(Response::new(wire::Usage { logical_bytes: 10, unique_bytes: 5, ..Default::default() }))
     }

@@ -35,6 +35,7 @@ pub(crate) struct Daemon {
     child: Option<Child>,
     place: Place,
     state: PathBuf,
+    verb: &'static str,
     env: Vec<(&'static str, String)>,
 }
 
@@ -48,18 +49,25 @@ impl Daemon {
     pub(crate) fn start_with(env: &[(&'static str, &str)]) -> Self {
         let place = Place::new();
         let state = place.dir("state");
-        Self::start_in(place, state, env)
+        Self::start_in(place, state, "serve", env)
+    }
+
+    /// Starts one under `ckptd keeper`.
+    pub(crate) fn start_kept(env: &[(&'static str, &str)]) -> Self {
+        let place = Place::new();
+        let state = place.dir("state");
+        Self::start_in(place, state, "keeper", env)
     }
 
     /// Starts one whose state directory is elsewhere, on a file system of the test's.
     pub(crate) fn start_on(state: PathBuf, env: &[(&'static str, &str)]) -> Self {
-        Self::start_in(Place::new(), state, env)
+        Self::start_in(Place::new(), state, "serve", env)
     }
 
-    fn start_in(place: Place, state: PathBuf, env: &[(&'static str, &str)]) -> Self {
+    fn start_in(place: Place, state: PathBuf, verb: &'static str, env: &[(&'static str, &str)]) -> Self {
         place.dir("run");
         let env = env.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
-        let mut daemon = Self { child: None, place, state, env };
+        let mut daemon = Self { child: None, place, state, verb, env };
         daemon.launch();
         daemon
     }
@@ -75,6 +83,12 @@ impl Daemon {
         let mut child = self.child.take().expect("the daemon is there");
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    /// The process that serves, which under a keeper is not the one that was started.
+    pub(crate) fn server(&self) -> nix::unistd::Pid {
+        let pid = self.json(&["status"])["pid"].as_i64().unwrap();
+        nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap())
     }
 
     /// Asks it to stop, and waits until it has.
@@ -183,7 +197,7 @@ impl Daemon {
 
     fn launch(&mut self) {
         let stderr = File::options().create(true).append(true).open(self.place.join("stderr")).unwrap();
-        let mut child = serve_command(&self.state, &self.place.join("run"))
+        let mut child = command(self.verb, &self.state, &self.place.join("run"))
             .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -213,8 +227,12 @@ impl Drop for Daemon {
 
 /// `ckptd serve` on these directories, without the caller's own settings.
 pub(crate) fn serve_command(state: &Path, run: &Path) -> Command {
+    command("serve", state, run)
+}
+
+fn command(verb: &str, state: &Path, run: &Path) -> Command {
     let mut command = clean(CKPTD);
-    command.arg("serve").arg("--state-dir").arg(state).arg("--runtime-dir").arg(run);
+    command.arg(verb).arg("--state-dir").arg(state).arg("--runtime-dir").arg(run);
     command
 }
 

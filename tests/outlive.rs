@@ -1,0 +1,231 @@
+//! Under `ckptd keeper` jobs do not notice that the daemon is killed, restarted, or hangs.
+
+#![cfg(test)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::corpus::{Random, random_file, seed};
+use support::daemon::{Daemon, NO_PASSTHROUGH};
+use support::files::assert_same_tree;
+use support::place::mounts_at;
+use support::ran::wait_until;
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+const KILLS: u32 = 5;
+
+/// A thread that uses a served file in every way until it is told to stop, and fails at the first wrong byte or error.
+struct Reader {
+    stop: Arc<AtomicBool>,
+    rounds: Arc<AtomicU64>,
+    thread: JoinHandle<()>,
+}
+
+impl Reader {
+    fn of(served: PathBuf, source: PathBuf) -> Self {
+        let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, counted) = (stop.clone(), rounds.clone());
+        let thread = thread::spawn(move || {
+            let expected = fs::read(&source).unwrap();
+            let held = File::open(&served).unwrap();
+            // SAFETY: nobody writes to a served checkpoint.
+            let mapped = unsafe { memmap2::Mmap::map(&held) }.unwrap();
+            let mut random = Random::new(seed());
+            let mut buffer = vec![0; 70_000];
+            while !stopped.load(Ordering::Relaxed) {
+                let at = usize::try_from(random.below(expected.len() as u64 - 70_000)).unwrap();
+                held.read_exact_at(&mut buffer, at as u64).unwrap();
+                assert_eq!(buffer, expected[at..at + 70_000], "pread at {at}");
+                assert_eq!(mapped[at..at + 5000], expected[at..at + 5000], "mapped at {at}");
+                File::open(&served).unwrap().read_exact_at(&mut buffer[..10], at as u64).unwrap();
+                assert_eq!(buffer[..10], expected[at..at + 10], "reopened at {at}");
+                assert_eq!(fs::metadata(&served).unwrap().size(), expected.len() as u64);
+                assert!(fs::read_dir(served.parent().unwrap()).unwrap().count() >= 2);
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { stop, rounds, thread }
+    }
+
+    fn goes_on(&self) {
+        let before = self.rounds.load(Ordering::Relaxed);
+        wait_until("the reader goes on", LIMIT, || {
+            self.thread.is_finished() || self.rounds.load(Ordering::Relaxed) > before + 1
+        });
+        assert!(!self.thread.is_finished(), "the reader has failed");
+    }
+
+    fn end(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap();
+    }
+}
+
+/// A kept daemon with a checkpoint `k` that the jobs `one` and `two` see.
+fn kept(env: &[(&'static str, &str)]) -> (Daemon, PathBuf, [PathBuf; 2]) {
+    let daemon = Daemon::start_kept(env);
+    let source = daemon.place().dir("source");
+    random_file(&source.join("w.bin"), seed(), 24 * MIB);
+    fs::write(source.join("small"), "small").unwrap();
+    daemon.capture("k", &source);
+    let targets = [daemon.attach("one", "k"), daemon.attach("two", "k")];
+    (daemon, source, targets)
+}
+
+fn kill_and_wait(daemon: &Daemon, signal: Signal) -> Pid {
+    let before = daemon.server();
+    kill(before, signal).unwrap();
+    successor(daemon, before)
+}
+
+fn successor(daemon: &Daemon, before: Pid) -> Pid {
+    wait_until("a successor answers", LIMIT, || {
+        let status = daemon.ctl(&["--json", "status"]);
+        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
+    });
+    daemon.server()
+}
+
+fn mount_lines(at: &Path) -> Vec<String> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    text.lines().filter(|line| line.contains(at.to_str().unwrap())).map(str::to_owned).collect()
+}
+
+fn has_event(daemon: &Daemon, kind: &str, words: &str) -> bool {
+    let events = daemon.ctl(&["events"]).ok().stdout;
+    events.lines().any(|line| line.contains(kind) && line.contains(words))
+}
+
+fn readers_go_on(env: &[(&'static str, &str)], how: &str) {
+    let (daemon, source, targets) = kept(env);
+    let before = (daemon.json(&["jobs"]), mount_lines(daemon.place().path()));
+    let readers = targets.each_ref().map(|at| Reader::of(at.join("w.bin"), source.join("w.bin")));
+    readers.iter().for_each(Reader::goes_on);
+    for _ in 0..KILLS {
+        kill_and_wait(&daemon, Signal::SIGKILL);
+        readers.iter().for_each(Reader::goes_on);
+    }
+    assert_eq!((daemon.json(&["jobs"]), mount_lines(daemon.place().path())), before);
+    let status = daemon.json(&["status"]);
+    assert_eq!((status["holder"].as_str(), status["restarts"].as_u64()), (Some("keeper"), Some(KILLS.into())), "{how}");
+    readers.into_iter().for_each(Reader::end);
+    assert!(has_event(&daemon, "DAEMON_RESTARTED", "SIGKILL"));
+    assert!(has_event(&daemon, "RECONCILED", "1 sessions went on; 2 views were left as they were"));
+    assert!(!has_event(&daemon, "ATTACHMENT_", ""));
+    for (job, at) in ["one", "two"].iter().zip(&targets) {
+        assert_same_tree(&source, at);
+        daemon.ctl(&["detach", job]).ok();
+        assert!(mounts_at(at).is_empty());
+    }
+    assert_eq!(daemon.json(&["status"])["sessions"], 0);
+    wait_until("nothing of the session is left", LIMIT, || {
+        fs::read_dir(daemon.place().join("run/ledgers")).unwrap().count() == 0
+    });
+}
+
+#[test]
+fn readers_of_what_the_kernel_reads_itself_see_nothing_of_a_kill() {
+    readers_go_on(&[], "passthrough");
+}
+
+#[test]
+fn readers_of_what_the_daemon_reads_see_nothing_of_a_kill() {
+    readers_go_on(&[NO_PASSTHROUGH], "daemon");
+}
+
+#[test]
+fn a_read_in_the_daemon_s_hands_is_answered_by_its_successor() {
+    let (daemon, source, [at, _]) = kept(&[NO_PASSTHROUGH]);
+    let server = daemon.server();
+    // A daemon that takes nothing any more: what is asked of it now is answered by another.
+    kill(server, Signal::SIGSTOP).unwrap();
+    let (say, said) = mpsc::channel();
+    let path = at.join("w.bin");
+    thread::spawn(move || say.send(fs::read(path)).unwrap());
+    assert!(said.recv_timeout(Duration::from_millis(300)).is_err(), "nobody answers a stopped daemon's readers");
+    kill(server, Signal::SIGKILL).unwrap();
+    let read = said.recv_timeout(LIMIT).expect("the successor answers").unwrap();
+    assert_eq!(read, fs::read(source.join("w.bin")).unwrap());
+}
+
+#[test]
+fn a_restart_that_is_asked_for_and_a_hang_are_not_seen() {
+    let (daemon, source, [at, _]) = kept(&[("CKPTD_KEEPER_WATCHDOG_MS", "3000")]);
+    let reader = Reader::of(at.join("w.bin"), source.join("w.bin"));
+    reader.goes_on();
+    let before = daemon.server();
+    kill(Pid::from_raw(i32::try_from(daemon.pid()).unwrap()), Signal::SIGHUP).unwrap();
+    successor(&daemon, before);
+    reader.goes_on();
+    assert!(has_event(&daemon, "DAEMON_RESTARTED", "a restart was asked for"));
+    kill_and_wait(&daemon, Signal::SIGSTOP);
+    reader.goes_on();
+    assert!(has_event(&daemon, "DAEMON_RESTARTED", "no sign of life"));
+    reader.end();
+}
+
+#[test]
+fn a_ledger_of_a_newer_version_stops_the_start_and_touches_nothing() {
+    let (daemon, _, [at, _]) = kept(&[]);
+    let before = mount_lines(daemon.place().path());
+    let held = File::open(at.join("w.bin")).unwrap();
+    let ledgers = daemon.place().join("run/ledgers");
+    let ledger = fs::read_dir(ledgers).unwrap().next().unwrap().unwrap().path();
+    let file = File::options().write(true).open(&ledger).unwrap();
+    file.write_all_at(&9_u32.to_le_bytes(), 16).unwrap();
+    let server = daemon.server();
+    kill(server, Signal::SIGKILL).unwrap();
+    wait_until("three starts were refused", LIMIT, || daemon.stderr().matches("left by a newer ckptd").count() >= 3);
+    assert_eq!(mount_lines(daemon.place().path()), before);
+    held.read_exact_at(&mut [0; 100], MIB).unwrap();
+    file.write_all_at(&1_u32.to_le_bytes(), 16).unwrap();
+    successor(&daemon, server);
+    assert_eq!(mount_lines(daemon.place().path()), before);
+    assert!(has_event(&daemon, "DAEMON_RESTARTED", "in a row at its start"));
+}
+
+#[test]
+fn a_keeper_ends_with_its_daemon() {
+    let (mut daemon, _, _) = kept(&[]);
+    let server = daemon.server();
+    daemon.stop();
+    assert!(kill(server, None).is_err(), "the daemon is still there");
+}
+
+#[test]
+fn without_a_holder_views_are_made_again_and_it_is_said() {
+    let mut daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    random_file(&source.join("w.bin"), seed(), MIB);
+    daemon.capture("k", &source);
+    let at = daemon.attach("one", "k");
+    daemon.kill9();
+    daemon.restart();
+    assert_same_tree(&source, &at);
+    assert_eq!(daemon.json(&["status"])["holder"], "none");
+    assert!(has_event(&daemon, "ATTACHMENT_REPLACED", "one"));
+}
+
+#[test]
+fn a_drained_daemon_takes_no_work_and_keeps_what_is_mounted() {
+    let (daemon, source, [at, _]) = kept(&[]);
+    daemon.ctl(&["drain"]).ok();
+    assert_eq!(daemon.json(&["status"])["draining"], true);
+    let target = daemon.place().dir("new");
+    daemon.attach_at("three", &["k"], &target).refused(&[7], &["takes no new work"]);
+    daemon.ctl(&["create", "x", "--type", "web", "--uri", "https://example.invalid/x"]).refused(&[7], &["drained"]);
+    assert_same_tree(&source, &at);
+    kill_and_wait(&daemon, Signal::SIGKILL);
+    assert_eq!(daemon.json(&["status"])["draining"], false);
+    daemon.attach_at("three", &["k"], &target).ok();
+}
