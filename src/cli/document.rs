@@ -341,6 +341,29 @@ impl<'a> From<&'a wire::Status> for Status<'a> {
     }
 }
 
+/// What is expected of bringing a checkpoint here; absent figures are not known.
+#[derive(Serialize)]
+pub(super) struct Estimate<'a> {
+    checkpoint: &'a str,
+    missing_bytes: Option<u64>,
+    from: &'a str,
+    rate_bytes_per_s: Option<u64>,
+    expected_s: Option<f64>,
+}
+
+impl<'a> From<&'a wire::Estimate> for Estimate<'a> {
+    fn from(estimate: &'a wire::Estimate) -> Self {
+        let seconds = |ms: u64| std::time::Duration::from_millis(ms).as_secs_f64();
+        Self {
+            checkpoint: &estimate.checkpoint,
+            missing_bytes: estimate.missing_bytes,
+            from: &estimate.from,
+            rate_bytes_per_s: estimate.rate_bytes_per_s,
+            expected_s: estimate.expected_ms.map(seconds),
+        }
+    }
+}
+
 /// Something that happened.
 #[derive(Serialize)]
 pub(super) struct Event<'a> {

@@ -17,6 +17,7 @@
 //! | `secret` | `--credential` |
 //! | the rest | one verb, or a pair that belongs together |
 
+mod ahead;
 mod attach;
 mod capture;
 mod catalog;
@@ -92,6 +93,8 @@ enum Verb {
     Jobs(jobs::Jobs),
     Reserve(reserve::Reserve),
     Release(release::Release),
+    Prefetch(ahead::Prefetch),
+    Estimate(ahead::Estimate),
     Usage(usage::Usage),
     Status(status::Status),
     Drain(drain::Drain),
@@ -116,6 +119,8 @@ impl Verb {
             Self::Jobs(verb) => verb.run(console).await,
             Self::Reserve(verb) => verb.run(console).await,
             Self::Release(verb) => verb.run(console).await,
+            Self::Prefetch(verb) => verb.run(console).await,
+            Self::Estimate(verb) => verb.run(console).await,
             Self::Usage(verb) => verb.run(console).await,
             Self::Status(verb) => verb.run(console).await,
             Self::Drain(verb) => verb.run(console).await,
@@ -181,6 +186,8 @@ mod tests {
             "ckptctl attach job a b --public-checkpoint c --public-checkpoint d --at /x --pid 7 --lazy --owner me",
             "ckptctl attach job",
             "ckptctl detach job",
+            "ckptctl prefetch c --memory",
+            "ckptctl estimate c --json",
             "ckptctl reserve job a b",
             "ckptctl release job",
             "ckptctl drain",

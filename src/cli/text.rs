@@ -190,6 +190,17 @@ pub(super) fn status(status: &wire::Status) -> String {
     details(rows)
 }
 
+/// What is expected of bringing a checkpoint here.
+pub(super) fn estimate(estimate: &wire::Estimate) -> String {
+    let unknown = || "unknown".to_owned();
+    details(vec![
+        ("missing", estimate.missing_bytes.map_or_else(unknown, show_bytes)),
+        ("from", plain(&estimate.from)),
+        ("rate", estimate.rate_bytes_per_s.map_or_else(unknown, |rate| format!("{}/s", show_bytes(rate)))),
+        ("expected", estimate.expected_ms.map_or_else(unknown, |ms| show_span(ms.div_ceil(1000)))),
+    ])
+}
+
 /// `2025-01-31 12:00:00  CHECKPOINT_READY  <sentence>`.
 pub(super) fn event_line(event: &wire::Event) -> String {
     let mut line = format!("{}  {}", local_time(event.at_unix_ms), plain(&event.kind));

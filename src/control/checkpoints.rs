@@ -227,7 +227,7 @@ fn is_sent(record: &Record) -> bool {
 
 impl Floors {
     /// Begins to fill a record, if that is for us to begin; tells watchers otherwise.
-    fn start_unless_sent(&self, record: &Record, credentials: Credentials) {
+    pub(super) fn start_unless_sent(&self, record: &Record, credentials: Credentials) {
         if is_sent(record) {
             self.ingests.note_change(&record.id);
         } else {
@@ -483,6 +483,20 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::CaptureOutputRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
         self.capture(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn prefetch_checkpoint(
+        &self,
+        request: Request<wire::PrefetchCheckpointRequest>,
+    ) -> Result<Response<wire::PrefetchCheckpointResponse>, Status> {
+        self.floors.prefetch(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn estimate_checkpoint(
+        &self,
+        request: Request<wire::EstimateCheckpointRequest>,
+    ) -> Result<Response<wire::Estimate>, Status> {
+        self.floors.estimate(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn list_catalog(

@@ -7,6 +7,7 @@
 //! The Unix socket is the only listener of this version. It has mode 0600, and who calls is also asked of the kernel ([`peer`]): root, or
 //! the daemon's own user, is the scheduler; nobody else is answered.
 
+mod ahead;
 pub mod catalogue;
 mod checkpoints;
 mod jobs;

@@ -22,6 +22,7 @@ mod publish;
 pub mod read;
 mod runs;
 mod sweep;
+mod warm;
 
 use std::path::Path;
 use std::sync::Arc;
