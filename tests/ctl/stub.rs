@@ -278,6 +278,19 @@ impl Checkpoints for Answers {
         Err(Status::invalid_argument("the stream ended without finish"))
     }
 
+    async fn prefetch_checkpoint(
+        &self,
+        request: Request<wire::PrefetchCheckpointRequest>,
+    ) -> Answer<wire::PrefetchCheckpointResponse> {
+        self.note(request.get_ref());
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn estimate_checkpoint(&self, request: Request<wire::EstimateCheckpointRequest>) -> Answer<wire::Estimate> {
+        self.note(request.get_ref());
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn list_catalog(&self, _: Request<wire::ListCatalogRequest>) -> Answer<wire::ListCatalogResponse> {
         let options = [("branch".to_owned(), "half".to_owned())].into();
         let source = wire::Source { r#type: "huggingface".into(), uri: "acme/tiny".into(), options };

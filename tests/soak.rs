@@ -1,0 +1,236 @@
+//! Readers of every kind, over checkpoints of every kind, while the daemon is killed at random moments.
+//!
+//! A hundred kills by default, which takes a minute or two; `TEST_SOAK_KILLS` asks for more. Every byte is checked; one error, wrong byte or
+//! reader that does not come back fails the test. The seed is printed.
+
+#![cfg(test)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::corpus::{Random, Tensors, seed};
+use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
+use support::files::walk;
+use support::ran::{run, wait_until};
+use support::site::{Page, Site};
+
+const MIB: usize = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(120);
+/// A kill, a start, and a fetch on a machine that does other things too.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What all readers report to.
+#[derive(Default)]
+struct Ledger {
+    stop: AtomicBool,
+    rounds: Mutex<Vec<(&'static str, Arc<AtomicU64>)>>,
+    longest: Mutex<Vec<(&'static str, Duration)>>,
+    faults: Mutex<Vec<String>>,
+}
+
+impl Ledger {
+    /// Repeats `act` on a thread of its own until the end; it says what was wrong.
+    fn reader(
+        self: &Arc<Self>,
+        name: &'static str,
+        mut act: impl FnMut(&mut Random) -> Result<(), String> + Send + 'static,
+    ) {
+        let rounds = Arc::new(AtomicU64::new(0));
+        self.rounds.lock().unwrap().push((name, Arc::clone(&rounds)));
+        let ledger = Arc::clone(self);
+        thread::spawn(move || {
+            let mut random = Random::new(seed());
+            let mut longest = Duration::ZERO;
+            while !ledger.stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                if let Err(fault) = act(&mut random) {
+                    ledger.faults.lock().unwrap().push(format!("{name}: {fault}"));
+                    return;
+                }
+                longest = longest.max(began.elapsed());
+                rounds.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(1));
+            }
+            ledger.longest.lock().unwrap().push((name, longest));
+        });
+    }
+
+    fn assert_well(&self) {
+        let faults = self.faults.lock().unwrap();
+        assert!(faults.is_empty(), "{faults:#?}");
+    }
+
+    /// Waits until each reader has come round once more.
+    fn assert_alive(&self) {
+        let rounds = self.rounds.lock().unwrap().clone();
+        for (name, rounds) in rounds {
+            let before = rounds.load(Ordering::Relaxed);
+            wait_until(&format!("{name} goes on"), LIMIT, || {
+                self.assert_well();
+                rounds.load(Ordering::Relaxed) > before
+            });
+        }
+    }
+
+    /// Ends all readers; how long each had to wait at most.
+    fn end(&self) -> Vec<(&'static str, Duration)> {
+        let readers = self.rounds.lock().unwrap().len();
+        self.stop.store(true, Ordering::Relaxed);
+        wait_until("all readers have ended", LIMIT, || {
+            self.assert_well();
+            self.longest.lock().unwrap().len() == readers
+        });
+        self.longest.lock().unwrap().clone()
+    }
+}
+
+fn at_random(file: &File, bytes: &[u8], random: &mut Random) -> Result<(), String> {
+    let length = usize::try_from(1 + random.below(200_000)).unwrap();
+    let at = usize::try_from(random.below((bytes.len() - length) as u64)).unwrap();
+    let mut found = vec![0; length];
+    file.read_exact_at(&mut found, at as u64).map_err(|error| format!("reading at {at}: {error}"))?;
+    if found == bytes[at..at + length] { Ok(()) } else { Err(format!("wrong bytes at {at}, length {length}")) }
+}
+
+fn open(path: &Path) -> Result<File, String> {
+    File::open(path).map_err(|error| format!("opening {}: {error}", path.display()))
+}
+
+/// Readers of one large file.
+fn read_large(ledger: &Arc<Ledger>, names: [&'static str; 4], path: PathBuf, bytes: &Arc<Vec<u8>>) {
+    let (held, own) = (open(&path).unwrap(), Arc::clone(bytes));
+    ledger.reader(names[0], move |random| at_random(&held, &own, random));
+    let (held, own, mut at) = (open(&path).unwrap(), Arc::clone(bytes), 0);
+    ledger.reader(names[1], move |_| {
+        let mut found = vec![0; MIB.min(own.len() - at)];
+        held.read_exact_at(&mut found, at as u64).map_err(|error| format!("reading on at {at}: {error}"))?;
+        let right = found == own[at..at + found.len()];
+        at = if at + found.len() == own.len() { 0 } else { at + found.len() };
+        if right { Ok(()) } else { Err(format!("wrong bytes before {at}")) }
+    });
+    // SAFETY: nothing changes a file of a checkpoint.
+    let map = unsafe { memmap2::Mmap::map(&open(&path).unwrap()) }.unwrap();
+    let own = Arc::clone(bytes);
+    ledger.reader(names[2], move |random| {
+        let at = usize::try_from(random.below((own.len() - 9000) as u64)).unwrap();
+        if map[at..at + 9000] == own[at..at + 9000] { Ok(()) } else { Err(format!("wrong mapped bytes at {at}")) }
+    });
+    let own = Arc::clone(bytes);
+    ledger.reader(names[3], move |random| {
+        let size = fs::metadata(&path).map_err(|error| format!("looking at it: {error}"))?.len();
+        if size != own.len() as u64 {
+            return Err(format!("its size is {size}"));
+        }
+        at_random(&open(&path)?, &own, random)
+    });
+}
+
+/// Walks a tree of small files and reads some of them.
+fn read_many(ledger: &Arc<Ledger>, source: &Path, served: PathBuf) {
+    let paths = walk(source);
+    let expected: Vec<_> = paths.iter().map(|path| fs::read(source.join(path)).ok()).collect();
+    let (count, root) = (paths.len(), served.clone());
+    ledger.reader("find over small files", move |_| {
+        let found = walk(&root).len();
+        if found == count { Ok(()) } else { Err(format!("{found} of {count} entries")) }
+    });
+    ledger.reader("small files", move |random| {
+        let at = usize::try_from(random.below(paths.len() as u64)).unwrap();
+        let Some(expected) = &expected[at] else { return Ok(()) };
+        let found = fs::read(served.join(&paths[at])).map_err(|error| format!("{}: {error}", paths[at].display()))?;
+        if found == *expected { Ok(()) } else { Err(format!("{} differs", paths[at].display())) }
+    });
+}
+
+fn soak(env: &[(&'static str, &str)], kills: u64) {
+    let daemon = Daemon::start_kept(env);
+    let source = daemon.place().dir("source");
+    let (base, tuned, many) = (source.join("base"), source.join("tuned"), source.join("many"));
+    [&base, &tuned, &many].into_iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let tensors = Tensors::new(seed(), 6, 4 * MIB);
+    tensors.write_safetensors(&base.join("w"));
+    tensors.fine_tuned(1).write_safetensors(&tuned.join("w"));
+    for file in 0..1000 {
+        let dir = many.join(format!("d{}", file % 10));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join(format!("f{file}")), format!("{file}").repeat(1 + file % 50)).unwrap();
+    }
+    for (name, dir) in [("base", &base), ("tuned", &tuned), ("many", &many)] {
+        daemon.capture(name, dir);
+    }
+    let site = Site::open();
+    site.limit(2 * MIB as u64);
+    let arriving = Arc::new(Random::new(seed()).bytes(160 * MIB));
+    let url = site.put("/w", Page::Ranged(Arc::clone(&arriving)));
+    daemon.ctl(&["create", "arriving", "--type", "web", "--uri", &url]).ok();
+    let early = daemon.place().dir("early");
+    run(daemon.ctl_command().args(["attach", "early", "arriving", "--lazy", "--at"]).arg(&early)).ok();
+
+    let ledger = Arc::new(Ledger::default());
+    let of_base = ["whole, random", "whole, in order", "whole, mapped", "whole, opened again"];
+    read_large(&ledger, of_base, daemon.attach("one", "base").join("w"), &Arc::new(fs::read(base.join("w")).unwrap()));
+    let of_tuned = ["compact, random", "compact, in order", "compact, mapped", "compact, opened again"];
+    let bytes = Arc::new(fs::read(tuned.join("w")).unwrap());
+    read_large(&ledger, of_tuned, daemon.attach("two", "tuned").join("w"), &bytes);
+    read_many(&ledger, &many, daemon.attach("three", "many"));
+    let (held, own) = (open(&early.join("w")).unwrap(), Arc::clone(&arriving));
+    ledger.reader("arriving, random", move |random| at_random(&held, &own, random));
+
+    let jobs = daemon.json(&["jobs"]);
+    let mut random = Random::new(seed());
+    for round in 0..kills {
+        // Mostly long enough that it is no crash loop, which the keeper would slow down.
+        thread::sleep(Duration::from_millis(random.below(1600)));
+        kill(server(&daemon), Signal::SIGKILL).unwrap();
+        ledger.assert_well();
+        if round % 10 == 9 {
+            ledger.assert_alive();
+        }
+    }
+    site.limit(0);
+    server(&daemon);
+    daemon.wait_state("arriving", "ready", LIMIT);
+    ledger.assert_alive();
+    let longest = ledger.end();
+    println!("{kills} kills; longest waits: {longest:?}");
+    assert!(longest.iter().all(|(_, pause)| *pause < LONGEST_PAUSE), "{longest:?}");
+    let states = |jobs: &serde_json::Value| -> Vec<String> {
+        let jobs = jobs["jobs"].as_array().unwrap();
+        jobs.iter().map(|job| format!("{} {} {}", job["job"], job["target"], job["state"])).collect()
+    };
+    assert_eq!(states(&daemon.json(&["jobs"])), states(&jobs), "attachments changed");
+}
+
+/// The daemon that answers, once one does.
+fn server(daemon: &Daemon) -> Pid {
+    let mut pid = None;
+    wait_until("a daemon answers", LIMIT, || {
+        let ran = daemon.ctl(&["--json", "status"]);
+        pid = (ran.code == Some(0)).then(|| ran.json()["pid"].as_i64().unwrap());
+        pid.is_some()
+    });
+    Pid::from_raw(i32::try_from(pid.unwrap()).unwrap())
+}
+
+fn kills() -> u64 {
+    std::env::var("TEST_SOAK_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(100)
+}
+
+#[test]
+fn nobody_notices_a_hundred_kills_where_the_kernel_reads() {
+    soak(&[LOOPBACK], kills());
+}
+
+#[test]
+fn nobody_notices_kills_where_the_daemon_reads() {
+    soak(&[LOOPBACK, NO_PASSTHROUGH], kills() / 3);
+}
