@@ -303,6 +303,100 @@ fn a_mapped_file_waits_like_a_read_one() {
     }
 }
 
+#[test]
+fn a_read_that_waits_is_answered_by_the_successor_of_a_killed_daemon() {
+    let daemon = Daemon::start_kept(&[LOOPBACK]);
+    let site = Site::open();
+    let bytes = Arc::new(Random::new(seed()).bytes(96 << 20));
+    let scene = Scene { daemon, site, bytes };
+    scene.site.limit(2 * MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    let open = File::open(&file).unwrap();
+    let before = mounts_at(file.parent().unwrap());
+    let waiting: Vec<_> = (0..6)
+        .map(|read| {
+            let (open, bytes) = (open.try_clone().unwrap(), Arc::clone(&scene.bytes));
+            thread::spawn(move || {
+                let at = (90 - read * 13) << 20;
+                let mut found = vec![0; 10_000];
+                open.read_exact_at(&mut found, at as u64).unwrap();
+                assert!(found == bytes[at..at + 10_000], "wrong bytes at {at}");
+            })
+        })
+        .collect();
+    for _ in 0..2 {
+        thread::sleep(Duration::from_millis(700));
+        nix::sys::signal::kill(scene.daemon.server(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        wait_until("a successor answers", LIMIT, || scene.daemon.ctl(&["status"]).code == Some(0));
+    }
+    scene.site.limit(0);
+    waiting.into_iter().for_each(|read| read.join().unwrap());
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(b3sum(&file), scene.digest());
+    assert_eq!(format!("{before:?}"), format!("{:?}", mounts_at(file.parent().unwrap())));
+}
+
+#[test]
+fn an_estimate_is_made_from_what_the_source_gave_before_and_kept_beside_its_outcome() {
+    let scene = Scene::new(32, 32 * MIB);
+    let url = scene.put(Page::Ranged);
+    scene.create(&url);
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(scene.daemon.json(&["estimate", "w"])["missing_bytes"], 0);
+    let other = scene.site.put("/other.bin", Page::Ranged(Arc::new(Random::new(seed() + 1).bytes(64 << 20))));
+    scene.daemon.ctl(&["create", "other", "--type", "web", "--uri", &other]).ok();
+    wait_until("the listing is known", LIMIT, || scene.daemon.bytes_done("other") > 0);
+    let estimate = scene.daemon.json(&["estimate", "other"]);
+    let rate = estimate["rate_bytes_per_s"].as_u64().unwrap();
+    assert!((4 * MIB..512 * MIB).contains(&rate), "{estimate}");
+    assert!(estimate["missing_bytes"].as_u64().unwrap() <= 64 * MIB, "{estimate}");
+    assert!(estimate["expected_s"].as_f64().is_some_and(|seconds| seconds < 60.0), "{estimate}");
+    assert!(estimate["from"].as_str().unwrap().starts_with("web 127.0.0.1:"), "{estimate}");
+    scene.daemon.wait_state("other", "ready", LIMIT);
+    let kept = scene.daemon.json(&["status"])["estimates"].clone();
+    assert!(kept[0]["expected_s"].is_f64() && kept[0]["took_s"].is_f64(), "{kept}");
+}
+
+#[test]
+fn prefetching_starts_what_is_not_here_and_brings_what_is_into_memory() {
+    let scene = Scene::new(24, 0);
+    scene.create(&scene.put(Page::Ranged));
+    let target = scene.daemon.place().dir("at");
+    let record = scene.daemon.json(&["prefetch", "w", "--memory"]);
+    assert_eq!(record["state"], "ready");
+    let ran = scene.daemon.ctl(&["prefetch", "w", "--memory"]).ok();
+    assert!(ran.stderr.contains("24.00 MiB are in the page cache"), "{}", ran.stderr);
+    scene.daemon.attach_at("job", &["w"], &target).ok();
+    assert_eq!(b3sum(&target.join("w.bin")), scene.digest());
+}
+
+#[test]
+fn what_was_read_first_comes_first_the_next_time() {
+    let scene = Scene::new(240, 0);
+    let url = scene.put(Page::Ranged);
+    scene.create(&url);
+    scene.daemon.wait_state("w", "ready", LIMIT);
+    scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
+    // Read through the daemon while it arrives: the middle, then somewhere before the end.
+    scene.site.limit(2 * MIB);
+    scene.create(&url);
+    let file = scene.attach("first");
+    for at in [200 * MIB, 171 * MIB] {
+        scene.assert_read(&file, at, 1000);
+    }
+    scene.daemon.ctl(&["release", "first"]).ok();
+    scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
+    scene.create(&url);
+    let file = scene.attach("second");
+    wait_until("the first units are here", LIMIT, || scene.daemon.bytes_done("w") > 20 * MIB);
+    scene.site.limit(1);
+    for at in [200 * MIB, 171 * MIB] {
+        scene.assert_read(&file, at, 1000);
+    }
+    scene.site.limit(0);
+}
+
 /// Resident bytes of a process.
 fn resident(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();

@@ -15,6 +15,7 @@ mod attach;
 mod dedup;
 mod idle;
 mod ingest;
+mod lazy;
 mod objects;
 mod read;
 #[path = "../../tests/support/mod.rs"]
@@ -37,6 +38,7 @@ const FIGURES: &[(&str, Take)] = &[
     ("web", web::take),
     ("transfer", transfer::take),
     ("unpack", unpack::take),
+    ("lazy", lazy::take),
     ("dedup", dedup::take),
     ("attach", attach::take),
     ("walk", walk::take),

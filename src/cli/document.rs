@@ -307,6 +307,16 @@ pub(super) struct Status<'a> {
     restarts: u32,
     draining: bool,
     reconciled: &'a str,
+    estimates: Vec<Estimated<'a>>,
+}
+
+/// An estimate beside its outcome.
+#[derive(Serialize)]
+struct Estimated<'a> {
+    checkpoint: &'a str,
+    bytes: u64,
+    expected_s: f64,
+    took_s: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -337,8 +347,24 @@ impl<'a> From<&'a wire::Status> for Status<'a> {
             restarts: status.restarts,
             draining: status.draining,
             reconciled: &status.reconciled,
+            estimates: status.estimates.iter().map(Estimated::from).collect(),
         }
     }
+}
+
+impl<'a> From<&'a wire::Estimated> for Estimated<'a> {
+    fn from(made: &'a wire::Estimated) -> Self {
+        Self {
+            checkpoint: &made.checkpoint,
+            bytes: made.bytes,
+            expected_s: seconds(made.expected_ms),
+            took_s: made.took_ms.map(seconds),
+        }
+    }
+}
+
+fn seconds(ms: u64) -> f64 {
+    std::time::Duration::from_millis(ms).as_secs_f64()
 }
 
 /// What is expected of bringing a checkpoint here; absent figures are not known.
@@ -353,7 +379,6 @@ pub(super) struct Estimate<'a> {
 
 impl<'a> From<&'a wire::Estimate> for Estimate<'a> {
     fn from(estimate: &'a wire::Estimate) -> Self {
-        let seconds = |ms: u64| std::time::Duration::from_millis(ms).as_secs_f64();
         Self {
             checkpoint: &estimate.checkpoint,
             missing_bytes: estimate.missing_bytes,
@@ -488,7 +513,7 @@ mod tests {
         let value = serde_json::to_value(Status::from(&wire::Status::default())).unwrap();
         assert_eq!(
             keys(&value),
-            "attachments degraded draining features holder pid reconciled restarts runtime_dir sessions state_dir uptime_s \
+            "attachments degraded draining estimates features holder pid reconciled restarts runtime_dir sessions state_dir uptime_s \
              version"
         );
         assert_eq!(value["features"], json!({"passthrough": false, "resend": false, "reflink": false}));

@@ -16,6 +16,9 @@ use crate::catalog::jobs::JobState;
 use crate::catalog::{blobs, checkpoints, events, jobs};
 use crate::error::Result;
 
+/// Estimates that a status shows.
+const ESTIMATES_SHOWN: usize = 20;
+
 /// Events read at a time.
 const EVENTS_AT_A_TIME: usize = 256;
 
@@ -36,7 +39,14 @@ impl Service {
         let rows = floors.store.catalog().read(jobs::list).await?;
         let attached = rows.iter().filter(|row| row.state == JobState::Attached).count();
         let features = floors.attachments.features();
+        let estimates = floors.ingests.estimates(ESTIMATES_SHOWN).await?.into_iter().map(|made| wire::Estimated {
+            checkpoint: made.checkpoint,
+            bytes: made.bytes,
+            expected_ms: made.expected_ms,
+            took_ms: made.took_ms,
+        });
         Ok(wire::Status {
+            estimates: estimates.collect(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: floors.facts.started.elapsed().as_secs(),

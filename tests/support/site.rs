@@ -32,6 +32,7 @@ struct Shared {
     bodies: AtomicU64,
     short: AtomicU64,
     bytes_per_s: AtomicU64,
+    delay_ms: AtomicU64,
     pace: Mutex<Option<Instant>>,
     closed: AtomicBool,
 }
@@ -74,6 +75,11 @@ impl Site {
     /// Limits all bodies together to so many bytes a second; 0 lifts the limit.
     pub(crate) fn limit(&self, bytes_per_s: u64) {
         self.shared.bytes_per_s.store(bytes_per_s, Ordering::Relaxed);
+    }
+
+    /// Answers so much later than it could.
+    pub(crate) fn delay(&self, by: Duration) {
+        self.shared.delay_ms.store(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
     }
 
     /// Bytes of bodies sent since the last call.
@@ -121,6 +127,7 @@ impl Shared {
         let Some(mut request) = read_request(&mut reader)? else { return Ok(()) };
         let (page, tag) = self.pages.lock().unwrap().get(&request.path).cloned().unzip();
         request.tag = tag.unwrap_or_default();
+        thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::Relaxed)));
         match page {
             None => bare(stream, "404 Not Found", ""),
             Some(Page::Status(status)) => bare(stream, &format!("{status} As Told"), ""),
