@@ -180,10 +180,13 @@ fn what_jobs_were_shown_is_not_replaced_under_them() {
             assert!(found == scene.bytes[from..from + found.len()], "bytes of another revision at {at}");
         }
     }
+    drop(open);
     scene.daemon.ctl(&["release", "job"]).ok();
-    scene.daemon.ctl(&["retry", "w"]).ok();
     scene.site.limit(0);
-    scene.daemon.wait_state("w", "ready", LIMIT);
+    wait_until("nothing of it is open, and the new is taken", LIMIT, || {
+        scene.daemon.ctl(&["retry", "w"]).ok();
+        scene.daemon.json(&["get", "w"])["state"] == "ready"
+    });
 }
 
 #[test]
@@ -379,7 +382,7 @@ fn what_was_read_first_comes_first_the_next_time() {
     scene.daemon.wait_state("w", "ready", LIMIT);
     scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
     // Read through the daemon while it arrives: the middle, then somewhere before the end.
-    scene.site.limit(2 * MIB);
+    scene.site.limit(16 * MIB);
     scene.create(&url);
     let file = scene.attach("first");
     for at in [200 * MIB, 171 * MIB] {
@@ -389,11 +392,14 @@ fn what_was_read_first_comes_first_the_next_time() {
     scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
     scene.create(&url);
     let file = scene.attach("second");
-    wait_until("the first units are here", LIMIT, || scene.daemon.bytes_done("w") > 20 * MIB);
-    scene.site.limit(1);
+    wait_until("the first units are here", LIMIT, || scene.daemon.bytes_done("w") >= 44 * MIB);
+    // A unit would take half a minute from now on.
+    scene.site.limit(MIB / 8);
+    let began = std::time::Instant::now();
     for at in [200 * MIB, 171 * MIB] {
         scene.assert_read(&file, at, 1000);
     }
+    assert!(began.elapsed() < Duration::from_secs(8), "what was read first did not come first");
     scene.site.limit(0);
 }
 

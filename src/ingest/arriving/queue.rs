@@ -306,7 +306,9 @@ impl Queue {
         running.next = unit;
         let file = &self.files[running.at];
         let claimed = index(unit).and_then(|unit| file.units.get(unit));
-        !file.ranges || matches!(claimed, Some(Unit::Claimed(token)) if *token == step.token)
+        // A long range that was begun before anybody read ends early.
+        let too_long = self.read && !step.wanted && unit - step.units.start >= UNITS_PER_READ_RANGE;
+        !file.ranges || !too_long && matches!(claimed, Some(Unit::Claimed(token)) if *token == step.token)
     }
 
     /// Whether a step of the background is to stand still because something else is wanted.
@@ -432,6 +434,17 @@ mod tests {
         assert_eq!(background(&mut queue), None, "the background began while something was wanted");
         queue.end(&wanted);
         assert!(queue.next_background().is_some());
+    }
+
+    #[test]
+    fn long_ranges_end_early_once_somebody_reads() {
+        let mut queue = queue(&[20]);
+        let stream = queue.next_background().unwrap();
+        assert!(queue.go_on(&stream, 4));
+        queue.set_read(true);
+        assert!(queue.go_on(&stream, 1) && !queue.go_on(&stream, 5));
+        queue.end(&stream);
+        assert_eq!(background(&mut queue), Some((0, 0..1)));
     }
 
     #[test]
