@@ -168,8 +168,8 @@ fn soak(env: &[(&'static str, &str)], kills: u64) {
         daemon.capture(name, dir);
     }
     let site = Site::open();
-    site.limit(2 * MIB as u64);
-    let arriving = Arc::new(Random::new(seed()).bytes(160 * MIB));
+    site.limit(6 * MIB as u64);
+    let arriving = Arc::new(Random::new(seed()).bytes(320 * MIB));
     let url = site.put("/w", Page::Ranged(Arc::clone(&arriving)));
     daemon.ctl(&["create", "arriving", "--type", "web", "--uri", &url]).ok();
     let early = daemon.place().dir("early");
