@@ -2,6 +2,7 @@
 //! signatures and ignores ranges.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, regular_files, walk};
 use crate::support::place::Place;
-use crate::support::ran::wait_until;
+use crate::support::ran::{run, wait_until};
 use crate::support::server::{Server, free_port, tool};
 
 const KEY_ID: &str = "AKIATESTTESTTESTTEST";
@@ -250,6 +251,32 @@ fn digests_that_the_store_states_are_verified() {
             faults.spare();
         }
     }
+    wrong_bytes_that_were_shown_are_put_aside_and_healed(&daemon, &faults, &folder);
+}
+
+/// A job reads what turns out wrong at its end.
+fn wrong_bytes_that_were_shown_are_put_aside_and_healed(daemon: &Daemon, faults: &Faults, folder: &Path) {
+    // The file itself takes the place of what an earlier checkpoint of the same bytes has left.
+    let aside = || daemon.ctl(&["events"]).ok().stdout.matches("FILE_QUARANTINED").count();
+    let before = aside();
+    faults.spoil("GET /md5/large ", Fault::Damage(5), 9);
+    faults.slow_down(2 << 20);
+    start(daemon, "aws", "early", "s3://md5", &[&endpoint(faults), ANY_ID, ANY_SECRET]);
+    let at = daemon.place().dir("at-early");
+    run(daemon.ctl_command().args(["attach", "early", "early", "--lazy", "--at"]).arg(&at)).ok();
+    fs::File::open(at.join("large")).unwrap().read_exact_at(&mut [0; 10], 8 << 20).unwrap();
+    daemon.wait_state("early", "failed", Duration::from_secs(60));
+    assert_eq!(reason(daemon, "early"), "DIGEST_MISMATCH");
+    assert_eq!(aside(), before + 1);
+    assert!(!regular_files(&daemon.state().join("quarantine")).is_empty());
+    let missing = fs::File::open(at.join("large")).unwrap().read_exact_at(&mut [0; 10], 5 << 20).unwrap_err();
+    assert_eq!(missing.raw_os_error(), Some(nix::libc::EIO));
+    assert_eq!(fs::read(at.join("small")).unwrap(), b"the bytes");
+    faults.spare();
+    faults.slow_down(0);
+    let (id, secret) = (ANY_ID.trim_start_matches('@'), ANY_SECRET.trim_start_matches('@'));
+    daemon.ctl(&["retry", "early", "--wait", "--credential", id, "--credential", secret]).ok();
+    assert_same_tree(folder, &at);
 }
 
 #[test]
