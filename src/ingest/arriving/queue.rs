@@ -23,6 +23,13 @@ const UNITS_PER_READ_RANGE: u64 = 2;
 /// Streams of the background once somebody reads.
 const STREAMS_WHILE_READ: usize = 4;
 
+/// Background ranges that are begun one unit long and two at a time after something was wanted: what a paused stream has in its buffers still takes
+/// its share of the line, and the next wanted unit is likely to follow.
+const CAUTIOUS_FOR: u32 = 8;
+
+/// Streams of the background while it is cautious.
+const STREAMS_WHILE_CAUTIOUS: usize = 2;
+
 /// Wanted units that lie together and are asked for in one range.
 const UNITS_PER_WANTED_RANGE: u64 = 2;
 
@@ -94,6 +101,8 @@ pub(in crate::ingest) struct Queue {
     running: HashMap<u32, Running>,
     tokens: u32,
     read: bool,
+    /// Background ranges that are still to be cautious.
+    cautious: u32,
     learned: VecDeque<(u32, u64)>,
     follows: VecDeque<Follow>,
     /// Files before it have nothing missing.
@@ -218,14 +227,16 @@ impl Queue {
     pub(in crate::ingest) fn next_background(&mut self) -> Option<Step> {
         if self.read {
             let background = self.running.values().filter(|running| !running.wanted).count();
-            if background >= STREAMS_WHILE_READ || background < self.running.len() {
+            let streams = if self.cautious > 0 { STREAMS_WHILE_CAUTIOUS } else { STREAMS_WHILE_READ };
+            if background >= streams || background < self.running.len() {
                 return None;
             }
+            self.cautious = self.cautious.saturating_sub(1);
             if let Some(step) = self.next_for_readers() {
                 return Some(step);
             }
         }
-        let most = if self.read { UNITS_PER_READ_RANGE } else { UNITS_PER_RANGE };
+        let most = self.background_units();
         while self.files.get(self.first).is_some_and(|file| file.started && file.first_missing() == file.units.len()) {
             self.first += 1;
         }
@@ -265,9 +276,18 @@ impl Queue {
             Some((follow.at, next))
         });
         ahead.map(|(at, unit)| {
-            let units = self.run(at, unit, UNITS_PER_READ_RANGE);
+            let units = self.run(at, unit, self.background_units());
             self.claim(at, units, false)
         })
+    }
+
+    /// How long a range of the background may be now.
+    fn background_units(&self) -> u64 {
+        match (self.read, self.cautious) {
+            (false, _) => UNITS_PER_RANGE,
+            (true, 0) => UNITS_PER_READ_RANGE,
+            (true, _) => 1,
+        }
     }
 
     fn missing(&self, at: usize, unit: u64) -> bool {
@@ -296,6 +316,9 @@ impl Queue {
             }
         }
         file.streams += usize::from(!wanted);
+        if wanted {
+            self.cautious = CAUTIOUS_FOR;
+        }
         self.running.insert(token, Running { at, next: units.start, wanted });
         Step { entry: file.entry, units, wanted, token }
     }
@@ -460,7 +483,7 @@ mod tests {
             queue.here(1, unit);
             queue.end(&step);
         }
-        assert_eq!(background(&mut queue), Some((1, 33..35)));
+        assert_eq!(background(&mut queue), Some((1, 33..34)));
     }
 
     #[test]
