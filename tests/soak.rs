@@ -188,8 +188,9 @@ fn soak(env: &[(&'static str, &str)], kills: u64) {
     let jobs = daemon.json(&["jobs"]);
     let mut random = Random::new(seed());
     for round in 0..kills {
-        // Mostly long enough that it is no crash loop, which the keeper would slow down.
-        thread::sleep(Duration::from_millis(random.below(1600)));
+        // Every fifth dies young; were it more, it would be a crash loop, which the keeper slows down.
+        let lived = if round % 5 == 4 { random.below(200) } else { 1000 + random.below(600) };
+        thread::sleep(Duration::from_millis(lived));
         kill(server(&daemon), Signal::SIGKILL).unwrap();
         ledger.assert_well();
         if round % 10 == 9 {

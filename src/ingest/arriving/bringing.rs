@@ -194,8 +194,7 @@ impl Arriving {
         loop {
             let mut woken = std::pin::pin!(self.moved.notified());
             woken.as_mut().enable();
-            let size = filling.units().size();
-            if filling.has(0..size) {
+            if filling.here_bytes() == filling.size() {
                 return;
             }
             woken.await;
