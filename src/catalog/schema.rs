@@ -174,6 +174,20 @@ const MIGRATIONS: &[&str] = &[
         took_ms      INTEGER
     ) WITHOUT ROWID;
     ",
+    // 4: how long things are kept.
+    "
+    -- pinned: an operator's lasting right. used_ms: when a job last took or gave up a right to it, or it became ready.
+    ALTER TABLE checkpoints ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE checkpoints ADD COLUMN used_ms INTEGER NOT NULL DEFAULT 0;
+    UPDATE checkpoints SET used_ms = created_ms;
+
+    -- When the right ends by itself; NULL: when it is released.
+    ALTER TABLE jobs ADD COLUMN expires_ms INTEGER;
+    CREATE INDEX jobs_expires ON jobs(expires_ms) WHERE expires_ms IS NOT NULL;
+
+    -- When all bytes at rest were last read and were right; 0: not since they were sealed.
+    ALTER TABLE blobs ADD COLUMN verified_ms INTEGER NOT NULL DEFAULT 0;
+    ",
 ];
 
 /// Applies what is missing.
