@@ -1,7 +1,7 @@
 //! Waiting for a checkpoint.
 //!
 //! The daemon streams the record until it settles. Filling outlives our connection and the daemon itself, so a wait that has begun
-//! survives a restart of the daemon: it asks again every second, for a minute. Ctrl-C ends the wait and nothing else.
+//! survives a restart of the daemon: it asks again every second, for a minute ([`Patience`]). Ctrl-C ends the wait and nothing else.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -56,26 +56,52 @@ pub(super) async fn until_settled(
 ) -> Ended<wire::Checkpoint> {
     // From the first record on by id: names can come to mean another.
     let mut known: Option<String> = None;
-    let (mut heard, mut told) = (Instant::now(), false);
+    let mut patience = Patience::default();
     loop {
         let asked = known.clone().unwrap_or_else(|| checkpoint.to_owned());
         let watched = watch_once(daemon, &asked, |record| {
             known = Some(record.id.clone());
-            (heard, told) = (Instant::now(), false);
+            patience.heard();
             seen(record)
         });
-        match watched.await {
+        let ending = match watched.await {
             Ok(Some(record)) => return Ok(record),
-            Ok(None) if known.is_some() => {}
-            Ok(None) => return Err(Error::unavailable("WATCH_ENDED", silent_end(checkpoint)).into()),
-            Err(Ending::Failed(error)) if known.is_some() && may_return(&error) && heard.elapsed() < RETURN_WITHIN => {
-                if !std::mem::replace(&mut told, true) {
+            Ok(None) => silent_end(checkpoint),
+            Err(ending) => ending,
+        };
+        patience.wait_out(ending).await?;
+    }
+}
+
+/// How often and how long somebody asks again whose stream broke off. Who was never answered does not wait.
+#[derive(Default)]
+pub(super) struct Patience {
+    heard: Option<Instant>,
+    told: bool,
+}
+
+impl Patience {
+    /// The daemon has answered.
+    pub(super) fn heard(&mut self) {
+        (self.heard, self.told) = (Some(Instant::now()), false);
+    }
+
+    /// Waits before asking again, and says once that it does.
+    ///
+    /// # Errors
+    /// `ending`, where it is not of a daemon that may return, or has not for too long.
+    pub(super) async fn wait_out(&mut self, ending: Ending) -> Ended {
+        let Some(heard) = self.heard else { return Err(ending) };
+        match ending {
+            Ending::Failed(error) if may_return(&error) && heard.elapsed() < RETURN_WITHIN => {
+                if !std::mem::replace(&mut self.told, true) {
                     talk(&format!("{}; waiting for it to come back", error.chain()));
                 }
             }
-            Err(ending) => return Err(ending),
+            ending => return Err(ending),
         }
         tokio::time::sleep(ASK_AGAIN_AFTER).await;
+        Ok(())
     }
 }
 
@@ -136,8 +162,9 @@ fn may_return(error: &Error) -> bool {
     matches!(error.kind(), Kind::Unavailable | Kind::Cancelled)
 }
 
-fn silent_end(checkpoint: &str) -> String {
-    format!("watching {checkpoint}: ckptd ended the watch without a record")
+/// A stream that ended although there is more to say: its daemon was stopped.
+pub(super) fn silent_end(watched: &str) -> Ending {
+    Error::unavailable("WATCH_ENDED", format!("watching {watched}: ckptd ended the watch")).into()
 }
 
 #[cfg(test)]

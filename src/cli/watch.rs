@@ -7,6 +7,7 @@ use clap::Args;
 use super::connect::Daemon;
 use super::console::Console;
 use super::exit::Ended;
+use super::follow::Patience;
 use super::progress::Progress;
 use super::{document, follow, text};
 use crate::control::wire;
@@ -48,30 +49,48 @@ async fn watch_one(console: &Console, daemon: &Daemon, checkpoint: &str) -> Ende
 }
 
 async fn watch_all(console: &Console, daemon: &Daemon) -> Ended {
+    let (mut shown, mut patience) = (Shown::default(), Patience::default());
+    loop {
+        let ending = watch_all_once(console, daemon, &mut shown, &mut patience).await;
+        patience.wait_out(ending.err().unwrap_or_else(|| follow::silent_end("all checkpoints"))).await?;
+    }
+}
+
+async fn watch_all_once(console: &Console, daemon: &Daemon, shown: &mut Shown, patience: &mut Patience) -> Ended {
     let request = wire::WatchCheckpointsRequest::default();
     let mut records = daemon.ask(daemon.checkpoints().watch_checkpoints(request)).await?;
-    let mut shown = Shown::default();
+    patience.heard();
     while let Some(record) = records.message().await.map_err(|status| daemon.refusal(&status))? {
-        // People are told of changes of state and of whole percents; programs of every record.
-        if console.wants_json() || shown.is_news(&record) {
+        patience.heard();
+        if shown.is_news(&record, console.wants_json()) {
             console.answer_line(&document::Checkpoint::from(&record), || text::checkpoint_line(&record))?;
         }
     }
     Ok(())
 }
 
-/// What people were last told of each checkpoint; one short text for each that is there.
+/// What was last told of each checkpoint: a daemon that returns begins with all of them. Programs are told of every record, people of changes of
+/// state and of whole percents.
 #[derive(Default)]
-struct Shown(HashMap<String, String>);
+struct Shown(HashMap<String, Told>);
+
+#[derive(PartialEq)]
+enum Told {
+    State(String),
+    Record(Box<wire::Checkpoint>),
+}
 
 impl Shown {
-    fn is_news(&mut self, record: &wire::Checkpoint) -> bool {
-        let state = text::shown_state(record);
+    fn is_news(&mut self, record: &wire::Checkpoint, whole: bool) -> bool {
         if record.state() == wire::CheckpointState::Removing {
             self.0.remove(&record.id);
             return true;
         }
-        self.0.insert(record.id.clone(), state.clone()).is_none_or(|before| before != state)
+        let told = if whole { Told::Record(Box::new(record.clone())) } else { Told::State(text::shown_state(record)) };
+        match self.0.insert(record.id.clone(), told) {
+            Some(before) => self.0.get(&record.id) != Some(&before),
+            None => true,
+        }
     }
 }
 
@@ -88,13 +107,17 @@ mod tests {
             fill: Some(wire::Fill { bytes_done: 10, bytes_total: 1000, ..Default::default() }),
             ..Default::default()
         };
-        assert!(shown.is_news(&record));
+        assert!(shown.is_news(&record, false));
         record.fill = Some(wire::Fill { bytes_done: 11, bytes_total: 1000, ..Default::default() });
-        assert!(!shown.is_news(&record));
+        assert!(!shown.is_news(&record, false));
+        let mut of_programs = Shown::default();
+        assert!(of_programs.is_news(&record, true));
+        assert!(!of_programs.is_news(&record, true));
         record.fill = Some(wire::Fill { bytes_done: 20, bytes_total: 1000, ..Default::default() });
-        assert!(shown.is_news(&record));
+        assert!(of_programs.is_news(&record, true));
+        assert!(shown.is_news(&record, false));
         record.state = wire::CheckpointState::Removing.into();
-        assert!(shown.is_news(&record));
+        assert!(shown.is_news(&record, false));
         assert!(shown.0.is_empty());
     }
 }

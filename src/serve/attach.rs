@@ -1,8 +1,8 @@
 //! Putting views of sessions where a job sees them, and taking them away.
 //!
 //! One checkpoint is bound at the target itself. Several get a small read-only tmpfs at the target with a directory each. Either
-//! way it is all or nothing, read-only, `nosuid` and `nodev`, and stands when [`attach`] returns. It takes a dozen system calls
-//! however many mounts there are.
+//! way it is all or nothing, read-only, `nosuid` and `nodev`, and stands when [`Prepared::show`] returns. It takes a dozen system
+//! calls however many mounts there are.
 //!
 //! [`Mounted`] is what a later [`detach`] needs, by this process or a successor. A view is found again by its mount number
 //! and device in its namespace, wherever it has been moved to, and is unmounted only if the mount that is reached there is that
@@ -22,7 +22,7 @@ use nix::sys::stat::{Mode, mkdirat};
 use serde::{Deserialize, Serialize};
 
 use super::mount_calls::{self, Device, READ_ONLY};
-use super::namespace::{self, Entrance};
+use super::namespace::{self, Entrance, MountNamespace};
 use super::target::{self, Whose};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
@@ -80,33 +80,60 @@ pub enum Detached {
     AlreadyGone,
 }
 
-/// Makes `views` seen at `place`; `reserved` is the sessions directory, into which nothing may be put.
+/// A view that is built and stands nowhere yet; dropped, it is gone.
+pub struct Prepared {
+    built: Built,
+    process: Option<MountNamespace>,
+    mounted: Mounted,
+}
+
+/// Builds the view of `views` for `place`; `reserved` is the sessions directory, into which nothing may be put.
 ///
 /// # Errors
-/// `TARGET_*` (see [`target`]), `NO_SUCH_PROCESS`, `DUPLICATE_VIEW`, or what the kernel says. Nothing is mounted then.
-pub fn attach(place: &Place, views: Views, reserved: &Path) -> Result<Mounted> {
+/// `TARGET_*` of the path itself (see [`target`]), `NO_SUCH_PROCESS`, `DUPLICATE_VIEW`, or what the kernel says.
+pub fn prepare(place: &Place, views: Views, reserved: &Path) -> Result<Prepared> {
     let whose = if place.pid.is_some() { Whose::Process } else { Whose::Host };
     target::check_path(&place.target, whose, reserved)?;
     let process = place.pid.map(namespace::of_process).transpose()?;
     let namespace = process.as_ref().map_or_else(namespace::own_inode, |process| Ok(process.inode))?;
     let built = Built::new(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
-    let entrance = process.as_ref().map_or(Entrance::Here, Entrance::AsProcess);
-    namespace::act(&entrance, || {
-        let target = target::open(&place.target, whose)?;
-        built.put(&target).map_err(|error| Error::io("mounting at", &place.target, error))
-    })?;
     let found = mount_calls::standing(&built.root).map_err(|error| Error::io("looking at", &place.target, error))?;
-    Ok(Mounted {
+    let mounted = Mounted {
         target: place.target.clone(),
         pid: place.pid,
         namespace,
         mount_id: found.mount_id,
         unique_id: found.unique_id,
         device: found.device,
-    })
+    };
+    Ok(Prepared { built, process, mounted })
 }
 
-/// Takes away exactly what [`attach`] has put, at once for new lookups; open files keep working. Something already gone is fine.
+impl Prepared {
+    /// How the view will be found again. A mount keeps its number when it is moved, so this can be made durable before anything is to be seen.
+    pub fn mounted(&self) -> &Mounted {
+        &self.mounted
+    }
+
+    /// Puts the view in its place.
+    ///
+    /// # Errors
+    /// `TARGET_*`, or what the kernel says. Nothing is mounted then.
+    pub fn show(self) -> Result<Mounted> {
+        let Self { built, process, mounted } = self;
+        let (whose, entrance) = match &process {
+            Some(process) => (Whose::Process, Entrance::AsProcess(process)),
+            None => (Whose::Host, Entrance::Here),
+        };
+        namespace::act(&entrance, || {
+            let target = target::open(&mounted.target, whose)?;
+            built.put(&target).map_err(|error| Error::io("mounting at", &mounted.target, error))
+        })?;
+        Ok(mounted)
+    }
+}
+
+/// Takes away exactly what [`Prepared::show`] has put, at once for new lookups; open files keep working. Something already gone is fine.
 ///
 /// # Errors
 /// `TARGET_COVERED` where others have mounted something over it; or what the kernel says.

@@ -1,8 +1,8 @@
 //! Jobs and their views: rights in the catalog, sessions in memory, binds in the kernel.
 //!
 //! **Attach**: row `attaching` (durable, with the leases, so that nothing named can be removed), sessions of all checkpoints started or
-//! found, views mounted, row `attached` with what was mounted. A failure in between undoes what was done and restores the row that was
-//! there. **Detach** unmounts, then writes `reserved`. Requests of one job pass one gate, so they never overlap; the
+//! found, the view built, row `attached` with how it will be found again, the view put in its place. So a crash at no step leaves a mount that no
+//! row knows. A failure in between undoes what was done and restores the row that was there. **Detach** unmounts, then writes `reserved`. Requests of one job pass one gate, so they never overlap; the
 //! start of a session passes the gate of its checkpoint. No gate is held while waiting for another job.
 //!
 //! **Sessions** start with the first job and stop with the last; what a job still has open is served until it is closed. A checkpoint
@@ -296,12 +296,10 @@ impl Attachments {
         let place = Place { target: PathBuf::from(&row.target), pid: (row.pid != 0).then_some(row.pid) };
         let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
         let reserved = self.0.sessions_dir.clone();
-        let view = blocking(move || super::attach(&place, views(&served, &subdirs)?, &reserved)).await?;
-        let noted = self.note_mounted(row, &view).await;
-        if noted.is_err() {
-            blocking(move || super::detach(&view)).await?;
-        }
-        noted
+        let view = blocking(move || super::prepare(&place, views(&served, &subdirs)?, &reserved)).await?;
+        let row = self.note_mounted(row, view.mounted()).await?;
+        blocking(move || view.show()).await?;
+        Ok(row)
     }
 
     async fn note_mounted(&self, row: &JobRow, mounted: &super::Mounted) -> Result<JobRow> {

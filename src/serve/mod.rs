@@ -51,7 +51,7 @@ mod readers;
 mod stored;
 mod target;
 
-pub use attach::{Detached, Mounted, NamedView, Place, Views, attach, detach, standing};
+pub use attach::{Detached, Mounted, NamedView, Place, Prepared, Views, detach, prepare, standing};
 pub use buffers::ReadBuffers;
 pub use content::{Content, FileNode, FileState, OpenFile, Resume};
 pub use features::{Features, probe};

@@ -115,21 +115,6 @@ pub fn unmount_stale_but(under: &Path, spared: &[Device]) -> Result<Vec<PathBuf>
     }
 }
 
-/// Unmounts what is at `target` if it is a view of the live file systems `ours`: one that was put there and never noted.
-///
-/// # Errors
-/// What the kernel says.
-pub(super) fn unmount_unfinished(target: &Path, ours: &[Device]) -> Result<()> {
-    let mut lines = namespace::mounts(&namespace::open_proc()?)?;
-    lines.retain(|line| line.target == target && line.source == "ckptd");
-    let Some(line) = lines.pop() else { return Ok(()) };
-    // Several checkpoints are in a directory of their own, which is a tmpfs of ours.
-    if (ours.contains(&line.device) || line.kind == "tmpfs") && on_top(target, line.mount_id).is_some() {
-        mount_calls::unmount_at(target).map_err(|error| Error::io("unmounting the view at", target, error))?;
-    }
-    Ok(())
-}
-
 impl From<MountLine> for StaleMount {
     fn from(line: MountLine) -> Self {
         Self { target: line.target, device: line.device, mount_id: line.mount_id }

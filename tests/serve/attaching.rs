@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ckptd::error::Result;
 use ckptd::names::EntryName;
-use ckptd::serve::{Detached, Mounted, NamedView, Place, Views, attach, detach, standing};
+use ckptd::serve::{Detached, Mounted, NamedView, Place, Views, detach, prepare, standing};
 
 use super::fixture::{Ground, Holder, Served, can_mount, mounts_below, wait_for};
 
@@ -16,8 +17,18 @@ fn one(served: &Served) -> Views {
     Views::One(served.session().tree().unwrap())
 }
 
+/// What was made durable before must find the view that is there afterwards.
+fn put(place: &Place, views: Views, sessions: &Path) -> Result<Mounted> {
+    let prepared = prepare(place, views, sessions)?;
+    let foretold = recorded(prepared.mounted());
+    assert!(!standing(&foretold)?, "the view is there before it is shown");
+    let mounted = prepared.show()?;
+    assert_eq!(mounted, foretold);
+    Ok(mounted)
+}
+
 fn reason(ground: &Ground, place: &Place, served: &Served) -> String {
-    let error = attach(place, one(served), &ground.sessions()).unwrap_err();
+    let error = put(place, one(served), &ground.sessions()).unwrap_err();
     assert!(error.remedy_text().is_some(), "{error:?}");
     error.reason().to_owned()
 }
@@ -39,7 +50,7 @@ fn one_checkpoint_is_bound_at_the_target_read_only() {
     let ground = Ground::new();
     let served = ground.serve("a", |_| {});
     let target = ground.directory("job");
-    let mounted = attach(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
     assert_eq!(config(&target), "a");
     assert_eq!(fs::write(target.join("x"), "").unwrap_err().raw_os_error(), Some(libc::EROFS));
     assert_eq!(mounted.device, served.session().number());
@@ -64,10 +75,10 @@ fn several_checkpoints_are_directories_of_a_read_only_target() {
         tree: served.session().tree().unwrap(),
     };
     let twice = Views::Several(vec![view("x", &a), view("x", &b)]);
-    assert_eq!(attach(&host(target.clone()), twice, &ground.sessions()).unwrap_err().reason(), "DUPLICATE_VIEW");
+    assert_eq!(put(&host(target.clone()), twice, &ground.sessions()).unwrap_err().reason(), "DUPLICATE_VIEW");
     let before = mounts_below(ground.root()).len();
     let views = Views::Several(vec![view("first", &a), view("the second", &b)]);
-    let mounted = attach(&host(target.clone()), views, &ground.sessions()).unwrap();
+    let mounted = put(&host(target.clone()), views, &ground.sessions()).unwrap();
     assert_eq!(fs::read_dir(&target).unwrap().count(), 2);
     assert_eq!((config(&target.join("first")), config(&target.join("the second"))), ("a".into(), "b".into()));
     assert_eq!(fs::create_dir(target.join("x")).unwrap_err().raw_os_error(), Some(libc::EROFS));
@@ -101,7 +112,7 @@ fn each_wrong_target_has_its_own_reason_and_nothing_is_mounted() {
     assert_eq!(why(ground.path("link")), "TARGET_IS_SYMLINK");
     assert_eq!(why(ground.path("up/job")), "TARGET_IS_SYMLINK");
     assert_eq!(mounts_below(ground.root()), before);
-    let mounted = attach(&host(job.clone()), one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&host(job.clone()), one(&served), &ground.sessions()).unwrap();
     assert_eq!(why(job.clone()), "TARGET_IS_MOUNTPOINT");
     assert_eq!(why(job.join("empty")), "TARGET_IN_CHECKPOINT");
     detach(&mounted).unwrap();
@@ -118,7 +129,7 @@ fn a_view_goes_into_the_namespace_of_a_process_and_nowhere_else() {
     let served = ground.serve("a", |_| {});
     let mut holder = Holder::new("mkdir -p /mnt/opt/ml/checkpoint /mnt/full/x");
     let place = |target: &str| Place { target: target.into(), pid: Some(holder.pid()) };
-    let mounted = attach(&place("/mnt/opt/ml/checkpoint"), one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&place("/mnt/opt/ml/checkpoint"), one(&served), &ground.sessions()).unwrap();
     assert_eq!(config(&holder.inside("/mnt/opt/ml/checkpoint")), "a");
     assert!(!Path::new("/mnt/opt/ml/checkpoint").exists());
     assert!(standing(&mounted).unwrap());
@@ -133,7 +144,7 @@ fn a_view_goes_into_the_namespace_of_a_process_and_nowhere_else() {
         name: EntryName::new(*b"x").unwrap(),
         tree: served.session().tree().unwrap(),
     }]);
-    let again = attach(&place("/mnt/opt/ml/checkpoint"), views, &ground.sessions()).unwrap();
+    let again = put(&place("/mnt/opt/ml/checkpoint"), views, &ground.sessions()).unwrap();
     assert_eq!(config(&holder.inside("/mnt/opt/ml/checkpoint/x")), "a");
     holder.end();
     assert_eq!(detach(&again).unwrap(), Detached::AlreadyGone);
@@ -152,7 +163,7 @@ fn a_process_with_a_root_of_its_own_is_served_in_that_root() {
          && ln -s /data /mnt/opt && exec chroot /mnt sh -c 'echo ready; exec cat'; false";
     let holder = Holder::new(setup);
     let place = Place { target: "/opt/checkpoint".into(), pid: Some(holder.pid()) };
-    let mounted = attach(&place, one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&place, one(&served), &ground.sessions()).unwrap();
     assert_eq!(config(&holder.inside("/data/checkpoint")), "a");
     assert!(!Path::new("/data/checkpoint").exists());
     assert_eq!(detach(&mounted).unwrap(), Detached::Removed);
@@ -171,7 +182,7 @@ fn what_others_have_mounted_is_never_taken_away() {
         nix::mount::mount(Some("other"), &target, Some("tmpfs"), nix::mount::MsFlags::empty(), none).unwrap();
         fs::write(target.join("theirs"), "x").unwrap();
     };
-    let mounted = attach(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
     tmpfs();
     assert_eq!(detach(&mounted).unwrap_err().reason(), "TARGET_COVERED");
     assert!(!standing(&mounted).unwrap());
@@ -192,7 +203,7 @@ fn an_open_file_goes_on_when_its_view_is_detached() {
     let ground = Ground::new();
     let mut served = ground.serve("a", |config| config.passthrough = false);
     let target = ground.directory("job");
-    let mounted = attach(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
+    let mounted = put(&host(target.clone()), one(&served), &ground.sessions()).unwrap();
     let file = fs::File::open(target.join("model.safetensors")).unwrap();
     detach(&mounted).unwrap();
     let session = served.session.take().unwrap();

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::LazyLock;
 
 /// Small reproducible randomness (xorshift64*), not for secrets.
 #[derive(Clone, Debug)]
@@ -36,11 +37,14 @@ impl Random {
     }
 }
 
-/// The seed of this run: `TEST_SEED`, else fixed; printed, so that a failure can be replayed.
+/// The seed of this run: `TEST_SEED`, else fixed; printed once, so that a failure can be replayed.
 pub(crate) fn seed() -> u64 {
-    let seed = std::env::var("TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(20_260_711);
-    eprintln!("TEST_SEED={seed}");
-    seed
+    static SEED: LazyLock<u64> = LazyLock::new(|| {
+        let seed = std::env::var("TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(20_260_711);
+        eprintln!("TEST_SEED={seed}");
+        seed
+    });
+    *SEED
 }
 
 /// Named tensors of 16-bit floats, kept as seeds so that large ones need no memory.

@@ -196,10 +196,6 @@ impl Attachments {
         }
         if let Some(mounted) = mounted(row) {
             blocking(move || crate::serve::detach(&mounted)).await?;
-        } else if row.pid == 0 {
-            // Nobody noted what the daemon that died had mounted, if anything.
-            let (target, ours) = (PathBuf::from(&row.target), alive.values().copied().collect::<Vec<_>>());
-            blocking(move || crate::serve::sessions::unmount_unfinished(&target, &ours)).await?;
         }
         let leases = row.leases.clone();
         let records = self.0.store.catalog().read(move |tx| records_of(tx, leases)).await?;
