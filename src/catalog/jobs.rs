@@ -4,6 +4,8 @@
 //! reserved -> attaching -> attached -> reserved (detach)      any -> released (row gone)
 //!                             |-> lost (its session died with a daemon)
 //! ```
+//! A right may have a time at which it ends by itself (`serve::attachments`); that is released like any other.
+//!
 //! `attaching` is written before the mount is made, so that a crash in between leaves a row that says where to look.
 
 use std::fmt;
@@ -82,6 +84,8 @@ pub struct JobRow {
     pub mounted: Option<String>,
     /// Milliseconds since the epoch.
     pub created_ms: i64,
+    /// When the right ends by itself, in milliseconds since the epoch; `None`: when it is released.
+    pub expires_ms: Option<i64>,
     /// What it has a right to, in the order given.
     pub leases: Vec<Lease>,
 }
@@ -93,9 +97,19 @@ pub struct JobRow {
 pub fn put(tx: &Connection, row: &JobRow) -> Result<()> {
     let write = || -> rusqlite::Result<()> {
         tx.prepare_cached(
-            "INSERT OR REPLACE INTO jobs (job, owner, state, target, pid, mounted, created_ms) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO jobs (job, owner, state, target, pid, mounted, created_ms, expires_ms)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         )?
-        .execute(params![row.job, row.owner, row.state.as_str(), row.target, row.pid, row.mounted, row.created_ms])?;
+        .execute(params![
+            row.job,
+            row.owner,
+            row.state.as_str(),
+            row.target,
+            row.pid,
+            row.mounted,
+            row.created_ms,
+            row.expires_ms
+        ])?;
         tx.prepare_cached("DELETE FROM leases WHERE job = ?")?.execute([&row.job])?;
         let mut insert =
             tx.prepare_cached("INSERT INTO leases (job, position, checkpoint, subdir) VALUES (?, ?, ?, ?)")?;
@@ -134,7 +148,9 @@ pub fn put_checked(tx: &Connection, row: &JobRow) -> Result<()> {
 /// Those of the catalog.
 pub fn get(tx: &Connection, job: &str) -> Result<Option<JobRow>> {
     let found = tx
-        .prepare_cached("SELECT job, owner, state, target, pid, mounted, created_ms FROM jobs WHERE job = ?")
+        .prepare_cached(
+            "SELECT job, owner, state, target, pid, mounted, created_ms, expires_ms FROM jobs WHERE job = ?",
+        )
         .and_then(|mut query| query.query_row([job], raw).optional())
         .map_err(catalog_error)?;
     found.map(|row| complete(tx, row)).transpose()
@@ -146,11 +162,37 @@ pub fn get(tx: &Connection, job: &str) -> Result<Option<JobRow>> {
 /// Those of the catalog.
 pub fn list(tx: &Connection) -> Result<Vec<JobRow>> {
     let read = || -> rusqlite::Result<Vec<(JobRow, String)>> {
-        tx.prepare_cached("SELECT job, owner, state, target, pid, mounted, created_ms FROM jobs ORDER BY job")?
-            .query_map([], raw)?
-            .collect()
+        tx.prepare_cached(
+            "SELECT job, owner, state, target, pid, mounted, created_ms, expires_ms FROM jobs ORDER BY job",
+        )?
+        .query_map([], raw)?
+        .collect()
     };
     read().map_err(catalog_error)?.into_iter().map(|row| complete(tx, row)).collect()
+}
+
+/// Sets when the right of a job ends by itself.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn set_expiry(tx: &Connection, job: &str, expires_ms: Option<i64>) -> Result<()> {
+    tx.prepare_cached("UPDATE jobs SET expires_ms = ? WHERE job = ?")
+        .and_then(|mut update| update.execute(params![expires_ms, job]))
+        .map(|_| ())
+        .map_err(catalog_error)
+}
+
+/// Jobs whose right ends by itself, and when, the earliest first.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn expiries(tx: &Connection) -> Result<Vec<(String, i64)>> {
+    let read = || -> rusqlite::Result<Vec<(String, i64)>> {
+        tx.prepare_cached("SELECT job, expires_ms FROM jobs WHERE expires_ms IS NOT NULL ORDER BY expires_ms, job")?
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect()
+    };
+    read().map_err(catalog_error)
 }
 
 /// Forgets a job.
@@ -188,6 +230,7 @@ fn raw(row: &rusqlite::Row<'_>) -> rusqlite::Result<(JobRow, String)> {
         pid: row.get(4)?,
         mounted: row.get(5)?,
         created_ms: row.get(6)?,
+        expires_ms: row.get(7)?,
         leases: Vec::new(),
     };
     Ok((job, row.get(2)?))

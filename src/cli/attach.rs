@@ -9,7 +9,7 @@ use clap::Args;
 use super::capture::absolute;
 use super::console::{Console, talk};
 use super::exit::Ended;
-use super::{document, text};
+use super::{document, expires, text};
 use crate::control::wire;
 use crate::error::{Error, Result};
 
@@ -41,6 +41,9 @@ pub(super) struct Attach {
     /// Do not wait for bytes that are still to come; reads of them will wait
     #[arg(long)]
     lazy: bool,
+    /// When the right ends by itself: a span (`90s`, `12h`, `1d6h`) or a time (RFC 3339) [default: when it is released]
+    #[arg(long, value_name = "DURATION|TIME", value_parser = expires::parse)]
+    expires: Option<i64>,
     /// Whose checkpoints to look among
     #[arg(long)]
     owner: Option<String>,
@@ -70,6 +73,7 @@ impl Attach {
             pid: self.pid.unwrap_or_default(),
             owner: self.owner.unwrap_or_default(),
             lazy: self.lazy,
+            expires_unix_ms: self.expires.unwrap_or_default(),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Answers as JSON: keys that scripts rely on. Keys may be added, never renamed or dropped.
 //!
-//! Sizes are bytes, times RFC 3339 in UTC. `fill`, `error` and `transfer` are null where they do not apply; texts are never null, an empty
+//! Sizes are bytes, times RFC 3339 in UTC. `fill`, `error`, `transfer` and `expires_at` are null where they do not apply; texts are never null, an empty
 //! one means that there is none (yet).
 
 use std::collections::BTreeMap;
@@ -195,6 +195,7 @@ pub(super) struct Attachment<'a> {
     state: &'static str,
     terms: &'a [String],
     pid: u32,
+    expires_at: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -221,6 +222,7 @@ impl<'a> From<&'a wire::Attachment> for Attachment<'a> {
             state: attachment_state(attachment.state()),
             terms: &attachment.terms,
             pid: attachment.pid,
+            expires_at: (attachment.expires_unix_ms != 0).then(|| units::rfc3339(attachment.expires_unix_ms)),
         }
     }
 }
@@ -493,10 +495,12 @@ mod tests {
             terms: vec!["be kind".into()],
             pid: 0,
             waited_for: String::new(),
+            expires_unix_ms: 1000,
         };
         let expected = json!({
             "job": "j", "target": "/t", "checkpoints": [{"id": "i", "name": "n", "path": "/t", "digest": "d"}],
             "env": {"ML_CHECKPOINT_PATH": "/t"}, "state": "attached", "terms": ["be kind"], "pid": 0,
+            "expires_at": "1970-01-01T00:00:01.000Z",
         });
         assert_eq!(serde_json::to_value(Attachment::from(&attachment)).unwrap(), expected);
     }

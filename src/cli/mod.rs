@@ -14,7 +14,7 @@
 //! | `connect` `refusal` | reaching the daemon; its statuses as our errors |
 //! | `document` `text` | answers as JSON, answers for people |
 //! | `follow` `progress` | waiting for a checkpoint, and what is seen meanwhile |
-//! | `secret` | `--credential` |
+//! | `secret` `expires` | `--credential`, `--expires` |
 //! | the rest | one verb, or a pair that belongs together |
 
 mod ahead;
@@ -28,6 +28,7 @@ mod document;
 mod drain;
 mod events;
 mod exit;
+mod expires;
 mod follow;
 mod get;
 mod jobs;
@@ -92,6 +93,7 @@ enum Verb {
     Detach(attach::Detach),
     Jobs(jobs::Jobs),
     Reserve(reserve::Reserve),
+    Renew(reserve::Renew),
     Release(release::Release),
     Prefetch(ahead::Prefetch),
     Estimate(ahead::Estimate),
@@ -118,6 +120,7 @@ impl Verb {
             Self::Detach(verb) => verb.run(console).await,
             Self::Jobs(verb) => verb.run(console).await,
             Self::Reserve(verb) => verb.run(console).await,
+            Self::Renew(verb) => verb.run(console).await,
             Self::Release(verb) => verb.run(console).await,
             Self::Prefetch(verb) => verb.run(console).await,
             Self::Estimate(verb) => verb.run(console).await,
@@ -189,6 +192,10 @@ mod tests {
             "ckptctl prefetch c --memory",
             "ckptctl estimate c --json",
             "ckptctl reserve job a b",
+            "ckptctl reserve job a --expires 12h",
+            "ckptctl attach job a --expires 2030-01-31T12:00:00Z",
+            "ckptctl renew job",
+            "ckptctl renew job --expires 1d6h",
             "ckptctl release job",
             "ckptctl drain",
             "ckptctl --endpoint unix:/x events --follow",
@@ -210,6 +217,7 @@ mod tests {
         assert_eq!(fault("ckptctl create m --uri u --type upload"), Some(ErrorKind::ValueValidation));
         assert_eq!(fault("ckptctl capture job --from d --worker 0"), Some(ErrorKind::ValueValidation));
         assert_eq!(fault("ckptctl reserve job"), Some(ErrorKind::MissingRequiredArgument));
+        assert_eq!(fault("ckptctl renew job --expires soon"), Some(ErrorKind::ValueValidation));
         assert_eq!(fault("ckptctl scrub"), Some(ErrorKind::InvalidSubcommand));
     }
 }

@@ -113,9 +113,10 @@ pub(super) fn job_table(attachments: &[wire::Attachment]) -> String {
             document::attachment_state(attachment.state()).to_owned(),
             shown_target(attachment),
             names.join(", "),
+            shown_expiry(attachment).unwrap_or_default(),
         ]
     });
-    table(["JOB", "STATE", "TARGET", "CHECKPOINTS"], rows, &[])
+    table(["JOB", "STATE", "TARGET", "CHECKPOINTS", "EXPIRES"], rows, &[])
 }
 
 /// What a job has and where: a line, its environment, a row for each checkpoint.
@@ -124,6 +125,9 @@ pub(super) fn attachment(attachment: &wire::Attachment) -> String {
     let mut text = format!("job {} {state}", plain(&attachment.job));
     if !attachment.target.is_empty() {
         text.push_str(&format!(" at {}", shown_target(attachment)));
+    }
+    if let Some(expiry) = shown_expiry(attachment) {
+        text.push_str(&format!(", until {expiry}"));
     }
     text.push('\n');
     let mut environment: Vec<_> = attachment.env.iter().collect();
@@ -249,6 +253,11 @@ fn shown_source(source: &wire::Source) -> String {
     plain(&format!("{} {}{}", source.r#type, source.uri, options.concat()))
 }
 
+/// When the right ends by itself, if it does.
+fn shown_expiry(attachment: &wire::Attachment) -> Option<String> {
+    (attachment.expires_unix_ms != 0).then(|| local_time(attachment.expires_unix_ms))
+}
+
 fn details(rows: Vec<(&str, String)>) -> String {
     let mut table = bare_table();
     for (label, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
@@ -336,7 +345,10 @@ mod tests {
 
     #[test]
     fn an_empty_list_is_its_heads() {
-        assert_eq!(job_table(&[]).split_whitespace().collect::<Vec<_>>(), ["JOB", "STATE", "TARGET", "CHECKPOINTS"]);
+        assert_eq!(
+            job_table(&[]).split_whitespace().collect::<Vec<_>>(),
+            ["JOB", "STATE", "TARGET", "CHECKPOINTS", "EXPIRES"]
+        );
     }
 
     #[test]

@@ -11,6 +11,10 @@ use crate::catalog::jobs as rows;
 use crate::error::{Error, Result};
 use crate::names::JobId;
 use crate::serve::attachments::Wanted;
+use crate::units::{now_unix_ms, rfc3339};
+
+/// The end of the year 9999: the last time that RFC 3339 can write.
+const LAST_UNIX_MS: i64 = 253_402_300_799_999;
 
 pub(super) struct Service {
     floors: Floors,
@@ -46,14 +50,22 @@ impl Service {
 
     async fn reserve(&self, request: wire::ReserveCheckpointsRequest) -> Result<wire::Attachment> {
         let job = JobId::new(request.job)?;
+        let expires_ms = end_of_right(request.expires_unix_ms)?;
         let named = self.named(request.checkpoints, request.owner.clone()).await?;
-        let row = self.floors.attachments.reserve(&job, &request.owner, named).await?;
+        let row = self.floors.attachments.reserve(&job, &request.owner, named, expires_ms).await?;
         self.floors.show_job(row).await
+    }
+
+    async fn renew(&self, request: wire::RenewLeaseRequest) -> Result<wire::Attachment> {
+        let job = JobId::new(request.job)?;
+        let row = self.floors.attachments.renew(&job, end_of_right(request.expires_unix_ms)?).await?;
+        self.floors.show_job(row.ok_or_else(|| no_such_job(job.as_str()))?).await
     }
 
     async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
         self.floors.admit()?;
         let job = JobId::new(request.job)?;
+        let expires_ms = end_of_right(request.expires_unix_ms)?;
         let named = if request.checkpoints.is_empty() {
             self.reserved(&job).await?
         } else {
@@ -77,6 +89,7 @@ impl Service {
             checkpoints,
             target: (!request.target.is_empty()).then(|| PathBuf::from(request.target)),
             pid: request.pid,
+            expires_ms,
         };
         // Cancelling the call must not leave an attach half-way: it goes on in a task of its own.
         let attachments = self.floors.attachments.clone();
@@ -125,6 +138,23 @@ impl Service {
     }
 }
 
+/// When a right is to end by itself, as a request says it: 0 for when it is released.
+fn end_of_right(expires_unix_ms: i64) -> Result<Option<i64>> {
+    let refused = |reason, why: String| {
+        Err(Error::invalid(reason, why)
+            .fact("now_unix_ms", now_unix_ms())
+            .remedy("give a later time by the clock of this host, or 0 for a right that lasts until it is released"))
+    };
+    match expires_unix_ms {
+        0 => Ok(None),
+        passed if passed <= now_unix_ms() => {
+            refused("EXPIRY_PASSED", format!("the right would end at {}, which has passed", rfc3339(passed)))
+        }
+        LAST_UNIX_MS.. => refused("EXPIRY_TOO_LATE", "the right would end after the year 9999".to_owned()),
+        later => Ok(Some(later)),
+    }
+}
+
 fn no_such_job(job: &str) -> Error {
     Error::not_found("NO_SUCH_JOB", format!("there is no job `{job}`"))
         .fact("job", job)
@@ -145,6 +175,13 @@ impl wire::jobs_server::Jobs for Service {
         request: Request<wire::AttachCheckpointsRequest>,
     ) -> Result<Response<wire::Attachment>, Status> {
         self.attach(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn renew_lease(
+        &self,
+        request: Request<wire::RenewLeaseRequest>,
+    ) -> Result<Response<wire::Attachment>, Status> {
+        self.renew(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn detach_checkpoints(

@@ -147,6 +147,7 @@ pub(super) fn attachment(tx: &Connection, row: JobRow, catalogue: &Catalogue) ->
         terms,
         pid: row.pid,
         waited_for: String::new(),
+        expires_unix_ms: row.expires_ms.unwrap_or(0),
     })
 }
 

@@ -44,6 +44,8 @@ pub struct Config {
     pub read_ahead_bytes: u64,
     /// Whether the kernel reads whole blobs itself where it can.
     pub passthrough: bool,
+    /// How long rights that are over at a start, or when the clock was set, may still be renewed.
+    pub lease_grace: Duration,
     /// Networks that sources may reach besides public addresses.
     pub allow_networks: Vec<Cidr>,
     /// Attempts without progress before a fetch is given up.
@@ -75,6 +77,7 @@ impl Default for Config {
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
+            lease_grace: Duration::from_secs(60),
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
             inactivity_timeout: Duration::from_secs(30),
@@ -105,6 +108,7 @@ const KEYS: &[Key] = &[
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
     Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
+    Key { name: "leases.grace_s", read: |config, value| set(&mut config.lease_grace, seconds(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
     Key {

@@ -52,6 +52,7 @@ pub struct Instance {
     bound: bool,
     holder: Holder,
     web: Option<(TcpListener, Arc<Transfers>)>,
+    lease_grace: Duration,
 }
 
 impl Instance {
@@ -96,7 +97,7 @@ impl Instance {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
         });
-        Ok(Self { floors, listener, socket, bound, web, holder })
+        Ok(Self { floors, listener, socket, bound, web, holder, lease_grace: config.lease_grace })
     }
 
     /// Where it will listen.
@@ -117,6 +118,7 @@ impl Instance {
         let attachments = self.floors.attachments.clone();
         let (holder, catalog) = (self.holder.clone(), self.floors.store.catalog().clone());
         let floors = self.floors.clone();
+        let (leases, lease_grace) = (self.floors.attachments.clone(), self.lease_grace);
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
         let serving = control::serve(self.floors, self.listener, async move {
@@ -141,6 +143,7 @@ impl Instance {
             outcome = serving => outcome,
             () = patience => Ok(()),
             () = web => Ok(()),
+            () = leases.end_leases(lease_grace) => Ok(()),
             () = self.holder.watch(catalog) => Ok(()),
         };
         if self.bound {

@@ -11,15 +11,21 @@
 //! **Lazily attached** checkpoints are served from the listing on, which is durable before it is shown; their session goes on when they are
 //! ready, and nothing is mounted anew.
 //!
+//! **Rights may end by themselves**: [`leases`].
+//!
 //! **After a restart** what somebody has held goes on as it was, and what is dead is made again: [`recover`].
 
 mod contents;
+mod expiry;
+mod leases;
 mod recover;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use tokio::sync::Notify;
 
 use super::gates::Gates;
 use super::keeping::{Keeping, Orphan, Outlive};
@@ -56,6 +62,8 @@ pub struct Wanted {
     pub target: Option<PathBuf>,
     /// Process whose mount namespace the target is in; 0: the host.
     pub pid: u32,
+    /// When the right is to end by itself, in milliseconds since the epoch; `None`: when it is released.
+    pub expires_ms: Option<i64>,
 }
 
 /// All attachments of the daemon; cheap to clone.
@@ -79,6 +87,8 @@ struct Shared {
     /// What a predecessor has left, until it is adopted.
     orphans: Mutex<Vec<Orphan>>,
     reconciled: Mutex<Reconciled>,
+    /// Told when a right has been given another end.
+    ends_changed: Notify,
 }
 
 /// A live session and the jobs that see it.
@@ -125,6 +135,7 @@ impl Attachments {
             outlive,
             orphans: Mutex::new(orphans),
             reconciled: Mutex::new(reconciled),
+            ends_changed: Notify::new(),
         })))
     }
 
@@ -138,15 +149,26 @@ impl Attachments {
         lock(&self.0.live).len()
     }
 
-    /// Takes a durable right without a view. A job that has the same right, or a view of the same, is left as it is.
+    /// Takes a durable right without a view, until `expires_ms` if that is given. A job that has the same right, or a view of the same, is
+    /// left as it is, save that its right may now end later.
     ///
     /// # Errors
     /// `JOB_HAS_OTHERS`; those of the catalog.
-    pub async fn reserve(&self, job: &JobId, owner: &str, wanted: Vec<(Record, String)>) -> Result<JobRow> {
+    pub async fn reserve(
+        &self,
+        job: &JobId,
+        owner: &str,
+        wanted: Vec<(Record, String)>,
+        expires_ms: Option<i64>,
+    ) -> Result<JobRow> {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
         let leases = arrange(&wanted)?;
         if let Some(row) = self.row(job).await? {
-            return if same_checkpoints(&row.leases, &wanted) { Ok(row) } else { Err(has_others(&row)) };
+            return if same_checkpoints(&row.leases, &wanted) {
+                self.extend(row, expires_ms).await
+            } else {
+                Err(has_others(&row))
+            };
         }
         let row = JobRow {
             job: job.to_string(),
@@ -156,9 +178,11 @@ impl Attachments {
             pid: 0,
             mounted: None,
             created_ms: now_unix_ms(),
+            expires_ms,
             leases,
         };
         self.put_checked(&row).await?;
+        self.0.ends_changed.notify_one();
         Ok(row)
     }
 
@@ -182,7 +206,7 @@ impl Attachments {
                     return Err(attached_elsewhere(row));
                 }
                 if stands(row).await? {
-                    return Ok(row.clone());
+                    return self.extend(row.clone(), wanted.expires_ms).await;
                 }
             }
         }
@@ -197,12 +221,17 @@ impl Attachments {
             pid: wanted.pid,
             mounted: None,
             created_ms: before.as_ref().map_or_else(now_unix_ms, |row| row.created_ms),
+            expires_ms: match &before {
+                Some(row) => expiry::extended(row.expires_ms, wanted.expires_ms),
+                None => wanted.expires_ms,
+            },
             leases,
         };
         if made {
             std::fs::create_dir_all(&target).map_err(|error| Error::io("creating the target", &target, error))?;
         }
         self.put_checked(&row).await?;
+        self.0.ends_changed.notify_one();
         match self.mount(&row, &wanted.checkpoints).await {
             Ok(row) => Ok(row),
             Err(error) => {

@@ -186,6 +186,7 @@ fn attachment(job: String, state: wire::AttachmentState) -> wire::Attachment {
         terms: vec!["a licence".into()],
         pid: 0,
         waited_for: String::new(),
+        expires_unix_ms: 0,
     }
 }
 
@@ -315,6 +316,13 @@ impl Jobs for Answers {
     async fn attach_checkpoints(&self, request: Request<wire::AttachCheckpointsRequest>) -> Answer<wire::Attachment> {
         self.note(request.get_ref());
         Ok(Response::new(attachment(request.into_inner().job, wire::AttachmentState::Attached)))
+    }
+
+    async fn renew_lease(&self, request: Request<wire::RenewLeaseRequest>) -> Answer<wire::Attachment> {
+        self.note(request.get_ref());
+        let wire::RenewLeaseRequest { job, expires_unix_ms } = request.into_inner();
+        let attachment = attachment(job, wire::AttachmentState::Attached);
+        Ok(Response::new(wire::Attachment { expires_unix_ms, ..attachment }))
     }
 
     async fn detach_checkpoints(&self, request: Request<wire::DetachCheckpointsRequest>) -> Answer<wire::Attachment> {
