@@ -140,3 +140,18 @@ pub const GIT_MEMORY_BYTES: u64 = 2 << 30;
 
 /// Longest pointer that git LFS recognises.
 pub const LFS_POINTER_BYTES: u64 = 1024;
+
+/// Calls that one scheduler or operator may have under way: each of its jobs may wait in an attach.
+pub const CALLS_OF_A_SCHEDULER: usize = 1024;
+
+/// Calls a second of one scheduler: a bound for one gone wild, far above a busy one.
+pub const CALLS_PER_SECOND_OF_A_SCHEDULER: f64 = 10_000.0;
+
+/// Calls that one tenant or reader may have under way: some watches and uploads.
+pub const CALLS_OF_A_TENANT: usize = 64;
+
+/// Calls a second of one tenant or reader.
+pub const CALLS_PER_SECOND_OF_A_TENANT: f64 = 50.0;
+
+/// Connections by TCP, those in their handshake included; more wait to be accepted.
+pub const TCP_CONNECTIONS: usize = 1024;

@@ -243,26 +243,62 @@ pub fn get(tx: &Connection, id: &str) -> Result<Option<Record>> {
     Ok(select(tx, "id = ?", [id])?.pop())
 }
 
-/// Records that `reference` may mean: the one of that id, else all of that name; `public` restricts to public ones, `owner`
-/// (if not empty) to that owner's and public ones.
+/// Whose records somebody sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// All there are.
+    Everything,
+    /// One owner's (empty: nobody's) and public ones.
+    By(String),
+}
+
+impl Seen {
+    /// Whether a record is among them.
+    pub fn includes(&self, record: &Record) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::By(owner) => record.public || record.owner == *owner,
+        }
+    }
+
+    /// As a condition on `owner` and `public`, whose first parameter is [`Seen::owner`].
+    const fn condition(&self) -> &'static str {
+        match self {
+            Self::Everything => "?1 = ?1",
+            Self::By(_) => "(owner = ?1 OR public)",
+        }
+    }
+
+    fn owner(&self) -> &str {
+        match self {
+            Self::Everything => "",
+            Self::By(owner) => owner,
+        }
+    }
+}
+
+/// Records that `reference` may mean among those seen: the one of that id, else all of that name; `public` restricts to public ones.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn matching(tx: &Connection, reference: &str, owner: &str, public: bool) -> Result<Vec<Record>> {
-    let visible = "(?2 = '' OR owner = ?2 OR public) AND (NOT ?3 OR public) AND state <> 'removing'";
-    let by_id = select(tx, &format!("id = ?1 AND {visible}"), params![reference, owner, public])?;
+pub fn matching(tx: &Connection, reference: &str, seen: &Seen, public: bool) -> Result<Vec<Record>> {
+    let visible = format!("{} AND (NOT ?3 OR public) AND state <> 'removing'", seen.condition());
+    let by_id = select(tx, &format!("id = ?2 AND {visible}"), params![seen.owner(), reference, public])?;
     if !by_id.is_empty() {
         return Ok(by_id);
     }
-    select(tx, &format!("name = ?1 AND {visible}"), params![reference, owner, public])
+    select(tx, &format!("name = ?2 AND {visible}"), params![seen.owner(), reference, public])
 }
 
-/// All records, of one owner if `owner` is not empty, public ones only if `public`; in order of creation.
+/// All records among those seen, of one owner if `owner` is not empty, public ones only if `public`; in order of creation.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn list(tx: &Connection, owner: &str, public: bool) -> Result<Vec<Record>> {
-    select(tx, "(?1 = '' OR owner = ?1) AND (NOT ?2 OR public)", params![owner, public])
+pub fn list(tx: &Connection, seen: &Seen, owner: &str, public: bool) -> Result<Vec<Record>> {
+    // An owner's rows are found by their index.
+    let of_owner = if owner.is_empty() { "?2 = ?2" } else { "owner = ?2" };
+    let condition = format!("{of_owner} AND {} AND (NOT ?3 OR public)", seen.condition());
+    select(tx, &condition, params![seen.owner(), owner, public])
 }
 
 /// Records in a state.
@@ -521,6 +557,21 @@ pub fn footprint(tx: &Connection, record: &Record) -> Result<(u64, u64)> {
         query.query_row([manifest.as_bytes()], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))
     })
     .map_err(catalog_error)
+}
+
+/// Unique and physical bytes of a checkpoint as if it were alone in the store: what its owner may know, since nothing of it depends on what others have.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn footprint_alone(tx: &Connection, record: &Record) -> Result<(u64, u64)> {
+    let (Some(manifest), None) = (record.manifest, &record.in_place) else { return Ok((0, 0)) };
+    let bytes = tx
+        .prepare_cached(
+            "SELECT COALESCE(SUM(b.size), 0) FROM manifest_blobs m JOIN blobs b ON b.id = m.blob WHERE m.manifest = ?",
+        )
+        .and_then(|mut query| query.query_row([manifest.as_bytes()], |row| row.get(0)))
+        .map_err(catalog_error)?;
+    Ok((from_sql(bytes), from_sql(bytes)))
 }
 
 /// Whether any row changed.

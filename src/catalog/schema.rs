@@ -187,6 +187,11 @@ const MIGRATIONS: &[&str] = &[
 
     -- When all bytes at rest were last read and were right; 0: not since they were sealed.
     ALTER TABLE blobs ADD COLUMN verified_ms INTEGER NOT NULL DEFAULT 0;
+
+    -- Whose checkpoint or job an event is about (empty: nobody's), and its number among that owner's: ascending, and no count.
+    ALTER TABLE events ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    ALTER TABLE events ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX events_owner ON events(owner, number);
     ",
 ];
 
@@ -233,7 +238,7 @@ mod tests {
             .unwrap();
         assert_eq!(version, MIGRATIONS.len());
 
-        let records = checkpoints::list(&connection, "", false).unwrap();
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
         let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.in_place.is_none())).collect();
         assert_eq!(seen, [("golden", State::Ready, true), ("broken", State::Failed, true)]);
         let manifest = records[0].manifest.unwrap();

@@ -46,11 +46,14 @@ mod upload;
 mod usage;
 mod watch;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::control::tls::CertificateFiles;
 use crate::error::Error;
+use connect::Way;
 use console::Console;
 use exit::Ended;
 
@@ -66,14 +69,39 @@ const EVERYWHERE: &str = "Options of every verb";
 #[derive(Parser)]
 #[command(name = "ckptctl", version)]
 struct Ckptctl {
-    /// Where ckptd listens: unix:PATH
+    /// Where ckptd listens: unix:PATH, or https://HOST:PORT
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_ENDPOINT", default_value = connect::DEFAULT_ENDPOINT)]
     endpoint: String,
     /// Print one JSON document on stdout (`watch` and `events --follow`: one object a line)
     #[arg(long, global = true, help_heading = EVERYWHERE)]
     json: bool,
+    /// Ask for this owner: see and change only what is its own, and public checkpoints
+    #[arg(long = "as", global = true, help_heading = EVERYWHERE, env = "CKPTD_OWNER", value_name = "OWNER")]
+    on_behalf_of: Option<String>,
+    /// By https: the certificate to show, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_CERTIFICATE", value_name = "FILE")]
+    tls_certificate: Option<PathBuf>,
+    /// By https: its key, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// By https: the authority that ckptd's certificate is of, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_CA", value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
+}
+
+impl Ckptctl {
+    fn console(&self) -> Console {
+        let file = |given: &Option<PathBuf>| given.clone().unwrap_or_default();
+        let certificates = CertificateFiles {
+            certificate: file(&self.tls_certificate),
+            key: file(&self.tls_key),
+            authorities: file(&self.tls_ca),
+        };
+        let way = Way { endpoint: self.endpoint.clone(), certificates, owner: self.on_behalf_of.clone() };
+        Console::new(way, self.json)
+    }
 }
 
 #[derive(Subcommand)]
@@ -131,8 +159,8 @@ impl Verb {
 
 /// Runs `ckptctl` with the arguments of this process and says how it ended.
 pub fn run() -> ExitCode {
-    let Ckptctl { endpoint, json, verb } = Ckptctl::parse();
-    let console = Console::new(endpoint, json);
+    let arguments = Ckptctl::parse();
+    let (console, verb) = (arguments.console(), arguments.verb);
     // One connection and one stream at a time: a second thread would only cost start-up.
     let ended = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(verb.run(&console)),
@@ -193,6 +221,7 @@ mod tests {
             "ckptctl drain",
             "ckptctl --endpoint unix:/x events --follow",
             "ckptctl status --endpoint unix:/x",
+            "ckptctl --as me --endpoint https://h:1 --tls-certificate c --tls-key k --tls-ca a list",
         ] {
             assert_eq!(fault(line), None, "{line}");
         }

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+use crate::control::caller::{Named, Roles};
+use crate::control::tls::CertificateFiles;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::names::OwnerId;
@@ -24,7 +26,7 @@ pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";
 const PREFIX: &str = "CKPTD_";
 
 /// Variables with our prefix that are no keys: they belong to `ckptctl`.
-const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT"];
+const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT", "CKPTD_OWNER", "CKPTD_TLS_CERTIFICATE", "CKPTD_TLS_KEY", "CKPTD_TLS_CA"];
 
 /// Where systemd puts the credentials of a service that has some; our default where it is set.
 const SYSTEMD_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
@@ -62,6 +64,12 @@ pub struct Config {
     pub http_url: String,
     /// Silence after which an upload by HTTP is dropped.
     pub upload_idle: Duration,
+    /// Where gRPC by TCP is listened for, if at all.
+    pub tls_listen: Vec<SocketAddr>,
+    /// Certificates of that listener.
+    pub certificates: CertificateFiles,
+    /// Who may do what.
+    pub roles: Roles,
     /// Directories that are mounted on this host and served from.
     pub datastores: Datastores,
 }
@@ -84,6 +92,9 @@ impl Default for Config {
             http_listen: None,
             http_url: String::new(),
             upload_idle: Duration::from_secs(3600),
+            tls_listen: Vec::new(),
+            certificates: CertificateFiles::default(),
+            roles: Roles::default(),
             datastores: Datastores::default(),
         }
     }
@@ -123,6 +134,20 @@ const KEYS: &[Key] = &[
     Key { name: "http.listen", read: |config, value| set(&mut config.http_listen, listen_address(value)) },
     Key { name: "http.url", read: |config, value| set(&mut config.http_url, base_url(value)) },
     Key { name: "http.upload_idle_s", read: |config, value| set(&mut config.upload_idle, seconds(value)) },
+    Key { name: "tls.listen", read: |config, value| set(&mut config.tls_listen, listen_addresses(value)) },
+    Key {
+        name: "tls.certificate",
+        read: |config, value| set(&mut config.certificates.certificate, path_or_empty(value)),
+    },
+    Key { name: "tls.key", read: |config, value| set(&mut config.certificates.key, path_or_empty(value)) },
+    Key {
+        name: "tls.client_ca",
+        read: |config, value| set(&mut config.certificates.authorities, path_or_empty(value)),
+    },
+    Key { name: "access.operators", read: |config, value| set(&mut config.roles.operators, peers(value)) },
+    Key { name: "access.schedulers", read: |config, value| set(&mut config.roles.schedulers, peers(value)) },
+    Key { name: "access.tenants", read: |config, value| set(&mut config.roles.tenants, tenants(value)) },
+    Key { name: "access.readers", read: |config, value| set(&mut config.roles.readers, peers(value)) },
 ];
 
 type ReadOf<T> = fn(&mut T, &Value) -> std::result::Result<(), String>;
@@ -202,6 +227,16 @@ pub fn examine(
         let is_wrong = |problem: &Problem| problem.what.contains(&format!("`{place}`"));
         if datastore.path.as_os_str().is_empty() && !problems.iter().any(is_wrong) {
             problems.push(Problem { place, what: "must be given: where the datastore is mounted".to_owned() });
+        }
+    }
+    let files = [
+        ("tls.certificate", &config.certificates.certificate),
+        ("tls.key", &config.certificates.key),
+        ("tls.client_ca", &config.certificates.authorities),
+    ];
+    for (key, path) in files {
+        if !config.tls_listen.is_empty() && path.as_os_str().is_empty() {
+            problems.push(Problem { place: key.to_owned(), what: "must be given where `tls.listen` is".to_owned() });
         }
     }
     Ok((config, problems))
@@ -376,6 +411,28 @@ fn networks(value: &Value) -> std::result::Result<Vec<Cidr>, String> {
         .collect()
 }
 
+fn path_or_empty(value: &Value) -> std::result::Result<PathBuf, String> {
+    file_or_none(value).map(Option::unwrap_or_default)
+}
+
+fn peers(value: &Value) -> std::result::Result<Vec<Named>, String> {
+    let expected =
+        || "must be a list of callers such as [\"uid:1000\", \"gid:990\", \"name:scheduler.example\"]".to_owned();
+    let list = value.as_array().ok_or_else(expected)?;
+    list.iter()
+        .map(|peer| peer.as_str().ok_or_else(expected)?.parse::<Named>().map_err(|error| error.report()))
+        .collect()
+}
+
+/// Tenants are known by certificates: many of them may share a user of this host.
+fn tenants(value: &Value) -> std::result::Result<Vec<Named>, String> {
+    let named = peers(value)?;
+    if named.iter().any(|named| matches!(named, Named::User(_) | Named::Group(_))) {
+        return Err("must be a list of certificates' names such as [\"name:team-a\"], or [\"name:*\"]".to_owned());
+    }
+    Ok(named)
+}
+
 fn owners(value: &Value) -> std::result::Result<Vec<String>, String> {
     let expected = || "must be a list of owners such as [\"team-a\"]; [] is everybody".to_owned();
     let list = value.as_array().ok_or_else(expected)?;
@@ -416,6 +473,15 @@ fn listen_address(value: &Value) -> std::result::Result<Option<SocketAddr>, Stri
             Err(_) => text.parse().map(Some).map_err(|_| expected()),
         },
         _ => Err(expected()),
+    }
+}
+
+/// As [`listen_address`], or a list of such.
+fn listen_addresses(value: &Value) -> std::result::Result<Vec<SocketAddr>, String> {
+    let one = |value| listen_address(value).map(|address| address.into_iter().collect::<Vec<_>>());
+    match value.as_array() {
+        Some(list) => list.iter().map(one).collect::<std::result::Result<Vec<_>, _>>().map(|found| found.concat()),
+        None => one(value),
     }
 }
 

@@ -20,10 +20,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 
+use crate::control::caller::Roles;
 use crate::control::catalogue::Catalogue;
-use crate::control::{self, Facts, Floors};
+use crate::control::tls::Certificates;
+use crate::control::{self, Facts, Floors, Listeners};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
 use crate::ingest::{Connector, Ingests, Settings};
@@ -46,7 +48,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 /// A composed daemon that has not answered anybody yet.
 pub struct Instance {
     floors: Floors,
-    listener: UnixListener,
+    listeners: Listeners,
+    roles: Roles,
     socket: PathBuf,
     /// Whether the socket is ours to remove.
     bound: bool,
@@ -76,9 +79,10 @@ impl Instance {
         .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
+        let tcp = listen_by_tcp(config).await?;
         let (listener, bound) = match inherited.listener.take() {
             Some(listener) => (control::take_listener(listener)?, false),
-            None => (control::bind(&socket).await?, true),
+            None => (control::bind(&socket, config.roles.name_others()).await?, true),
         };
         let holder = inherited.holder.clone();
         let composed = async {
@@ -96,7 +100,8 @@ impl Instance {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
         });
-        Ok(Self { floors, listener, socket, bound, web, holder })
+        let listeners = Listeners { socket: listener, tcp };
+        Ok(Self { floors, listeners, roles: config.roles.clone(), socket, bound, web, holder })
     }
 
     /// Where it will listen.
@@ -119,7 +124,7 @@ impl Instance {
         let floors = self.floors.clone();
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
-        let serving = control::serve(self.floors, self.listener, async move {
+        let serving = control::serve(self.floors, self.listeners, self.roles, async move {
             stop.await;
             holder.stopping();
             floors.drain().await;
@@ -149,6 +154,23 @@ impl Instance {
         attachments.leave().await;
         outcome
     }
+}
+
+/// The gRPC listeners by TCP, if any are configured, with their certificates.
+async fn listen_by_tcp(config: &Config) -> Result<Vec<(TcpListener, Arc<Certificates>)>> {
+    if config.tls_listen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let certificates = Arc::new(Certificates::open(config.certificates.clone())?);
+    let mut listeners = Vec::new();
+    for address in &config.tls_listen {
+        let listener = control::bind_tcp(*address).await?;
+        if let Ok(bound) = listener.local_addr() {
+            tracing::info!("listening for gRPC on {bound}");
+        }
+        listeners.push((listener, Arc::clone(&certificates)));
+    }
+    Ok(listeners)
 }
 
 /// The HTTP listener, if one is configured, and the tokens for what is sent there.

@@ -217,8 +217,8 @@ impl Attachments {
         let event = NewEvent {
             kind: "ATTACHMENT_LOST",
             job: row.job.clone(),
-            checkpoint: String::new(),
             message: format!("the view of job {} at {} was lost: {}", row.job, row.target, error.report()),
+            ..Default::default()
         };
         let row = JobRow { state: JobState::Lost, mounted: None, ..row };
         self.0
