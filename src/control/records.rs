@@ -78,7 +78,7 @@ impl Floors {
             source: Some(wire::Source {
                 r#type: record.origin.kind,
                 uri,
-                options: record.origin.options.into_iter().collect(),
+                options: record.origin.options.into_iter().map(shown_option).collect(),
             }),
             fill: fill.map(|fill| wire::Fill {
                 bytes_done: fill.bytes_done,
@@ -112,6 +112,12 @@ impl Floors {
         let facts = self.facts.clone();
         self.store.catalog().read(move |tx| attachment(tx, row, &facts.catalogue)).await
     }
+}
+
+/// Older records may hold an endpoint with user information, which is refused now.
+fn shown_option((key, value): (String, String)) -> (String, String) {
+    let value = if key == "endpoint" { source::split_user_information(&value).0 } else { value };
+    (key, value)
 }
 
 /// A job's row as a message.

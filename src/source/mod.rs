@@ -44,7 +44,9 @@ use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
-pub use connect::{SourceContext, check_uri, connect, shown_uri, split_signature, split_user_information};
+pub use connect::{
+    SourceContext, check_options, check_uri, connect, shown_uri, split_signature, split_user_information,
+};
 pub use credentials::{Credentials, CredentialsDirectory};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
