@@ -8,17 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reqwest::Url;
-use tokio::sync::Semaphore;
 
 use super::datastore::Datastores;
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
+use super::patience::AllTurns;
 use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::limits;
 use crate::names::show_bytes;
 
 /// Longest branch, tag or commit: git keeps references as files.
@@ -33,8 +32,8 @@ pub struct SourceContext {
     pub(super) policy: Arc<EgressPolicy>,
     /// What regional sources are below.
     pub(super) datastores: Arc<Datastores>,
-    /// Datastores listed at a time: one that does not answer must not take every thread there is.
-    pub(super) listings: Arc<Semaphore>,
+    /// Who may list them: one that does not answer must not take every thread there is.
+    pub(super) turns: AllTurns,
     /// Times and proxies, for what connects by other means.
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
@@ -66,7 +65,7 @@ impl SourceContext {
             scratch: None,
             host_credentials: None,
             datastores: Arc::default(),
-            listings: Arc::new(Semaphore::new(limits::INGESTS_AT_A_TIME)),
+            turns: AllTurns::default(),
             host_directories: false,
         })
     }
@@ -92,7 +91,7 @@ impl SourceContext {
     /// The same with the datastores of this host.
     #[must_use]
     pub fn with_datastores(&self, datastores: Arc<Datastores>) -> Self {
-        Self { datastores, ..self.clone() }
+        Self { turns: AllTurns::of(datastores.0.keys()), datastores, ..self.clone() }
     }
 }
 

@@ -27,6 +27,7 @@ mod huggingface;
 mod kaggle;
 pub mod local;
 mod objects;
+mod patience;
 mod regional;
 mod spec;
 mod walk;
