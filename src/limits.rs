@@ -63,6 +63,9 @@ pub const FETCHES_PER_SOURCE: usize = 8;
 /// Streams from sources that all ingests together have open: several ranges of several files.
 pub const STREAMS: usize = FETCHES_PER_SOURCE * 4;
 
+/// Listings of one datastore at a time: what a server that does not answer can hold up in threads, which are gone until it does.
+pub const LISTINGS_PER_DATASTORE: usize = 4;
+
 /// Ingests that move bytes at the same time; more wait their turn.
 pub const INGESTS_AT_A_TIME: usize = 8;
 

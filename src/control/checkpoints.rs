@@ -53,6 +53,7 @@ impl Service {
         let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
         let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
+        source::check_options(&spec.options)?;
         let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
         if let Some(signature) = signature {

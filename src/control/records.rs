@@ -82,7 +82,7 @@ impl Floors {
             source: Some(wire::Source {
                 r#type: record.origin.kind,
                 uri,
-                options: record.origin.options.into_iter().collect(),
+                options: record.origin.options.into_iter().map(shown_option).collect(),
             }),
             fill: fill.map(|fill| wire::Fill {
                 bytes_done: fill.bytes_done,
@@ -124,6 +124,12 @@ fn shown_failure(failure: checkpoints::Failure, confined: bool) -> wire::Failure
     let (message, remedy) =
         if of_the_host { (NO_ROOM.to_owned(), NO_ROOM_REMEDY.to_owned()) } else { (failure.message, failure.remedy) };
     wire::Failure { code: failure.code, reason: failure.reason, message, remedy }
+}
+
+/// Older records may hold an endpoint with user information, which is refused now.
+fn shown_option((key, value): (String, String)) -> (String, String) {
+    let value = if key == "endpoint" { source::split_user_information(&value).0 } else { value };
+    (key, value)
 }
 
 /// A job's row as a message.

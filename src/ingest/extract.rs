@@ -27,14 +27,13 @@ use tokio::task::AbortHandle;
 use super::fetch::Flying;
 use super::plan;
 use super::retry::Ladder;
-use super::seal::Verifier;
 use super::stream::{self, ADMIT_BYTES};
 use crate::archive::{About, Archived, Format, Members};
 use crate::error::{Error, Kind, Result};
 use crate::layout::ReadAt;
 use crate::manifest::Manifest;
 use crate::names::{EntryName, EntryPath};
-use crate::source::{ByteStream, EntryStream, File, Listed, Listing, What, listed_member};
+use crate::source::{ByteStream, EntryStream, File, Listed, Listing, Verifier, What, listed_member};
 use crate::store::filling::Filling;
 
 /// Pieces of an archive between who fetches and who reads: with those of HTTP (64 KiB and less) half a MiB.
@@ -228,7 +227,7 @@ impl Read for PieceReader {
                     self.present = piece;
                 }
                 None => {
-                    let whole = self.verifier.take().map_or(Ok(()), |verifier| verifier.finish(&self.path));
+                    let whole = self.verifier.take().map_or(Ok(()), |verifier| verifier.finish(&self.path.to_string()));
                     whole.map_err(io::Error::other)?;
                 }
             }

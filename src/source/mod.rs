@@ -27,8 +27,10 @@ mod huggingface;
 mod kaggle;
 pub mod local;
 mod objects;
+mod patience;
 mod regional;
 mod spec;
+mod stated;
 mod walk;
 mod web;
 
@@ -44,11 +46,14 @@ use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
-pub use connect::{SourceContext, check_uri, connect, shown_uri, split_signature, split_user_information};
+pub use connect::{
+    SourceContext, check_options, check_uri, connect, shown_uri, split_signature, split_user_information,
+};
 pub use credentials::{Credentials, CredentialsDirectory};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
 pub use spec::{SourceKind, SourceSpec};
+pub use stated::{Expected, Verifier};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -172,26 +177,6 @@ impl File {
     /// Internal for files of any other source.
     pub fn stamp(&self) -> Result<Stamp> {
         self.locator.parse::<beneath::Locator>().map(|locator| locator.stamp)
-    }
-}
-
-/// Digests stated by a source, all verified where present.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expected {
-    /// SHA-256 of the bytes (LFS, Hugging Face).
-    pub sha256: Option<[u8; 32]>,
-    /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
-    pub git_sha1: Option<[u8; 20]>,
-    /// MD5 of the bytes (`Content-MD5`, the ETag of an object put in one piece).
-    pub md5: Option<[u8; 16]>,
-    /// CRC-32C (Castagnoli) of the bytes (object stores).
-    pub crc32c: Option<u32>,
-}
-
-impl Expected {
-    /// Whether there is nothing to verify.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
     }
 }
 
