@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::fuse::{self, ReadWaits};
 use super::gates::Gates;
 use super::keeping::{Keeping, Orphan, Outlive};
 use super::placed::InPlace;
@@ -72,6 +73,7 @@ struct Shared {
     features: Features,
     stack_depth: u32,
     buffers: Arc<ReadBuffers>,
+    waits: ReadWaits,
     live: Mutex<HashMap<String, Arc<Served>>>,
     job_gates: Gates,
     session_gates: Gates,
@@ -119,6 +121,7 @@ impl Attachments {
             features,
             stack_depth,
             buffers: Arc::new(ReadBuffers::new()),
+            waits: fuse::no_waits(),
             live: Mutex::default(),
             job_gates: Gates::default(),
             session_gates: Gates::default(),

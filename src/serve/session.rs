@@ -24,7 +24,7 @@ use super::backing::DeviceBackings;
 use super::buffers::ReadBuffers;
 use super::content::Content;
 use super::features::{self, Features, Fresh};
-use super::fuse::Adapter;
+use super::fuse::{self, Adapter, ReadWaits};
 use super::handshake;
 use super::keeping::{Kept, Orphan, Outlive};
 use super::ledger::Head;
@@ -71,6 +71,8 @@ pub struct SessionConfig {
     pub read_ahead_kib: u32,
     /// Buffers that all sessions share.
     pub buffers: Arc<ReadBuffers>,
+    /// Reads that wait, of all sessions.
+    pub(super) waits: ReadWaits,
     /// Whether what a dead process had taken is asked for again, where the kernel can.
     pub resend: bool,
     /// Where it is kept beyond this process, if anywhere.
@@ -89,6 +91,7 @@ impl SessionConfig {
             loops: LOOPS_DEFAULT,
             read_ahead_kib: READ_AHEAD_KIB_DEFAULT,
             buffers,
+            waits: fuse::no_waits(),
             resend: true,
             outlive: None,
         }
@@ -318,6 +321,7 @@ fn assemble(
         view: View::new(tree, content, config.checkpoint.clone()),
         open: open.clone(),
         buffers: config.buffers.clone(),
+        waits: config.waits.clone(),
         features,
         passthrough_depth: head.passthrough.then_some(head.stack_depth),
         created: config.created,

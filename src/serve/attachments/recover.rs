@@ -142,6 +142,7 @@ impl Attachments {
             passthrough: self.0.passthrough,
             stack_depth: self.0.stack_depth,
             outlive: self.0.outlive.clone(),
+            waits: self.0.waits.clone(),
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         }
     }
