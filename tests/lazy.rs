@@ -6,7 +6,7 @@ mod support;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use support::files::{b3sum, xattr};
 use support::place::mounts_at;
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
+use support::waiting::waiting_requests;
 
 const MIB: u64 = 1 << 20;
 const UNIT: u64 = 4 * MIB;
@@ -221,7 +222,7 @@ fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
     let scene = Scene::new(64, MIB / 4);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
-    let waiting = waiting_requests(&scene, &file);
+    let waiting = waiting_requests(scene.daemon.place(), &file);
     let dd = |skip: u64| {
         let args = ["iflag=direct", "of=/dev/null", "bs=2M", "count=1", &format!("skip={skip}")];
         Command::new("dd").arg(format!("if={}", file.display())).args(args).stderr(Stdio::null()).spawn().unwrap()
@@ -249,14 +250,6 @@ fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
     assert_eq!(b3sum(&file), scene.digest());
     let watchers = || threads_named(scene.daemon.pid(), "ckptd-waits");
     wait_until("nobody watches where nothing waits", LIMIT, || watchers() == 0);
-}
-
-/// How many requests of the file system of `file` are without an answer, as the kernel counts them.
-fn waiting_requests(scene: &Scene, file: &Path) -> impl Fn() -> usize {
-    let control = scene.daemon.place().dir("fusectl");
-    nix::mount::mount(Some("none"), &control, Some("fusectl"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
-    let connection = control.join(nix::libc::minor(file.metadata().unwrap().dev()).to_string());
-    move || std::fs::read_to_string(connection.join("waiting")).unwrap().trim().parse().unwrap()
 }
 
 fn threads_named(pid: u32, name: &str) -> usize {

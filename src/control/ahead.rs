@@ -11,6 +11,7 @@ impl Floors {
         &self,
         request: wire::PrefetchCheckpointRequest,
     ) -> Result<wire::PrefetchCheckpointResponse> {
+        self.admit()?;
         let record = self.find(request.checkpoint).await?;
         let idle = self.ingests.progress(&record.id).is_none();
         if matches!(record.state, State::New | State::Filling | State::Evicted) && idle {

@@ -45,6 +45,7 @@ impl Service {
     }
 
     async fn reserve(&self, request: wire::ReserveCheckpointsRequest) -> Result<wire::Attachment> {
+        self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let named = self.named(request.checkpoints, request.owner.clone()).await?;
         let row = self.floors.attachments.reserve(&job, &request.owner, named).await?;

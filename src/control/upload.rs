@@ -10,7 +10,7 @@ use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
-use crate::ingest::plan;
+use crate::ingest::{draining, plan};
 use crate::names::EntryPath;
 use crate::source::{EntryStream, File, Listed, SourceKind, What};
 
@@ -44,7 +44,12 @@ async fn fill(floors: &Floors, record: Record, sent: Sent, bytes_total: u64) -> 
                 .remedy("wait for it, or remove it and upload it again")),
         };
     }
-    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total).await;
+    let outcome = tokio::select! {
+        outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total) => outcome,
+        () = floors.ingests.until_paused() => {
+            Err(draining().during("receiving an upload").remedy("upload it again when ckptd has been restarted"))
+        }
+    };
     match outcome {
         Ok(()) => floors.show(floors.find(record.id).await?).await,
         Err(error) => {

@@ -59,6 +59,15 @@ pub struct Wanted {
     pub pid: u32,
 }
 
+/// What of the kernel's offers is used; the rest has its next-best path.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelWishes {
+    /// The kernel reads whole blobs itself. Else every read goes through the daemon.
+    pub passthrough: bool,
+    /// A successor has requests handed out again that the daemon had taken. Else the kernel ends them with the daemon.
+    pub resend: bool,
+}
+
 /// All attachments of the daemon; cheap to clone.
 #[derive(Clone)]
 pub struct Attachments(Arc<Shared>);
@@ -69,7 +78,7 @@ struct Shared {
     in_place: InPlace,
     sessions_dir: PathBuf,
     jobs_dir: PathBuf,
-    passthrough: bool,
+    wishes: KernelWishes,
     features: Features,
     stack_depth: u32,
     buffers: Arc<ReadBuffers>,
@@ -93,13 +102,13 @@ impl Attachments {
     /// Prepares the runtime directory, removes dead sessions, finds out what the kernel offers. Blocks.
     ///
     /// # Errors
-    /// `LEDGER_TOO_NEW` (nothing is touched then), `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
+    /// `LEDGER_TOO_NEW` (nothing is touched then), `NO_FUSE`, `FUSE_NOT_PERMITTED`, `CALL_REFUSED`, the I/O error.
     pub fn open(
         store: Store,
         ingests: Ingests,
         datastores: Arc<Datastores>,
         runtime_dir: &Path,
-        passthrough: bool,
+        wishes: KernelWishes,
         keeping: Keeping,
     ) -> Result<Self> {
         let sessions_dir = runtime_dir.join("sessions");
@@ -110,6 +119,7 @@ impl Attachments {
         let (outlive, orphans, reconciled) = recover::look_around(runtime_dir, keeping)?;
         super::prepare_sessions_dir(&sessions_dir)?;
         let features = super::probe()?;
+        features::check_binding(&sessions_dir)?;
         let stack_depth = features::stack_depth(store.disk().root());
         Ok(Self(Arc::new(Shared {
             in_place: InPlace::new(store.catalog().clone(), datastores),
@@ -117,7 +127,7 @@ impl Attachments {
             ingests,
             sessions_dir,
             jobs_dir,
-            passthrough,
+            wishes,
             features,
             stack_depth,
             buffers: Arc::new(ReadBuffers::new()),
@@ -133,7 +143,12 @@ impl Attachments {
 
     /// What the kernel and the configuration give.
     pub fn features(&self) -> Features {
-        Features { passthrough: self.0.features.passthrough && self.0.passthrough, ..self.0.features }
+        let (offered, wishes) = (self.0.features, self.0.wishes);
+        Features {
+            passthrough: offered.passthrough && wishes.passthrough,
+            resend: offered.resend && wishes.resend,
+            ..offered
+        }
     }
 
     /// Checkpoints served now.

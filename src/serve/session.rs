@@ -9,8 +9,14 @@
 //! way that unmounts, and even then views that still stand are served, and kept, until they are gone.
 //!
 //! [`Session::adopt`] goes on with the session of a process that is gone: the ledger says what is open, the kernel is
-//! asked to hand out again what that process had taken. Where it cannot (before Linux 6.9) those requests stay without an
-//! answer: whoever made them waits until he is killed; all others go on.
+//! asked to hand out again what that process had taken.
+//!
+//! **Without RESEND** (before Linux 6.9) nothing could answer those requests: a number is all that a successor could know of them, and whoever
+//! made one would wait for ever, SIGKILL or not. There requests are taken through a *clone* of the connection
+//! (`FUSE_DEV_IOC_CLONE`), which nobody holds but the process that serves: when it dies, the kernel ends what was taken through
+//! it with ECONNABORTED. Reads through the page cache are then asked for again by whoever wants the page, unless it was that
+//! page alone that was asked for; lookups, opens and `O_DIRECT` reads that were under way in that moment fail once. With RESEND there is no
+//! clone, and none of it fails.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,7 +31,7 @@ use super::buffers::ReadBuffers;
 use super::content::Content;
 use super::features::{self, Features, Fresh};
 use super::fuse::{self, Adapter, ReadWaits};
-use super::handshake;
+use super::handshake::{self, Taking};
 use super::keeping::{Kept, Orphan, Outlive};
 use super::ledger::Head;
 use super::mount_calls::{self, Device};
@@ -73,7 +79,7 @@ pub struct SessionConfig {
     pub buffers: Arc<ReadBuffers>,
     /// Reads that wait, of all sessions.
     pub(super) waits: ReadWaits,
-    /// Whether what a dead process had taken is asked for again, where the kernel can.
+    /// Whether what a process had taken is to be asked for again by its successor, where the kernel can; else it ends with the process.
     pub resend: bool,
     /// Where it is kept beyond this process, if anywhere.
     pub outlive: Option<Outlive>,
@@ -153,7 +159,8 @@ impl Session {
             error
         };
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, kept.as_ref());
-        let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
+        let taking = Taking::of(config.resend && features.resend);
+        let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         raise_read_ahead(number, config.read_ahead_kib);
         let ended = run(fuse).map_err(undo)?;
         mount_calls::move_onto(&mount, &place)
@@ -186,14 +193,13 @@ impl Session {
             let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
             bytes.open(&node)
         });
-        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
+        let taking = Taking::of(config.resend && features.resend);
+        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         let ended = run(fuse).map_err(undo)?;
-        if !(features.resend && config.resend) {
-            tracing::warn!(
-                checkpoint = head.checkpoint,
-                "requests that the predecessor had taken stay without an answer"
-            );
-        } else if let Err(error) = handshake::resend(&device) {
+        // Also where this process takes through a clone: its predecessor may have been configured otherwise.
+        if features.resend
+            && let Err(error) = handshake::resend(&device)
+        {
             tracing::warn!(checkpoint = head.checkpoint, %error, "the kernel did not hand out requests again");
         }
         let mount = mount_of(&config.mountpoint, head.device);

@@ -139,7 +139,8 @@ impl Attachments {
     pub(super) fn session_config(&self, record: &Record) -> SessionConfig {
         SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
-            passthrough: self.0.passthrough,
+            passthrough: self.0.wishes.passthrough,
+            resend: self.0.wishes.resend,
             stack_depth: self.0.stack_depth,
             outlive: self.0.outlive.clone(),
             waits: self.0.waits.clone(),
