@@ -13,6 +13,7 @@ impl Floors {
         request: wire::PrefetchCheckpointRequest,
         caller: &Caller,
     ) -> Result<wire::PrefetchCheckpointResponse> {
+        self.admit()?;
         let record = self.find(request.checkpoint, caller).await?;
         let idle = self.ingests.progress(&record.id).is_none();
         if matches!(record.state, State::New | State::Filling | State::Evicted) && idle {

@@ -56,6 +56,7 @@ impl Service {
     }
 
     async fn reserve(&self, request: wire::ReserveCheckpointsRequest, caller: &Caller) -> Result<wire::Attachment> {
+        self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let owner = caller.owner_of_new(request.owner, false)?;
         self.check_sees(&job, caller).await?;

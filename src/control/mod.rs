@@ -25,7 +25,6 @@ pub mod wire;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio_stream::wrappers::ReceiverStream;
@@ -86,16 +85,12 @@ pub struct Facts {
     pub holder: &'static str,
     /// How often the keeper has restarted the daemon.
     pub restarts: u32,
-    /// Whether work is no longer taken.
-    pub draining: AtomicBool,
 }
 
 impl Floors {
     /// Stops taking work and filling; what is mounted stays, and is served. Another start ends it.
     pub async fn drain(&self) {
-        if !self.facts.draining.swap(true, Ordering::Relaxed) {
-            tracing::info!("no new work is taken");
-        }
+        tracing::info!("no new work is taken");
         self.ingests.pause().await;
     }
 
@@ -104,11 +99,7 @@ impl Floors {
     /// # Errors
     /// `DRAINING`.
     fn admit(&self) -> Result<()> {
-        if self.facts.draining.load(Ordering::Relaxed) {
-            return Err(Error::unavailable("DRAINING", "ckptd takes no new work: it is being drained")
-                .remedy("try again when it has been restarted"));
-        }
-        Ok(())
+        self.ingests.admit()
     }
 
     /// Records an event; a failure is logged, not passed on.

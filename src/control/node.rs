@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::Stream;
@@ -61,7 +60,7 @@ impl Service {
             degraded: floors.store.disk().poisoned().unwrap_or_default().to_owned(),
             holder: floors.facts.holder.to_owned(),
             restarts: floors.facts.restarts,
-            draining: floors.facts.draining.load(Ordering::Relaxed),
+            draining: floors.ingests.is_paused(),
             reconciled: floors.attachments.reconciled().to_string(),
         })
     }

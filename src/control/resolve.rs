@@ -72,7 +72,7 @@ impl Floors {
     /// Waits until a checkpoint can be attached.
     ///
     /// # Errors
-    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
+    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`, `DRAINING`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
     pub(super) async fn until_ready(&self, id: &str) -> Result<Record> {
         let mut changes = self.ingests.changes();
         loop {
@@ -93,7 +93,24 @@ impl Floors {
                 }
                 State::New | State::Filling | State::Removing => {}
             }
-            wait_for(&mut changes, id).await;
+            self.wait_for(&mut changes, id).await?;
+        }
+    }
+
+    /// Waits until `id` may have changed. Missing a message is one too.
+    ///
+    /// # Errors
+    /// `DRAINING`: nothing goes on with it.
+    async fn wait_for(&self, changes: &mut tokio::sync::broadcast::Receiver<String>, id: &str) -> Result<()> {
+        loop {
+            let changed = tokio::select! {
+                changed = changes.recv() => changed,
+                () = self.ingests.until_paused() => return self.admit(),
+            };
+            match changed {
+                Ok(changed) if changed != id => {}
+                _ => return Ok(()),
+            }
         }
     }
 }
@@ -118,17 +135,7 @@ impl Floors {
                 (Some(record), _) if matches!(record.state, State::New | State::Filling) => {}
                 _ => return Ok((self.until_ready(id).await?, None)),
             }
-            wait_for(&mut changes, id).await;
-        }
-    }
-}
-
-/// Waits until `id` may have changed. Missing a message is one too.
-async fn wait_for(changes: &mut tokio::sync::broadcast::Receiver<String>, id: &str) {
-    loop {
-        match changes.recv().await {
-            Ok(changed) if changed != id => {}
-            _ => return,
+            self.wait_for(&mut changes, id).await?;
         }
     }
 }

@@ -11,7 +11,7 @@ use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
-use crate::ingest::plan;
+use crate::ingest::{draining, plan};
 use crate::names::EntryPath;
 use crate::source::{EntryStream, File, Listed, SourceKind, What};
 
@@ -54,7 +54,12 @@ async fn fill(
                 .remedy("wait for it, or remove it and upload it again")),
         };
     }
-    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total).await;
+    let outcome = tokio::select! {
+        outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total) => outcome,
+        () = floors.ingests.until_paused() => {
+            Err(draining().during("receiving an upload").remedy("upload it again when ckptd has been restarted"))
+        }
+    };
     match outcome {
         Ok(()) => floors.show(floors.find(record.id, caller).await?, caller).await,
         Err(error) => {

@@ -46,6 +46,8 @@ pub struct Config {
     pub read_ahead_bytes: u64,
     /// Whether the kernel reads whole blobs itself where it can.
     pub passthrough: bool,
+    /// Whether a kernel that can is asked again for what a dead daemon had taken.
+    pub resend: bool,
     /// Networks that sources may reach besides public addresses.
     pub allow_networks: Vec<Cidr>,
     /// Attempts without progress before a fetch is given up.
@@ -83,6 +85,7 @@ impl Default for Config {
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
+            resend: true,
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
             inactivity_timeout: Duration::from_secs(30),
@@ -116,6 +119,7 @@ const KEYS: &[Key] = &[
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
     Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
+    Key { name: "serve.resend", read: |config, value| set(&mut config.resend, auto_or_never(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
     Key {
@@ -305,10 +309,19 @@ fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Val
     for (key, value) in table {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
+            // An empty one has no key that could be unknown.
+            Value::Table(inner) if inner.is_empty() && !is_section(&name) => leaves.push((name, value)),
             Value::Table(inner) => flatten(&name, inner, leaves),
             _ => leaves.push((name, value)),
         }
     }
+}
+
+/// Whether keys stand below `name`.
+fn is_section(name: &str) -> bool {
+    let below = |whole: &str| whole.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    let datastore = name.strip_prefix(DATASTORES).and_then(|rest| rest.strip_prefix('.'));
+    name == DATASTORES || datastore.is_some_and(is_datastore_name) || KEYS.iter().any(|key| below(key.name))
 }
 
 fn apply(config: &mut Config, name: &str, value: &Value) -> std::result::Result<(), String> {
@@ -350,6 +363,9 @@ fn line_of(text: &str, name: &str) -> usize {
         let line = line.trim();
         if let Some(heading) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
             present = heading.trim().replace(['"', '\''], "");
+            if present == name {
+                return number + 1;
+            }
         }
         let sets = line.split('=').next().map(str::trim);
         if (present == table && sets == Some(key)) || sets == Some(name) {
@@ -619,6 +635,14 @@ mod tests {
         let found = examine_host(&config);
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].place, "datastores.a.path");
+    }
+
+    #[test]
+    fn a_section_that_nobody_knows_is_a_problem_even_when_it_is_empty() {
+        let (_, problems) = problems_of("[store]\n\n[nonsense]\n[store.deeper]\n[datastores]\n", &[]);
+        let found: Vec<_> = problems.iter().map(|problem| (problem.place.as_str(), problem.what.as_str())).collect();
+        assert_eq!((found.len(), found[0].0, found[1].0), (2, "file:3", "file:4"), "{found:?}");
+        assert!(found[0].1.contains("no key `nonsense`") && found[1].1.contains("no key `store.deeper`"), "{found:?}");
     }
 
     #[test]

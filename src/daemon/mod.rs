@@ -17,7 +17,6 @@ mod recover;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
@@ -29,7 +28,7 @@ use crate::control::{self, Facts, Floors, Listeners};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
 use crate::ingest::{Connector, Ingests, Settings};
-use crate::serve::attachments::Attachments;
+use crate::serve::attachments::{Attachments, KernelWishes};
 use crate::source::egress::EgressPolicy;
 use crate::source::local::Tokens;
 use crate::source::{
@@ -206,8 +205,9 @@ async fn compose(
         },
     );
     let filling = ingests.clone();
-    let (keeping, passthrough) = (inherited.keeping(), config.passthrough);
-    let attachments = blocking(move || Attachments::open(on, filling, known, &below, passthrough, keeping)).await?;
+    let keeping = inherited.keeping();
+    let wishes = KernelWishes { passthrough: config.passthrough, resend: config.resend };
+    let attachments = blocking(move || Attachments::open(on, filling, known, &below, wishes, keeping)).await?;
     // Readers wait for it.
     attachments.adopt().await?;
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
@@ -218,7 +218,6 @@ async fn compose(
         catalogue,
         holder: inherited.holder.name(),
         restarts: inherited.holder.restarts(),
-        draining: AtomicBool::new(false),
     });
     Ok(Floors { store, ingests, attachments, tokens, facts })
 }

@@ -5,6 +5,9 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+
 use super::mount_calls;
 use crate::error::{Error, Kind, Result};
 
@@ -19,6 +22,9 @@ const HEADER_BYTES: usize = 40;
 
 /// `FUSE_INIT`.
 const OPCODE_INIT: u32 = 26;
+
+/// `FUSE_DEV_IOC_CLONE`: `_IOR(229, 0, uint32_t)`.
+const CLONE: libc::Ioctl = 0x8004_E500;
 
 /// Bits of INIT (`linux/fuse.h`); those from 32 on are in its second word, valid if `INIT_EXT` is set.
 const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
@@ -82,6 +88,20 @@ pub fn probe() -> Result<Features> {
     Features::from_init(&fresh.init).ok_or_else(unreadable_init)
 }
 
+/// Whether mounts can be copied and set: every kernel that is supported can (Linux 5.12), so only a filter can be in the way, and then nothing
+/// could be attached. There is no other path: file systems themselves are made by calls of the same age.
+///
+/// # Errors
+/// `CALL_REFUSED`, or what the kernel says.
+pub(super) fn check_binding(directory: &Path) -> Result<()> {
+    let opened = nix::fcntl::open(directory, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+    opened
+        .map_err(std::io::Error::from)
+        .and_then(mount_calls::clone_tree)
+        .and_then(|copy| mount_calls::make_private(&copy, mount_calls::READ_ONLY))
+        .map_err(|error| Error::io("copying the mount of", directory, error))
+}
+
 /// Makes a file system of ours and takes its INIT request.
 pub(super) fn make_filesystem() -> Result<Fresh> {
     let device = open_device()?;
@@ -91,6 +111,15 @@ pub(super) fn make_filesystem() -> Result<Fresh> {
         .map_err(|errno| Error::io("taking the first request from", DEVICE, errno.into()))?;
     init.truncate(length);
     Ok(Fresh { device, mount, init })
+}
+
+/// Another descriptor of the connection `device`. What is taken through it ends with it.
+pub(super) fn clone_connection(device: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let clone = std::fs::OpenOptions::new().read(true).write(true).open(DEVICE)?;
+    let number = u32::try_from(device.as_raw_fd()).map_err(std::io::Error::other)?;
+    // SAFETY: both descriptors are open, and the kernel reads the number alone.
+    let cloned = unsafe { libc::ioctl(clone.as_raw_fd(), CLONE, &raw const number) };
+    if cloned < 0 { Err(std::io::Error::last_os_error()) } else { Ok(clone.into()) }
 }
 
 pub(super) fn unreadable_init() -> Error {
