@@ -193,7 +193,7 @@ impl Service {
         self.floors
             .note(NewEvent { kind: "CHECKPOINT_REMOVED", checkpoint: record.id.clone(), message, ..Default::default() })
             .await;
-        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
+        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes, going_on: false })
     }
 
     async fn watch(
@@ -306,6 +306,9 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         failure: None,
         created_ms: now_unix_ms(),
         in_place: None,
+        pinned: false,
+        used_ms: now_unix_ms(),
+        secrets_given: false,
     })
 }
 
@@ -462,6 +465,20 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::RenameCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
         self.rename(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn pin_checkpoint(
+        &self,
+        request: Request<wire::PinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.floors.pin(request.into_inner().checkpoint, true).await.map(Response::new).map_err(status)
+    }
+
+    async fn unpin_checkpoint(
+        &self,
+        request: Request<wire::UnpinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        self.floors.pin(request.into_inner().checkpoint, false).await.map(Response::new).map_err(status)
     }
 
     async fn remove_checkpoint(

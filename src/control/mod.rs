@@ -11,6 +11,7 @@ mod ahead;
 pub mod catalogue;
 mod checkpoints;
 mod jobs;
+mod keeping;
 mod node;
 mod peer;
 mod records;

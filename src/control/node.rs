@@ -1,6 +1,5 @@
 //! The service `Node`.
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use tonic::{Request, Response, Status};
 use super::refusal::status;
 use super::{Floors, records, wire};
 use crate::catalog::jobs::JobState;
-use crate::catalog::{blobs, checkpoints, events, jobs};
+use crate::catalog::{events, jobs};
 use crate::error::Result;
 
 /// Estimates that a status shows.
@@ -66,33 +65,6 @@ impl Service {
             reconciled: floors.attachments.reconciled().to_string(),
         })
     }
-
-    async fn usage(&self) -> Result<wire::Usage> {
-        let floors = &self.floors;
-        let (records, (unique_bytes, physical_bytes, duplicate_bytes)) =
-            floors.store.catalog().read(|tx| Ok((checkpoints::list(tx, "", false)?, blobs::totals(tx)?))).await?;
-        let mut owners: BTreeMap<String, wire::OwnerUsage> = BTreeMap::new();
-        for record in &records {
-            let usage = owners
-                .entry(record.owner.clone())
-                .or_insert_with(|| wire::OwnerUsage { owner: record.owner.clone(), ..Default::default() });
-            usage.checkpoints += 1;
-            usage.logical_bytes += record.logical_bytes;
-        }
-        let capacity_bytes = match floors.facts.capacity_bytes {
-            0 => floors.store.disk().filesystem_bytes()?,
-            configured => configured,
-        };
-        Ok(wire::Usage {
-            logical_bytes: records.iter().map(|record| record.logical_bytes).sum(),
-            unique_bytes,
-            physical_bytes,
-            duplicate_bytes,
-            capacity_bytes,
-            free_bytes: floors.store.disk().free_bytes()?,
-            owners: owners.into_values().collect(),
-        })
-    }
 }
 
 type Sink = mpsc::Sender<Result<wire::Event, Status>>;
@@ -137,7 +109,14 @@ impl wire::node_server::Node for Service {
     }
 
     async fn get_usage(&self, _request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {
-        self.usage().await.map(Response::new).map_err(status)
+        self.floors.usage().await.map(Response::new).map_err(status)
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Result<Response<wire::EvictCheckpointsResponse>, Status> {
+        self.floors.evict(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn watch_events(

@@ -4,6 +4,7 @@ use rusqlite::Connection;
 
 use super::catalogue::Catalogue;
 use super::{Floors, wire};
+use crate::catalog::accounting::{self, Figures};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
 use crate::catalog::jobs::{JobRow, JobState};
@@ -33,7 +34,7 @@ impl Floors {
     /// A record as it is now, with its footprint and progress.
     pub(super) async fn show(&self, record: Record) -> Result<wire::Checkpoint> {
         let asked = record.clone();
-        let footprint = self.store.catalog().read(move |tx| checkpoints::footprint(tx, &asked)).await?;
+        let footprint = self.store.catalog().read(move |tx| accounting::footprint(tx, &asked)).await?;
         Ok(self.message(record, footprint))
     }
 
@@ -59,7 +60,7 @@ impl Floors {
             .catalog()
             .read(move |tx| {
                 let footprint = |record: Record| {
-                    let bytes = checkpoints::footprint(tx, &record)?;
+                    let bytes = accounting::footprint(tx, &record)?;
                     Ok((record, bytes))
                 };
                 select(tx)?.into_iter().map(footprint).collect::<Result<Vec<_>>>()
@@ -68,7 +69,7 @@ impl Floors {
         Ok(found.into_iter().map(|(record, footprint)| self.message(record, footprint)).collect())
     }
 
-    fn message(&self, record: Record, (unique_bytes, physical_bytes): (u64, u64)) -> wire::Checkpoint {
+    fn message(&self, record: Record, figures: Figures) -> wire::Checkpoint {
         let fill = self.ingests.progress(&record.id).filter(|_| record.state == State::Filling);
         let kind = record.origin.kind.parse().ok();
         let uri = kind.map_or_else(String::new, |kind| source::shown_uri(kind, &record.origin.uri));
@@ -100,8 +101,11 @@ impl Floors {
             revision: record.revision,
             files: record.files,
             logical_bytes: record.logical_bytes,
-            unique_bytes,
-            physical_bytes,
+            unique_bytes: figures.unique_bytes,
+            shared_bytes: figures.shared_bytes,
+            physical_bytes: figures.physical_bytes,
+            pinned: record.pinned,
+            used_unix_ms: record.used_ms,
             created_unix_ms: record.created_ms,
             transfer: None,
         }
