@@ -27,11 +27,13 @@ mod create;
 mod document;
 mod drain;
 mod events;
+mod evict;
 mod exit;
 mod follow;
 mod get;
 mod jobs;
 mod list;
+mod pin;
 pub mod progress;
 mod refusal;
 mod release;
@@ -115,6 +117,9 @@ enum Verb {
     Watch(watch::Watch),
     Retry(retry::Retry),
     Rename(rename::Rename),
+    Pin(pin::Pin),
+    Unpin(pin::Unpin),
+    Evict(evict::Evict),
     Remove(remove::Remove),
     Attach(attach::Attach),
     Detach(attach::Detach),
@@ -141,6 +146,9 @@ impl Verb {
             Self::Watch(verb) => verb.run(console).await,
             Self::Retry(verb) => verb.run(console).await,
             Self::Rename(verb) => verb.run(console).await,
+            Self::Pin(verb) => verb.run(console).await,
+            Self::Unpin(verb) => verb.run(console).await,
+            Self::Evict(verb) => verb.run(console).await,
             Self::Remove(verb) => verb.run(console).await,
             Self::Attach(verb) => verb.run(console).await,
             Self::Detach(verb) => verb.run(console).await,
@@ -211,6 +219,9 @@ mod tests {
             "ckptctl retry m",
             "ckptctl rename m n",
             "ckptctl remove m --yes",
+            "ckptctl pin m",
+            "ckptctl unpin m",
+            "ckptctl evict m n --json",
             "ckptctl attach job a b --public-checkpoint c --public-checkpoint d --at /x --pid 7 --lazy --owner me",
             "ckptctl attach job",
             "ckptctl detach job",

@@ -209,7 +209,7 @@ impl Service {
                 ..Default::default()
             })
             .await;
-        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
+        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes, going_on: false })
     }
 
     async fn watch(
@@ -323,6 +323,9 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         failure: None,
         created_ms: now_unix_ms(),
         in_place: None,
+        pinned: false,
+        used_ms: now_unix_ms(),
+        secrets_given: false,
     })
 }
 
@@ -421,6 +424,22 @@ impl wire::checkpoints_server::Checkpoints for Service {
     ) -> Result<Response<wire::Checkpoint>, Status> {
         let caller = Caller::of(&request).map_err(status)?;
         self.rename(request.into_inner(), &caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn pin_checkpoint(
+        &self,
+        request: Request<wire::PinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.pin(request.into_inner().checkpoint, true, &caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn unpin_checkpoint(
+        &self,
+        request: Request<wire::UnpinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.pin(request.into_inner().checkpoint, false, &caller).await.map(Response::new).map_err(status)
     }
 
     async fn remove_checkpoint(

@@ -13,6 +13,7 @@ pub mod caller;
 pub mod catalogue;
 mod checkpoints;
 mod jobs;
+mod keeping;
 pub mod listen;
 mod node;
 mod records;

@@ -1,6 +1,5 @@
 //! The service `Node`.
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use super::caller::Caller;
 use super::refusal::status;
 use super::{Floors, records, wire};
 use crate::catalog::jobs::JobState;
-use crate::catalog::{blobs, checkpoints, events, jobs};
+use crate::catalog::{events, jobs};
 use crate::error::Result;
 
 /// Estimates that a status shows.
@@ -71,7 +70,7 @@ impl Service {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.floors.facts.started.elapsed().as_secs(),
             features: Some(self.features()),
-            draining: self.floors.facts.draining.load(Ordering::Relaxed),
+            draining: self.floors.ingests.is_paused(),
             ..Default::default()
         }
     }
@@ -83,49 +82,6 @@ impl Service {
             resend: features.resend,
             reflink: self.floors.store.disk().reflink(),
         }
-    }
-
-    /// What an owner has, by its own checkpoints alone.
-    async fn usage_of(&self, owner: String) -> Result<wire::Usage> {
-        let key = owner.clone();
-        let seen = checkpoints::Seen::By(owner.clone());
-        let records = self.floors.store.catalog().read(move |tx| checkpoints::list(tx, &seen, &key, false)).await?;
-        let logical_bytes = records.iter().map(|record| record.logical_bytes).sum();
-        let usage = wire::OwnerUsage { owner, checkpoints: records.len() as u64, logical_bytes };
-        Ok(wire::Usage { logical_bytes, owners: vec![usage], ..Default::default() })
-    }
-
-    async fn usage(&self, caller: &Caller) -> Result<wire::Usage> {
-        if let Some(owner) = &caller.owner {
-            return self.usage_of(owner.clone()).await;
-        }
-        let floors = &self.floors;
-        let (records, (unique_bytes, physical_bytes, duplicate_bytes)) = floors
-            .store
-            .catalog()
-            .read(|tx| Ok((checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)?, blobs::totals(tx)?)))
-            .await?;
-        let mut owners: BTreeMap<String, wire::OwnerUsage> = BTreeMap::new();
-        for record in &records {
-            let usage = owners
-                .entry(record.owner.clone())
-                .or_insert_with(|| wire::OwnerUsage { owner: record.owner.clone(), ..Default::default() });
-            usage.checkpoints += 1;
-            usage.logical_bytes += record.logical_bytes;
-        }
-        let capacity_bytes = match floors.facts.capacity_bytes {
-            0 => floors.store.disk().filesystem_bytes()?,
-            configured => configured,
-        };
-        Ok(wire::Usage {
-            logical_bytes: records.iter().map(|record| record.logical_bytes).sum(),
-            unique_bytes,
-            physical_bytes,
-            duplicate_bytes,
-            capacity_bytes,
-            free_bytes: floors.store.disk().free_bytes()?,
-            owners: owners.into_values().collect(),
-        })
     }
 }
 
@@ -179,7 +135,14 @@ impl wire::node_server::Node for Service {
 
     async fn get_usage(&self, request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {
         let caller = Caller::of(&request).map_err(status)?;
-        self.usage(&caller).await.map(Response::new).map_err(status)
+        self.floors.usage(&caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Result<Response<wire::EvictCheckpointsResponse>, Status> {
+        self.floors.evict(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn watch_events(

@@ -5,6 +5,7 @@ use rusqlite::Connection;
 use super::caller::{Caller, NO_ROOM, NO_ROOM_REMEDY, ROOM_OF_THE_HOST};
 use super::catalogue::Catalogue;
 use super::{Floors, wire};
+use crate::catalog::accounting::{self, Figures};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
 use crate::catalog::jobs::{JobRow, JobState};
@@ -72,7 +73,7 @@ impl Floors {
         Ok(found.into_iter().map(|(record, bytes)| self.message(record, bytes, confined)).collect())
     }
 
-    fn message(&self, record: Record, (unique_bytes, physical_bytes): (u64, u64), confined: bool) -> wire::Checkpoint {
+    fn message(&self, record: Record, figures: Figures, confined: bool) -> wire::Checkpoint {
         let fill = self.ingests.progress(&record.id).filter(|_| record.state == State::Filling);
         let kind = record.origin.kind.parse().ok();
         let uri = kind.map_or_else(String::new, |kind| source::shown_uri(kind, &record.origin.uri));
@@ -99,8 +100,11 @@ impl Floors {
             revision: record.revision,
             files: record.files,
             logical_bytes: record.logical_bytes,
-            unique_bytes,
-            physical_bytes,
+            unique_bytes: figures.unique_bytes,
+            shared_bytes: figures.shared_bytes,
+            physical_bytes: figures.physical_bytes,
+            pinned: record.pinned,
+            used_unix_ms: record.used_ms,
             created_unix_ms: record.created_ms,
             transfer: None,
         }
@@ -113,9 +117,9 @@ impl Floors {
     }
 }
 
-/// Unique and physical bytes: those of the store, or for a confined caller those that nobody else's checkpoints have a part in.
-fn footprint(tx: &Connection, record: &Record, confined: bool) -> Result<(u64, u64)> {
-    if confined { checkpoints::footprint_alone(tx, record) } else { checkpoints::footprint(tx, record) }
+/// Figures of the store, or for a confined caller those that nobody else's checkpoints have a part in.
+fn footprint(tx: &Connection, record: &Record, confined: bool) -> Result<Figures> {
+    if confined { accounting::own_footprint(tx, record) } else { accounting::footprint(tx, record) }
 }
 
 /// Why a record failed. How much room the host has is not for a confined caller: it would tell what others have.

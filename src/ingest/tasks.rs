@@ -147,6 +147,9 @@ mod tests {
             failure: None,
             created_ms: now_unix_ms(),
             in_place: None,
+            pinned: false,
+            secrets_given: false,
+            used_ms: 0,
         }
     }
 

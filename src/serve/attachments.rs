@@ -391,7 +391,7 @@ impl Attachments {
         reader: Option<Arc<Reader>>,
         jobs: BTreeSet<String>,
     ) -> Arc<Served> {
-        if let (Some(reader), Some(digest)) = (reader, record.manifest) {
+        if let (Some(reader), Some(digest)) = (reader, record.ready_manifest()) {
             self.hydrate(record.id.clone(), digest, reader);
         }
         Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) })

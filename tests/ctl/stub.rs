@@ -243,13 +243,24 @@ impl Checkpoints for Answers {
         Ok(Response::new(record(&request.get_ref().name, wire::CheckpointState::Ready)))
     }
 
+    async fn pin_checkpoint(&self, request: Request<wire::PinCheckpointRequest>) -> Answer<wire::Checkpoint> {
+        self.note(request.get_ref());
+        let pinned = named(&request.get_ref().checkpoint)?;
+        Ok(Response::new(wire::Checkpoint { pinned: true, ..pinned }))
+    }
+
+    async fn unpin_checkpoint(&self, request: Request<wire::UnpinCheckpointRequest>) -> Answer<wire::Checkpoint> {
+        self.note(request.get_ref());
+        named(&request.get_ref().checkpoint).map(Response::new)
+    }
+
     async fn remove_checkpoint(
         &self,
         request: Request<wire::RemoveCheckpointRequest>,
     ) -> Answer<wire::RemoveCheckpointResponse> {
         self.note(request.get_ref());
         named(&request.get_ref().checkpoint)?;
-        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20 }))
+        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20, going_on: false }))
     }
 
     async fn upload_checkpoint(
@@ -352,6 +363,15 @@ impl Node for Answers {
 
     async fn get_usage(&self, _: Request<wire::GetUsageRequest>) -> Answer<wire::Usage> {
         Ok(Response::new(wire::Usage { logical_bytes: 10, unique_bytes: 5, ..Default::default() }))
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Answer<wire::EvictCheckpointsResponse> {
+        self.note(request.get_ref());
+        let evicted = request.into_inner().checkpoints;
+        Ok(Response::new(wire::EvictCheckpointsResponse { evicted, freed_bytes: 1 << 20 }))
     }
 
     async fn watch_events(&self, request: Request<wire::WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
