@@ -84,8 +84,13 @@ impl Stub {
 
     /// Waits until a call that contains `text` has come.
     pub(crate) fn await_call(&self, text: &str) {
-        while !self.asked().calls.iter().any(|call| call.contains(text)) {
-            std::thread::yield_now();
+        self.await_calls(1, text);
+    }
+
+    /// Waits for so many calls that say `text`.
+    pub(crate) fn await_calls(&self, count: usize, text: &str) {
+        while self.asked().calls.iter().filter(|call| call.contains(text)).count() < count {
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
 }
@@ -375,6 +380,7 @@ impl Node for Answers {
     }
 
     async fn watch_events(&self, request: Request<wire::WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
+        self.note(request.get_ref());
         let event = |id| wire::Event {
             id,
             kind: "CHECKPOINT_READY".into(),
