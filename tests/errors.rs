@@ -323,5 +323,5 @@ fn a_daemon_that_could_attach_nothing_does_not_start() {
     let place = Place::new();
     let mut command = serve_command(&place.dir("state"), &place.dir("run"));
     seccomp::refuse(&mut command, nix::libc::SYS_open_tree);
-    run(&mut command).refused(&[2], &["copying the mount", "system call filter"]);
+    run(&mut command).refused(&[2], &["preparing the sessions directory", "system call filter"]);
 }

@@ -153,6 +153,14 @@ mod tests {
         }
     }
 
+    /// A store on a real disk: tmpfs has no holes.
+    async fn opened() -> (tempfile::TempDir, Store) {
+        let directory = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+        let path = directory.path().to_owned();
+        let store = tokio::task::spawn_blocking(move || Store::open(&path)).await.unwrap().unwrap();
+        (directory, store)
+    }
+
     async fn decided(store: &Store, id: &'static str) -> Record {
         for _ in 0..500 {
             let found = store.catalog().read(move |tx| checkpoints::get(tx, id)).await.unwrap().unwrap();
@@ -166,8 +174,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_panic_fails_the_checkpoint_and_an_event_says_so() {
-        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap();
-        let store = Store::open(directory.path()).unwrap();
+        let (_directory, store) = opened().await;
         let ingests = Ingests::new(store.clone(), Arc::new(|_, _, _| panic!("on purpose")), Settings::default());
         let new = record("a");
         let row = new.clone();
@@ -183,8 +190,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_paused_admits_nothing() {
-        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap();
-        let store = Store::open(directory.path()).unwrap();
+        let (_directory, store) = opened().await;
         let ingests = Ingests::new(store, Arc::new(|_, _, _| panic!("nothing is begun")), Settings::default());
         ingests.admit().unwrap();
         ingests.pause().await;

@@ -119,7 +119,6 @@ impl Attachments {
         let (outlive, orphans, reconciled) = recover::look_around(runtime_dir, keeping)?;
         super::prepare_sessions_dir(&sessions_dir)?;
         let features = super::probe()?;
-        features::check_binding(&sessions_dir)?;
         let stack_depth = features::stack_depth(store.disk().root());
         Ok(Self(Arc::new(Shared {
             in_place: InPlace::new(store.catalog().clone(), datastores),

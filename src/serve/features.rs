@@ -5,9 +5,6 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::fcntl::OFlag;
-use nix::sys::stat::Mode;
-
 use super::mount_calls;
 use crate::error::{Error, Kind, Result};
 
@@ -86,20 +83,6 @@ pub(super) struct Fresh {
 pub fn probe() -> Result<Features> {
     let fresh = make_filesystem()?;
     Features::from_init(&fresh.init).ok_or_else(unreadable_init)
-}
-
-/// Whether mounts can be copied and set: every kernel that is supported can (Linux 5.12), so only a filter can be in the way, and then nothing
-/// could be attached. There is no other path: file systems themselves are made by calls of the same age.
-///
-/// # Errors
-/// `CALL_REFUSED`, or what the kernel says.
-pub(super) fn check_binding(directory: &Path) -> Result<()> {
-    let opened = nix::fcntl::open(directory, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
-    opened
-        .map_err(std::io::Error::from)
-        .and_then(mount_calls::clone_tree)
-        .and_then(|copy| mount_calls::make_private(&copy, mount_calls::READ_ONLY))
-        .map_err(|error| Error::io("copying the mount of", directory, error))
 }
 
 /// Makes a file system of ours and takes its INIT request.

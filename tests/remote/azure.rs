@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::Daemon;
 use crate::support::faults::{Fault, Faults};
@@ -203,4 +204,18 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn jobs_that_read_a_container_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let azurite = Azurite::start();
+    azurite.fill(&json!({"containers": [["open", true]], "trees": [["open", "lazy/", tree]]}));
+    let network = faltering::before(azurite.server.port);
+    let daemon = Daemon::start_with(HASTY);
+    let endpoint = format!("endpoint={}", network.url(&format!("/{ACCOUNT}")));
+    start(&daemon, "azure", "k", &uri("open/lazy/"), &[&endpoint]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::Daemon;
 use crate::support::faults::{Fault, Faults};
@@ -214,4 +215,17 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn jobs_that_read_a_bucket_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "lazy/", tree]]}));
+    let network = faltering::before(server.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    start(&daemon, "gcp", "k", "gs://ckpt/lazy/", &[&format!("endpoint={}", network.url(""))]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::buckets::{HASTY, LARGE, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
@@ -374,4 +375,18 @@ fn twenty_thousand_objects_and_the_environments_credentials() {
     let anonymous = ["anonymous=true".to_owned(), format!("endpoint={}", server.url(""))];
     create(&daemon, "aws", "nobody", "s3://ckpt/many", &[&anonymous[0], &anonymous[1]]).refused(&[2], &["key_id"]);
     assert_kept_nowhere(&daemon, &[SECRET, KEY_ID]);
+}
+
+#[test]
+fn jobs_that_read_a_bucket_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let moto = Moto::start();
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "lazy/", tree]]}));
+    let network = faltering::before(moto.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    let endpoint = format!("endpoint={}", network.url(""));
+    start(&daemon, "aws", "k", "s3://ckpt/lazy/", &[&endpoint, ANY_ID, ANY_SECRET]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
 }

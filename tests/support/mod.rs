@@ -14,6 +14,7 @@ pub(crate) mod faults;
 pub(crate) mod files;
 pub(crate) mod ftp_faults;
 pub(crate) mod loopfs;
+pub(crate) mod network;
 pub(crate) mod place;
 pub(crate) mod ran;
 pub(crate) mod seccomp;
