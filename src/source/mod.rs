@@ -41,6 +41,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::Stream;
 
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
@@ -189,6 +190,11 @@ pub trait EntryStream: Send {
 
     /// The next bytes of the present file; `None` at its end.
     async fn next_bytes(&mut self) -> Result<Option<Bytes>>;
+
+    /// Size and digest of the present file where its bytes do not follow: an earlier attempt has sealed them.
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        None
+    }
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
     fn revision(&self) -> String;

@@ -179,6 +179,11 @@ impl Daemon {
         self.json(&["get", checkpoint])["fill"]["bytes_done"].as_u64().unwrap_or(0)
     }
 
+    /// Files of a checkpoint that are sealed while it fills.
+    pub(crate) fn files_done(&self, checkpoint: &str) -> u64 {
+        self.json(&["get", checkpoint])["fill"]["files_done"].as_u64().unwrap_or(0)
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("the daemon is there").id()
     }
