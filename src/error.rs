@@ -178,7 +178,16 @@ impl Error {
     pub fn io(doing: &str, path: impl AsRef<Path>, source: io::Error) -> Self {
         let path = path.as_ref().display().to_string();
         let (kind, reason) = classify_io(&source);
-        Self::new(kind, reason, format!("{doing} {path}")).fact("path", path).because(source)
+        let error = Self::new(kind, reason, format!("{doing} {path}")).fact("path", path);
+        let error = if reason == CALL_REFUSED {
+            error.remedy(
+                "use Linux 5.15 or later, and let no system call filter refuse it (a container's seccomp profile; of systemd \
+                 RestrictSUIDSGID= refuses openat2, SystemCallFilter= what it is told to)",
+            )
+        } else {
+            error
+        };
+        error.because(source)
     }
 
     /// Adds what to do about it: an imperative clause.
@@ -265,6 +274,9 @@ impl Error {
     }
 }
 
+/// Reason of a system call that this kernel does not have, or a filter hides.
+const CALL_REFUSED: &str = "CALL_REFUSED";
+
 fn classify_io(error: &io::Error) -> (Kind, &'static str) {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => (Kind::NotFound, "NO_SUCH_FILE"),
@@ -275,6 +287,8 @@ fn classify_io(error: &io::Error) -> (Kind, &'static str) {
         Some(libc::EBUSY) => (Kind::WrongState, "BUSY"),
         Some(libc::EROFS) => (Kind::WrongState, "READ_ONLY_FILESYSTEM"),
         Some(libc::EIO) => (Kind::Unavailable, "DISK_IO_ERROR"),
+        // What is missing now is missing at the next attempt.
+        Some(libc::ENOSYS) => (Kind::Unsupported, CALL_REFUSED),
         _ => (Kind::Unavailable, "IO_ERROR"),
     }
 }

@@ -63,6 +63,9 @@ pub const FETCHES_PER_SOURCE: usize = 8;
 /// Streams from sources that all ingests together have open: several ranges of several files.
 pub const STREAMS: usize = FETCHES_PER_SOURCE * 4;
 
+/// Listings of one datastore at a time: what a server that does not answer can hold up in threads, which are gone until it does.
+pub const LISTINGS_PER_DATASTORE: usize = 4;
+
 /// Ingests that move bytes at the same time; more wait their turn.
 pub const INGESTS_AT_A_TIME: usize = 8;
 
@@ -140,3 +143,18 @@ pub const GIT_MEMORY_BYTES: u64 = 2 << 30;
 
 /// Longest pointer that git LFS recognises.
 pub const LFS_POINTER_BYTES: u64 = 1024;
+
+/// Calls that one scheduler or operator may have under way: each of its jobs may wait in an attach.
+pub const CALLS_OF_A_SCHEDULER: usize = 1024;
+
+/// Calls a second of one scheduler: a bound for one gone wild, far above a busy one.
+pub const CALLS_PER_SECOND_OF_A_SCHEDULER: f64 = 10_000.0;
+
+/// Calls that one tenant or reader may have under way: some watches and uploads.
+pub const CALLS_OF_A_TENANT: usize = 64;
+
+/// Calls a second of one tenant or reader.
+pub const CALLS_PER_SECOND_OF_A_TENANT: f64 = 50.0;
+
+/// Connections by TCP, those in their handshake included; more wait to be accepted.
+pub const TCP_CONNECTIONS: usize = 1024;

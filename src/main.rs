@@ -51,6 +51,9 @@ struct Serve {
     /// Where the socket and the mounts are
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
+    /// Where gRPC is listened for by TCP with certificates, besides the socket; see `[tls]` of the configuration
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<std::net::SocketAddr>,
 }
 
 #[derive(clap::Args)]
@@ -117,6 +120,9 @@ fn run_serve(arguments: Serve) -> Result<()> {
     }
     if let Some(runtime_dir) = arguments.runtime_dir {
         config.runtime_dir = absolute(runtime_dir)?;
+    }
+    if !arguments.listen.is_empty() {
+        config.tls_listen = arguments.listen;
     }
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve(config, inherited));

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::corpus::{Random, random_file, seed};
 use support::daemon::{CKPTD, Daemon, LOOPBACK, clean, serve_command};
@@ -16,6 +16,7 @@ use support::files::{assert_same_tree, disk_bytes, regular_files};
 use support::loopfs::LoopFs;
 use support::place::{Place, mounts_at};
 use support::ran::{Ran, run, run_for, shell, wait_until};
+use support::seccomp;
 use support::site::{Page, Site};
 
 const MIB: u64 = 1 << 20;
@@ -304,4 +305,23 @@ fn assert_nothing_half_made(daemon: &Daemon, name: &str) {
     assert_ne!(refused.code, Some(0), "{refused}");
     assert!(mounts_at(&target).is_empty());
     daemon.ctl(&["release", "early"]);
+}
+
+#[test]
+fn a_system_call_that_a_filter_refuses_is_said_at_once_with_the_remedy() {
+    let daemon = Daemon::start_without(nix::libc::SYS_openat2);
+    let source = daemon.place().dir("source");
+    fs::write(source.join("f"), "f").unwrap();
+    let begun = Instant::now();
+    let args = ["capture", "j", "--from", source.to_str().unwrap()];
+    daemon.ctl(&args).refused(&[2], &["system call filter", "RestrictSUIDSGID= refuses openat2"]);
+    assert!(begun.elapsed() < Duration::from_secs(20), "it was tried again and again");
+}
+
+#[test]
+fn a_daemon_that_could_attach_nothing_does_not_start() {
+    let place = Place::new();
+    let mut command = serve_command(&place.dir("state"), &place.dir("run"));
+    seccomp::refuse(&mut command, nix::libc::SYS_open_tree);
+    run(&mut command).refused(&[2], &["preparing the sessions directory", "system call filter"]);
 }

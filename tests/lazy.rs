@@ -21,6 +21,7 @@ use support::files::{b3sum, xattr};
 use support::place::mounts_at;
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
+use support::waiting::waiting_requests;
 
 const MIB: u64 = 1 << 20;
 const UNIT: u64 = 4 * MIB;
@@ -214,6 +215,46 @@ fn readers_that_are_killed_while_they_wait_go_away_at_once() {
     }
     scene.site.limit(0);
     assert_eq!(b3sum(&file), scene.digest());
+}
+
+#[test]
+fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
+    let scene = Scene::new(64, MIB / 4);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    let waiting = waiting_requests(scene.daemon.place(), &file);
+    let dd = |skip: u64| {
+        let args = ["iflag=direct", "of=/dev/null", "bs=2M", "count=1", &format!("skip={skip}")];
+        Command::new("dd").arg(format!("if={}", file.display())).args(args).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let (living, bytes) = (file.clone(), scene.bytes.clone());
+    let survivor = thread::spawn(move || {
+        let open = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(living).unwrap();
+        let mut found = vec![0; 8192];
+        let start = found.as_ptr().align_offset(4096);
+        open.read_exact_at(&mut found[start..start + 4096], 62 * MIB).unwrap();
+        assert!(found[start..start + 4096] == bytes[62 << 20..(62 << 20) + 4096]);
+    });
+    let mut killed: Vec<Child> = [20, 25, 31].into_iter().map(dd).collect();
+    wait_until("all wait", LIMIT, || waiting() == 7);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(waiting(), 7, "who lives is not touched");
+    killed.iter_mut().for_each(|reader| reader.kill().unwrap());
+    wait_until("the killed readers are gone", Duration::from_secs(2), || {
+        killed.iter_mut().all(|reader| reader.try_wait().unwrap().is_some())
+    });
+    wait_until("nothing of them is left in the kernel", LIMIT, || waiting() == 1);
+    assert!(!survivor.is_finished());
+    scene.site.limit(0);
+    survivor.join().unwrap();
+    assert_eq!(b3sum(&file), scene.digest());
+    let watchers = || threads_named(scene.daemon.pid(), "ckptd-waits");
+    wait_until("nobody watches where nothing waits", LIMIT, || watchers() == 0);
+}
+
+fn threads_named(pid: u32, name: &str) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    tasks.filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|is| is.trim() == name)).count()
 }
 
 #[test]

@@ -111,7 +111,8 @@ impl Round {
             20..30 => self.create(),
             30..33 => self.create_in_vain(),
             33..36 => self.retry(),
-            36..52 => self.attach(),
+            36..48 => self.attach(),
+            48..52 => self.attach_while_it_fills(),
             52..56 => self.reserve(),
             56..60 => self.attach_again(),
             60..66 => self.detach(),
@@ -276,6 +277,39 @@ impl Round {
         let said = format!("attached {ids:?} for {job}");
         self.jobs.insert(job, Job { target, checkpoints: chosen, attached: true });
         said
+    }
+
+    /// Read before it is here; then the daemon is killed, or the job goes away, or neither.
+    fn attach_while_it_fills(&mut self) -> String {
+        let (id, name, job) = (self.fresh("c"), self.name(), self.fresh("j"));
+        let length = (9 << 20) + self.below(5 << 20);
+        let bytes = Arc::new(self.random.bytes(length));
+        let url = self.site.put(&format!("/{id}/w.bin"), Page::Ranged(bytes.clone()));
+        self.site.limit(12 * MIB);
+        self.daemon.ctl(&["create", &name, "--type", "web", "--uri", &url, "--id", &id]).ok();
+        let target = self.daemon.place().dir(&format!("at-{job}"));
+        self.daemon.ctl(&["attach", &job, &id, "--lazy", "--at", text(&target)]).ok();
+        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes.clone())]));
+        let held = vec![(id.clone(), name)];
+        self.jobs.insert(job.clone(), Job { target: target.clone(), checkpoints: held, attached: true });
+        let file = target.join("w.bin");
+        (0..2).for_each(|_| self.compare_range(&file, &bytes));
+        let what = self.below(3);
+        match what {
+            0 => {
+                self.daemon.kill9();
+                self.daemon.restart();
+                (0..2).for_each(|_| self.compare_range(&file, &bytes));
+            }
+            1 => {
+                self.daemon.ctl(&["release", &job]).ok();
+                self.jobs.remove(&job);
+            }
+            _ => (0..2).for_each(|_| self.compare_range(&file, &bytes)),
+        }
+        self.site.limit(0);
+        self.wait_ready(&id);
+        format!("{job} read {id} while it filled; {}", ["killed it", "released the job", "went on"][what])
     }
 
     /// Also of what is not ready; then a later attach takes what was reserved.

@@ -5,7 +5,7 @@
 mod support;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -15,10 +15,12 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::corpus::{Random, random_file, seed};
-use support::daemon::{Daemon, NO_PASSTHROUGH};
+use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::assert_same_tree;
 use support::place::mounts_at;
-use support::ran::wait_until;
+use support::ran::{run, wait_until};
+use support::site::{Page, Site};
+use support::waiting::waiting_requests;
 
 const MIB: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -216,6 +218,84 @@ fn without_a_holder_views_are_made_again_and_it_is_said() {
     assert!(has_event(&daemon, "ATTACHMENT_REPLACED", "one"));
 }
 
+/// A process that stands still until the guard goes.
+struct Still(Pid);
+
+impl Still {
+    fn of(process: Pid) -> Self {
+        kill(process, Signal::SIGSTOP).unwrap();
+        Self(process)
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn without_resend_what_a_dead_daemon_had_taken_ends_with_it() {
+    let daemon = Daemon::start_kept(&[LOOPBACK, ("CKPTD_SERVE__RESEND", r#""never""#)]);
+    assert_eq!(daemon.json(&["status"])["features"]["resend"], false);
+    let site = Site::open();
+    site.limit(MIB / 4);
+    let bytes = Arc::new(Random::new(seed()).bytes(64 << 20));
+    let url = site.put("/w.bin", Page::Ranged(bytes.clone()));
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &url]).ok();
+    let target = daemon.place().dir("at");
+    daemon.ctl(&["attach", "job", "w", "--lazy", "--at", target.to_str().unwrap()]).ok();
+    let file = target.join("w.bin");
+    let waiting = waiting_requests(daemon.place(), &file);
+    let read = |flags: i32, at: usize| {
+        let (say, said) = mpsc::channel();
+        let (path, bytes) = (file.clone(), bytes.clone());
+        thread::spawn(move || {
+            let open = File::options().read(true).custom_flags(flags).open(path).unwrap();
+            let mut found = vec![0; 8192];
+            let start = found.as_ptr().align_offset(4096);
+            let read = open.read_exact_at(&mut found[start..start + 4096], at as u64);
+            let same = found[start..start + 4096] == bytes[at..at + 4096];
+            say.send(read.map(|()| same).map_err(|error| error.raw_os_error())).unwrap();
+        });
+        said
+    };
+    let (direct, cached) = (read(nix::libc::O_DIRECT, 50 << 20), read(0, 40 << 20));
+    wait_until("both are in the daemon's hands", LIMIT, || waiting() >= 2);
+    let server = daemon.server();
+    let keeper = Still::of(Pid::from_raw(i32::try_from(daemon.pid()).unwrap()));
+    kill(server, Signal::SIGKILL).unwrap();
+    // There is no successor yet that could answer.
+    let ended = direct.recv_timeout(LIMIT).expect("the read ends with the daemon");
+    assert_eq!(ended, Err(Some(nix::libc::ECONNABORTED)));
+    drop(keeper);
+    successor(&daemon, server);
+    site.limit(0);
+    assert_eq!(cached.recv_timeout(LIMIT).expect("the kernel asked again"), Ok(true));
+    daemon.wait_state("w", "ready", LIMIT);
+    assert!(fs::read(&file).unwrap() == *bytes);
+    assert!(!has_event(&daemon, "ATTACHMENT_", ""));
+}
+
+#[test]
+fn an_upload_that_is_under_way_ends_when_the_daemon_is_drained() {
+    let (daemon, _, _) = kept(&[]);
+    let source = daemon.place().dir("large");
+    File::create(source.join("w.bin")).unwrap().set_len(4 << 30).unwrap();
+    thread::scope(|scope| {
+        let sending = scope.spawn(|| run(daemon.ctl_command().args(["upload", "large"]).arg(&source)));
+        wait_until("it is under way", LIMIT, || {
+            assert!(!sending.is_finished(), "{:?}", daemon.stderr_tail());
+            daemon.rows("list").iter().any(|row| row["name"] == "large" && row["fill"]["bytes_done"].as_u64() > Some(0))
+        });
+        daemon.ctl(&["drain"]).ok();
+        sending.join().unwrap().refused(&[7], &["receiving an upload", "drained", "upload it again"]);
+    });
+    wait_until("nothing of it is left", LIMIT, || daemon.rows("list").len() == 1);
+    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0);
+    daemon.ctl(&["upload", "large", source.to_str().unwrap()]).refused(&[7], &["drained"]);
+}
+
 #[test]
 fn a_drained_daemon_takes_no_work_and_keeps_what_is_mounted() {
     let (daemon, source, [at, _]) = kept(&[]);
@@ -224,6 +304,9 @@ fn a_drained_daemon_takes_no_work_and_keeps_what_is_mounted() {
     let target = daemon.place().dir("new");
     daemon.attach_at("three", &["k"], &target).refused(&[7], &["takes no new work"]);
     daemon.ctl(&["create", "x", "--type", "web", "--uri", "https://example.invalid/x"]).refused(&[7], &["drained"]);
+    for verb in [vec!["reserve", "four", "k"], vec!["prefetch", "k"], vec!["retry", "k"]] {
+        daemon.ctl(&verb).refused(&[7], &["takes no new work", "restarted"]);
+    }
     assert_same_tree(&source, &at);
     kill_and_wait(&daemon, Signal::SIGKILL);
     assert_eq!(daemon.json(&["status"])["draining"], false);

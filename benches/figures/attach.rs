@@ -32,7 +32,8 @@ pub(crate) fn with_checkpoints(count: usize) -> Daemon {
     daemon
 }
 
-async fn attach_all(daemon: &Daemon, scale: &Scale) -> Vec<Duration> {
+/// Times of attaching where as many stand as the scale says; all are released again.
+pub(crate) async fn attach_all(daemon: &Daemon, scale: &Scale) -> Vec<Duration> {
     let endpoint = Endpoint::from_shared(format!("unix:{}", daemon.socket().display())).unwrap();
     let mut jobs = JobsClient::new(endpoint.connect().await.unwrap());
     for index in 0..scale.attachments {
@@ -41,6 +42,9 @@ async fn attach_all(daemon: &Daemon, scale: &Scale) -> Vec<Duration> {
     let mut times = Vec::new();
     for index in scale.attachments..scale.attachments + scale.timed {
         times.push(attach(&mut jobs, daemon, index, scale.checkpoints).await);
+        jobs.release_job(ReleaseJobRequest { job: format!("job-{index}") }).await.unwrap();
+    }
+    for index in 0..scale.attachments {
         jobs.release_job(ReleaseJobRequest { job: format!("job-{index}") }).await.unwrap();
     }
     times

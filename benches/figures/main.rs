@@ -16,6 +16,7 @@ mod dedup;
 mod idle;
 mod ingest;
 mod lazy;
+mod many;
 mod objects;
 mod read;
 #[path = "../../tests/support/mod.rs"]
@@ -43,6 +44,7 @@ const FIGURES: &[(&str, Take)] = &[
     ("attach", attach::take),
     ("walk", walk::take),
     ("idle", idle::take),
+    ("many", many::take),
 ];
 
 fn main() {

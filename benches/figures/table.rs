@@ -14,6 +14,8 @@ pub(crate) struct Scale {
     pub(crate) rounds: usize,
     /// Checkpoints served in the figures about many.
     pub(crate) checkpoints: usize,
+    /// Checkpoints in the catalog in the figures about very many.
+    pub(crate) recorded: usize,
     /// Attachments standing in the figures about many.
     pub(crate) attachments: usize,
     /// Attachments timed.
@@ -30,6 +32,11 @@ impl Scale {
         if std::env::var("CKPTD_BENCH_SHORT").is_ok_and(|value| value == "1") { Self::short() } else { Self::long() }
     }
 
+    /// The same, with so many checkpoints served.
+    pub(crate) fn with_checkpoints(&self, checkpoints: usize) -> Self {
+        Self { checkpoints, ..*self }
+    }
+
     fn long() -> Self {
         Self {
             short: false,
@@ -37,6 +44,7 @@ impl Scale {
             tensor_bytes: 64 << 20,
             rounds: 4,
             checkpoints: 100,
+            recorded: 10_000,
             attachments: 500,
             timed: 200,
             files: 100_000,
@@ -51,6 +59,7 @@ impl Scale {
             tensor_bytes: 8 << 20,
             rounds: 2,
             checkpoints: 10,
+            recorded: 500,
             attachments: 40,
             timed: 40,
             files: 5_000,

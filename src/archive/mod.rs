@@ -73,6 +73,8 @@ pub enum What {
         size: Option<u64>,
         /// Whether any executable bit is set.
         executable: bool,
+        /// Whether its bytes do not follow, because they are here already: see [`Here`].
+        here: bool,
     },
     /// A hard link: the bytes and the executable bit of the regular file that came earlier under this path.
     SameAs(EntryPath),
@@ -95,6 +97,10 @@ pub enum Archived {
     Random(Box<dyn ReadAt + Send>, u64),
 }
 
+/// Whether the file of this path and size is here from an earlier reading of the very same archive. Where an archive has a directory and is
+/// read in any order, as zips are, such a member is not read again.
+pub type Here = Box<dyn Fn(&EntryPath, u64) -> bool + Send>;
+
 /// What is known of an archive besides its bytes.
 #[derive(Clone, Debug)]
 pub struct About {
@@ -109,9 +115,14 @@ pub struct About {
 impl Members {
     /// Begins to read an archive as what its name and content say it is. Needs a runtime.
     pub fn read(bytes: Archived, about: About) -> Self {
+        Self::read_rest(bytes, about, Box::new(|_, _| false))
+    }
+
+    /// The same without the bytes of what is `here`.
+    pub fn read_rest(bytes: Archived, about: About, here: Here) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
         tokio::task::spawn_blocking(move || {
-            let mut sink = Sink::new(sender);
+            let mut sink = Sink::new(sender, here);
             let outcome = read(bytes, &about, &mut sink).and_then(|()| sink.end());
             if let Err(error) = outcome {
                 let shown = crate::names::show_bytes(about.name.as_bytes());

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
 use super::gate::Gate;
-use super::{Member, What};
+use super::{Here, Member, What};
 use crate::error::{Error, Kind, Result};
 
 /// What passes the channel.
@@ -22,11 +22,12 @@ pub(super) enum Message {
 pub(super) struct Sink {
     sender: Sender<Result<Message>>,
     gate: Gate,
+    here: Here,
 }
 
 impl Sink {
-    pub(super) fn new(sender: Sender<Result<Message>>) -> Self {
-        Self { sender, gate: Gate::default() }
+    pub(super) fn new(sender: Sender<Result<Message>>, here: Here) -> Self {
+        Self { sender, gate: Gate::default(), here }
     }
 
     /// A directory; the root itself is not handed on.
@@ -40,7 +41,15 @@ impl Sink {
     /// A regular file; its bytes are to follow.
     pub(super) fn file(&mut self, name: &[u8], size: Option<u64>, executable: bool) -> Result<()> {
         let path = self.gate.file(name)?;
-        self.member(path, What::File { size, executable })
+        self.member(path, What::File { size, executable, here: false })
+    }
+
+    /// A regular file whose bytes are to follow if this gives true: they are wanted.
+    pub(super) fn file_if_missing(&mut self, name: &[u8], size: u64, executable: bool) -> Result<bool> {
+        let path = self.gate.file(name)?;
+        let here = (self.here)(&path, size);
+        self.member(path, What::File { size: Some(size), executable, here })?;
+        Ok(!here)
     }
 
     /// A symbolic link.

@@ -165,7 +165,8 @@ pub fn enter_chunk(tx: &Connection, chunk: &ChunkRow, blob: i64) -> Result<()> {
 pub fn borrow(tx: &Connection, blob: i64, start: u64, len: u64, home: Home) -> Result<()> {
     execute(
         tx,
-        "INSERT OR REPLACE INTO borrows (blob, start, len, home, home_start, filled) VALUES (?, ?, ?, ?, ?, 0)",
+        "INSERT INTO borrows (blob, start, len, home, home_start, filled) VALUES (?1, ?2, ?3, ?4, ?5, 0)
+         ON CONFLICT (blob, start) DO UPDATE SET len = ?3, home = ?4, home_start = ?5, filled = 0",
         params![blob, to_sql(start), to_sql(len), home.blob, to_sql(home.start)],
     )
 }
@@ -366,22 +367,6 @@ pub fn unpunched(tx: &Connection) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u6
             Ok((blob, ranges.collect()))
         })
         .collect()
-}
-
-/// Bytes of the store: unique, physical, hydrated duplicates.
-///
-/// # Errors
-/// Those of the catalog.
-pub fn totals(tx: &Connection) -> Result<(u64, u64, u64)> {
-    tx.prepare_cached(
-        "SELECT (SELECT COALESCE(SUM(size), 0) FROM blobs WHERE state = 'sealed') - (SELECT COALESCE(SUM(len), 0) FROM borrows),
-                (SELECT COALESCE(SUM(stored_bytes), 0) FROM blobs),
-                (SELECT COALESCE(SUM(len), 0) FROM borrows WHERE filled)",
-    )
-    .and_then(|mut query| {
-        query.query_row([], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?), from_sql(row.get(2)?))))
-    })
-    .map_err(catalog_error)
 }
 
 fn is_named(tx: &Connection, blob: i64) -> Result<bool> {

@@ -2,9 +2,11 @@
 //!
 //! Lifecycle of a record:
 //! ```text
-//! new -> filling -> ready
+//! new -> filling -> ready -> evicted -> filling (wanted again)
 //!           |-> failed -> filling (retry)       any -> removing -> row gone
 //! ```
+//! One that was ready once keeps its digest for good: whatever fills it again must come to the same. The links of its tree to blobs
+//! (`manifest_blobs`) are *rooted* while a record that is `ready` and stored has that tree; what is not rooted is swept.
 
 use std::fmt;
 use std::str::FromStr;
@@ -129,7 +131,7 @@ pub struct Record {
     pub origin: Origin,
     /// What the source resolved to; empty until known.
     pub revision: String,
-    /// Checkpoint digest; set when ready.
+    /// Checkpoint digest; set when it is ready first, and kept when it is evicted.
     pub manifest: Option<Digest>,
     /// Regular files; 0 until the listing is known.
     pub files: u64,
@@ -141,9 +143,23 @@ pub struct Record {
     pub created_ms: i64,
     /// Where its bytes are, if they are not in the store; set when ready.
     pub in_place: Option<Place>,
+    /// Whether an operator wants it kept.
+    pub pinned: bool,
+    /// When a job last took or gave up a right to it, or it became ready: milliseconds since the epoch.
+    pub used_ms: i64,
+    /// Whether it was filled with secrets that came with the request, so that the daemon cannot fill it again by itself.
+    pub secrets_given: bool,
 }
 
-const COLUMNS: &str = "id, name, owner, public, state, source, revision, manifest, files, logical_bytes, failure, created_ms, datastore, below";
+impl Record {
+    /// The tree that can be served whole now.
+    pub fn ready_manifest(&self) -> Option<Digest> {
+        self.manifest.filter(|_| self.state == State::Ready)
+    }
+}
+
+const COLUMNS: &str = "id, name, owner, public, state, source, revision, manifest, files, logical_bytes, failure, created_ms, datastore, \
+                       below, pinned, used_ms, secrets_given";
 
 struct Raw {
     record: Record,
@@ -176,6 +192,9 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
             failure: None,
             created_ms: row.get(11)?,
             in_place: None,
+            pinned: row.get(14)?,
+            used_ms: row.get(15)?,
+            secrets_given: row.get(16)?,
         },
     })
 }
@@ -214,8 +233,8 @@ pub fn insert(tx: &Connection, record: &Record) -> Result<()> {
     let source =
         serde_json::to_string(&record.origin).map_err(|error| Error::internal("encoding a source").because(error))?;
     tx.prepare_cached(
-        "INSERT INTO checkpoints (id, name, owner, public, state, source, revision, files, logical_bytes, created_ms)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO checkpoints (id, name, owner, public, state, source, revision, files, logical_bytes, created_ms, used_ms)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?10)",
     )
     .and_then(|mut insert| {
         insert.execute(params![
@@ -243,26 +262,62 @@ pub fn get(tx: &Connection, id: &str) -> Result<Option<Record>> {
     Ok(select(tx, "id = ?", [id])?.pop())
 }
 
-/// Records that `reference` may mean: the one of that id, else all of that name; `public` restricts to public ones, `owner`
-/// (if not empty) to that owner's and public ones.
+/// Whose records somebody sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// All there are.
+    Everything,
+    /// One owner's (empty: nobody's) and public ones.
+    By(String),
+}
+
+impl Seen {
+    /// Whether a record is among them.
+    pub fn includes(&self, record: &Record) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::By(owner) => record.public || record.owner == *owner,
+        }
+    }
+
+    /// As a condition on `owner` and `public`, whose first parameter is [`Seen::owner`].
+    const fn condition(&self) -> &'static str {
+        match self {
+            Self::Everything => "?1 = ?1",
+            Self::By(_) => "(owner = ?1 OR public)",
+        }
+    }
+
+    fn owner(&self) -> &str {
+        match self {
+            Self::Everything => "",
+            Self::By(owner) => owner,
+        }
+    }
+}
+
+/// Records that `reference` may mean among those seen: the one of that id, else all of that name; `public` restricts to public ones.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn matching(tx: &Connection, reference: &str, owner: &str, public: bool) -> Result<Vec<Record>> {
-    let visible = "(?2 = '' OR owner = ?2 OR public) AND (NOT ?3 OR public) AND state <> 'removing'";
-    let by_id = select(tx, &format!("id = ?1 AND {visible}"), params![reference, owner, public])?;
+pub fn matching(tx: &Connection, reference: &str, seen: &Seen, public: bool) -> Result<Vec<Record>> {
+    let visible = format!("{} AND (NOT ?3 OR public) AND state <> 'removing'", seen.condition());
+    let by_id = select(tx, &format!("id = ?2 AND {visible}"), params![seen.owner(), reference, public])?;
     if !by_id.is_empty() {
         return Ok(by_id);
     }
-    select(tx, &format!("name = ?1 AND {visible}"), params![reference, owner, public])
+    select(tx, &format!("name = ?2 AND {visible}"), params![seen.owner(), reference, public])
 }
 
-/// All records, of one owner if `owner` is not empty, public ones only if `public`; in order of creation.
+/// All records among those seen, of one owner if `owner` is not empty, public ones only if `public`; in order of creation.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn list(tx: &Connection, owner: &str, public: bool) -> Result<Vec<Record>> {
-    select(tx, "(?1 = '' OR owner = ?1) AND (NOT ?2 OR public)", params![owner, public])
+pub fn list(tx: &Connection, seen: &Seen, owner: &str, public: bool) -> Result<Vec<Record>> {
+    // An owner's rows are found by their index.
+    let of_owner = if owner.is_empty() { "?2 = ?2" } else { "owner = ?2" };
+    let condition = format!("{of_owner} AND {} AND (NOT ?3 OR public)", seen.condition());
+    select(tx, &condition, params![seen.owner(), owner, public])
 }
 
 /// Records in a state.
@@ -428,7 +483,7 @@ pub fn set_ready(
 
 /// Whether a checkpoint of this manifest, other than `except`, has its bytes in the store: only such ones name blobs.
 fn has_stored(tx: &Connection, manifest: &Digest, except: &str) -> Result<bool> {
-    tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ? AND datastore = '' AND id <> ?")
+    tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ? AND state = 'ready' AND datastore = '' AND id <> ?")
         .and_then(|mut query| query.exists(params![manifest.as_bytes(), except]))
         .map_err(catalog_error)
 }
@@ -503,24 +558,6 @@ pub fn delete(tx: &Connection, id: &str) -> Result<Vec<i64>> {
         Ok(blobs)
     };
     delete().map_err(catalog_error)
-}
-
-/// Unique and physical bytes of a checkpoint: after dedup, and on disk (shared blobs counted here too). Nothing of one that is not
-/// ready or is served in place.
-///
-/// # Errors
-/// Those of the catalog.
-pub fn footprint(tx: &Connection, record: &Record) -> Result<(u64, u64)> {
-    let (Some(manifest), None) = (record.manifest, &record.in_place) else { return Ok((0, 0)) };
-    tx.prepare_cached(
-        "SELECT COALESCE(SUM(b.size - (SELECT COALESCE(SUM(r.len), 0) FROM borrows r WHERE r.blob = b.id)), 0),
-                COALESCE(SUM(b.stored_bytes), 0)
-         FROM manifest_blobs m JOIN blobs b ON b.id = m.blob WHERE m.manifest = ?",
-    )
-    .and_then(|mut query| {
-        query.query_row([manifest.as_bytes()], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))
-    })
-    .map_err(catalog_error)
 }
 
 /// Whether any row changed.

@@ -8,6 +8,7 @@
 //! The functions over rows live in one file per subject and take the connection; nothing outside this module writes SQL.
 //! Schema changes are migrations (`schema`), append-only; a catalog written by a newer ckptd is refused.
 
+pub mod accounting;
 pub mod blobs;
 pub mod checkpoints;
 pub mod events;
@@ -15,6 +16,7 @@ pub mod fills;
 pub mod forecasts;
 pub mod jobs;
 pub mod placements;
+pub mod retention;
 mod schema;
 
 use std::path::Path;

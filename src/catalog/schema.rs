@@ -187,6 +187,142 @@ const MIGRATIONS: &[&str] = &[
 
     -- When all bytes at rest were last read and were right; 0: not since they were sealed.
     ALTER TABLE blobs ADD COLUMN verified_ms INTEGER NOT NULL DEFAULT 0;
+
+    -- Whose checkpoint or job an event is about (empty: nobody's), and its number among that owner's: ascending, and no count.
+    ALTER TABLE events ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    ALTER TABLE events ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX events_owner ON events(owner, number);
+
+    -- Secrets came with the request that filled it: the daemon cannot fetch it again by itself.
+    ALTER TABLE checkpoints ADD COLUMN secrets_given INTEGER NOT NULL DEFAULT 0;
+
+    -- Figures that the triggers below keep, so that no change can forget them; `accounting` says what each means.
+    -- borrowed_bytes: sum of what it borrows; duplicate_bytes: of that, what is here too; names: trees that name it.
+    ALTER TABLE blobs ADD COLUMN borrowed_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE blobs ADD COLUMN duplicate_bytes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE blobs ADD COLUMN names INTEGER NOT NULL DEFAULT 0;
+    UPDATE blobs SET
+        borrowed_bytes = (SELECT COALESCE(SUM(len), 0) FROM borrows WHERE blob = id),
+        duplicate_bytes = (SELECT COALESCE(SUM(len), 0) FROM borrows WHERE blob = id AND filled),
+        names = (SELECT COUNT(*) FROM manifest_blobs WHERE blob = id);
+    CREATE INDEX blobs_shared ON blobs(id) WHERE names > 1;
+    CREATE INDEX blobs_duplicate ON blobs(id) WHERE duplicate_bytes > 0;
+
+    -- One row for each tree that names blobs. shared: in blobs that other trees name too.
+    CREATE TABLE footprints (
+        manifest             BLOB PRIMARY KEY,
+        blobs                INTEGER NOT NULL,
+        tree_bytes           INTEGER NOT NULL,
+        unique_bytes         INTEGER NOT NULL,
+        shared_bytes         INTEGER NOT NULL,
+        stored_bytes         INTEGER NOT NULL,
+        shared_stored_bytes  INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    INSERT INTO footprints
+        SELECT m.manifest, COUNT(*), SUM(b.size), SUM(b.size - b.borrowed_bytes),
+               SUM((b.names > 1) * (b.size - b.borrowed_bytes)), SUM(b.stored_bytes), SUM((b.names > 1) * b.stored_bytes)
+        FROM manifest_blobs m JOIN blobs b ON b.id = m.blob GROUP BY m.manifest;
+
+    -- One row for the store. sealed and remnant: what they occupy (a remnant is whatever is not sealed).
+    CREATE TABLE totals (
+        one              INTEGER PRIMARY KEY CHECK (one = 1),
+        unique_bytes     INTEGER NOT NULL,
+        duplicate_bytes  INTEGER NOT NULL,
+        sealed_bytes     INTEGER NOT NULL,
+        remnant_bytes    INTEGER NOT NULL
+    );
+    INSERT INTO totals
+        SELECT 1, COALESCE(SUM((state = 'sealed') * (size - borrowed_bytes)), 0), COALESCE(SUM(duplicate_bytes), 0),
+               COALESCE(SUM((state = 'sealed') * stored_bytes), 0), COALESCE(SUM((state <> 'sealed') * stored_bytes), 0)
+        FROM blobs;
+
+    CREATE TRIGGER borrows_added AFTER INSERT ON borrows BEGIN
+        UPDATE blobs SET borrowed_bytes = borrowed_bytes + new.len, duplicate_bytes = duplicate_bytes + new.len * new.filled
+            WHERE id = new.blob;
+    END;
+    CREATE TRIGGER borrows_gone AFTER DELETE ON borrows BEGIN
+        UPDATE blobs SET borrowed_bytes = borrowed_bytes - old.len, duplicate_bytes = duplicate_bytes - old.len * old.filled
+            WHERE id = old.blob;
+    END;
+    CREATE TRIGGER borrows_changed AFTER UPDATE OF len, filled ON borrows
+        WHEN old.len <> new.len OR old.filled <> new.filled
+    BEGIN
+        UPDATE blobs SET borrowed_bytes = borrowed_bytes + new.len - old.len,
+            duplicate_bytes = duplicate_bytes + new.len * new.filled - old.len * old.filled WHERE id = new.blob;
+    END;
+
+    CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
+        UPDATE totals SET
+            unique_bytes = unique_bytes + (new.state = 'sealed') * (new.size - new.borrowed_bytes),
+            duplicate_bytes = duplicate_bytes + new.duplicate_bytes,
+            sealed_bytes = sealed_bytes + (new.state = 'sealed') * new.stored_bytes,
+            remnant_bytes = remnant_bytes + (new.state <> 'sealed') * new.stored_bytes;
+    END;
+    CREATE TRIGGER blobs_gone AFTER DELETE ON blobs BEGIN
+        UPDATE totals SET
+            unique_bytes = unique_bytes - (old.state = 'sealed') * (old.size - old.borrowed_bytes),
+            duplicate_bytes = duplicate_bytes - old.duplicate_bytes,
+            sealed_bytes = sealed_bytes - (old.state = 'sealed') * old.stored_bytes,
+            remnant_bytes = remnant_bytes - (old.state <> 'sealed') * old.stored_bytes;
+    END;
+    CREATE TRIGGER blobs_counted AFTER UPDATE OF state, stored_bytes, borrowed_bytes, duplicate_bytes ON blobs BEGIN
+        UPDATE totals SET
+            unique_bytes = unique_bytes + (new.state = 'sealed') * (new.size - new.borrowed_bytes)
+                - (old.state = 'sealed') * (old.size - old.borrowed_bytes),
+            duplicate_bytes = duplicate_bytes + new.duplicate_bytes - old.duplicate_bytes,
+            sealed_bytes = sealed_bytes + (new.state = 'sealed') * new.stored_bytes
+                - (old.state = 'sealed') * old.stored_bytes,
+            remnant_bytes = remnant_bytes + (new.state <> 'sealed') * new.stored_bytes
+                - (old.state <> 'sealed') * old.stored_bytes;
+    END;
+    CREATE TRIGGER blobs_changed AFTER UPDATE OF stored_bytes, borrowed_bytes ON blobs
+        WHEN new.names > 0 AND (old.stored_bytes <> new.stored_bytes OR old.borrowed_bytes <> new.borrowed_bytes)
+    BEGIN
+        UPDATE footprints SET
+            unique_bytes = unique_bytes + old.borrowed_bytes - new.borrowed_bytes,
+            shared_bytes = shared_bytes + (new.names > 1) * (old.borrowed_bytes - new.borrowed_bytes),
+            stored_bytes = stored_bytes + new.stored_bytes - old.stored_bytes,
+            shared_stored_bytes = shared_stored_bytes + (new.names > 1) * (new.stored_bytes - old.stored_bytes)
+            WHERE manifest IN (SELECT manifest FROM manifest_blobs WHERE blob = new.id);
+    END;
+
+    CREATE TRIGGER names_added AFTER INSERT ON manifest_blobs BEGIN
+        UPDATE blobs SET names = names + 1 WHERE id = new.blob;
+        INSERT INTO footprints
+            SELECT new.manifest, 1, size, size - borrowed_bytes, (names > 1) * (size - borrowed_bytes), stored_bytes,
+                   (names > 1) * stored_bytes FROM blobs WHERE id = new.blob
+            ON CONFLICT (manifest) DO UPDATE SET
+                blobs = blobs + 1,
+                tree_bytes = tree_bytes + excluded.tree_bytes,
+                unique_bytes = unique_bytes + excluded.unique_bytes,
+                shared_bytes = shared_bytes + excluded.shared_bytes,
+                stored_bytes = stored_bytes + excluded.stored_bytes,
+                shared_stored_bytes = shared_stored_bytes + excluded.shared_stored_bytes;
+        -- The one tree that had it for itself has not any more.
+        UPDATE footprints SET
+            shared_bytes = shared_bytes + (SELECT size - borrowed_bytes FROM blobs WHERE id = new.blob),
+            shared_stored_bytes = shared_stored_bytes + (SELECT stored_bytes FROM blobs WHERE id = new.blob)
+            WHERE manifest = (SELECT m.manifest FROM blobs b JOIN manifest_blobs m ON m.blob = b.id
+                              WHERE b.id = new.blob AND b.names = 2 AND m.manifest <> new.manifest);
+    END;
+    CREATE TRIGGER names_gone AFTER DELETE ON manifest_blobs BEGIN
+        UPDATE footprints SET (blobs, tree_bytes, unique_bytes, shared_bytes, stored_bytes, shared_stored_bytes) =
+            (SELECT footprints.blobs - 1, footprints.tree_bytes - b.size,
+                    footprints.unique_bytes - (b.size - b.borrowed_bytes),
+                    footprints.shared_bytes - (b.names > 1) * (b.size - b.borrowed_bytes),
+                    footprints.stored_bytes - b.stored_bytes,
+                    footprints.shared_stored_bytes - (b.names > 1) * b.stored_bytes
+             FROM blobs b WHERE b.id = old.blob)
+            WHERE manifest = old.manifest;
+        DELETE FROM footprints WHERE manifest = old.manifest AND blobs = 0;
+        UPDATE blobs SET names = names - 1 WHERE id = old.blob;
+        -- The one tree that is left has it for itself.
+        UPDATE footprints SET
+            shared_bytes = shared_bytes - (SELECT size - borrowed_bytes FROM blobs WHERE id = old.blob),
+            shared_stored_bytes = shared_stored_bytes - (SELECT stored_bytes FROM blobs WHERE id = old.blob)
+            WHERE manifest = (SELECT m.manifest FROM blobs b JOIN manifest_blobs m ON m.blob = b.id
+                              WHERE b.id = old.blob AND b.names = 1);
+    END;
     ",
 ];
 
@@ -216,7 +352,7 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::catalog::checkpoints::{self, State};
-    use crate::catalog::{blobs, events, jobs};
+    use crate::catalog::{accounting, blobs, events, jobs};
 
     /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
     const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
@@ -233,12 +369,13 @@ mod tests {
             .unwrap();
         assert_eq!(version, MIGRATIONS.len());
 
-        let records = checkpoints::list(&connection, "", false).unwrap();
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
         let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.in_place.is_none())).collect();
         assert_eq!(seen, [("golden", State::Ready, true), ("broken", State::Failed, true)]);
         let manifest = records[0].manifest.unwrap();
         assert_eq!(checkpoints::manifest(&connection, &manifest).unwrap().digest(), manifest);
-        assert_eq!(checkpoints::footprint(&connection, &records[0]).unwrap(), (17, 8192));
+        let footprint = accounting::footprint(&connection, &records[0]).unwrap();
+        assert_eq!((footprint.unique_bytes, footprint.shared_bytes, footprint.physical_bytes), (17, 0, 8192));
         assert_eq!(jobs::holders(&connection, &records[0].id).unwrap(), ["job-1"]);
         assert_eq!(events::after(&connection, 0, 9).unwrap().len(), 2);
 

@@ -6,25 +6,25 @@ use std::io::{self, Write as _};
 
 use serde::Serialize;
 
-use super::connect::{self, Daemon};
+use super::connect::{self, Daemon, Way};
 use super::exit::{Ended, Ending};
 use crate::error::{Error, Result};
 
 /// The options every verb has, and stdout.
 pub(super) struct Console {
-    endpoint: String,
+    way: Way,
     json: bool,
 }
 
 impl Console {
     /// A console for one run.
-    pub(super) fn new(endpoint: String, json: bool) -> Self {
-        Self { endpoint, json }
+    pub(super) fn new(way: Way, json: bool) -> Self {
+        Self { way, json }
     }
 
     /// Connects to the daemon.
     pub(super) async fn daemon(&self) -> Result<Daemon> {
-        connect::connect(&self.endpoint).await
+        connect::connect(&self.way).await
     }
 
     /// Whether answers are wanted as JSON.

@@ -11,6 +11,9 @@ use crate::control::wire;
 use crate::error::Kind;
 use crate::units;
 
+mod space;
+pub(super) use space::{Evicted, Usage};
+
 /// A state of a checkpoint in the word of its wire name.
 pub(super) fn checkpoint_state(state: wire::CheckpointState) -> &'static str {
     match state {
@@ -48,7 +51,10 @@ pub(super) struct Checkpoint<'a> {
     files: u64,
     logical_bytes: u64,
     unique_bytes: u64,
+    shared_bytes: u64,
     physical_bytes: u64,
+    pinned: bool,
+    used_at: String,
     fill: Option<Fill>,
     error: Option<Failure<'a>>,
     created_at: String,
@@ -99,7 +105,10 @@ impl<'a> From<&'a wire::Checkpoint> for Checkpoint<'a> {
             files: record.files,
             logical_bytes: record.logical_bytes,
             unique_bytes: record.unique_bytes,
+            shared_bytes: record.shared_bytes,
             physical_bytes: record.physical_bytes,
+            pinned: record.pinned,
+            used_at: units::rfc3339(record.used_unix_ms),
             fill: record.fill.as_ref().map(Fill::of),
             error: record.error.as_ref().map(Failure::of),
             created_at: units::rfc3339(record.created_unix_ms),
@@ -246,44 +255,6 @@ pub(super) struct Released<'a> {
     pub(super) job: &'a str,
     /// Always true: releasing twice is one.
     pub(super) released: bool,
-}
-
-/// The answer of `usage`.
-#[derive(Serialize)]
-pub(super) struct Usage<'a> {
-    logical_bytes: u64,
-    unique_bytes: u64,
-    physical_bytes: u64,
-    duplicate_bytes: u64,
-    capacity_bytes: u64,
-    free_bytes: u64,
-    owners: Vec<OwnerUsage<'a>>,
-}
-
-#[derive(Serialize)]
-struct OwnerUsage<'a> {
-    owner: &'a str,
-    checkpoints: u64,
-    logical_bytes: u64,
-}
-
-impl<'a> From<&'a wire::Usage> for Usage<'a> {
-    fn from(usage: &'a wire::Usage) -> Self {
-        let owners = usage.owners.iter().map(|owner| OwnerUsage {
-            owner: &owner.owner,
-            checkpoints: owner.checkpoints,
-            logical_bytes: owner.logical_bytes,
-        });
-        Self {
-            logical_bytes: usage.logical_bytes,
-            unique_bytes: usage.unique_bytes,
-            physical_bytes: usage.physical_bytes,
-            duplicate_bytes: usage.duplicate_bytes,
-            capacity_bytes: usage.capacity_bytes,
-            free_bytes: usage.free_bytes,
-            owners: owners.collect(),
-        }
-    }
 }
 
 /// The answer of `drain`.
@@ -449,7 +420,8 @@ mod tests {
         let value = serde_json::to_value(Checkpoint::from(&record)).unwrap();
         assert_eq!(
             keys(&value),
-            "created_at digest error files fill id logical_bytes name owner physical_bytes public revision source state transfer unique_bytes"
+            "created_at digest error files fill id logical_bytes name owner physical_bytes pinned public revision shared_bytes source state \
+             transfer unique_bytes used_at"
         );
         assert_eq!(keys(&value["source"]), "options type uri");
         assert_eq!((&value["fill"], &value["error"]), (&Value::Null, &Value::Null));
@@ -511,9 +483,13 @@ mod tests {
         let value = serde_json::to_value(Usage::from(&usage)).unwrap();
         assert_eq!(
             keys(&value),
-            "capacity_bytes duplicate_bytes free_bytes logical_bytes owners physical_bytes unique_bytes"
+            "capacity_bytes catalog_bytes duplicate_bytes filesystem_bytes filling_bytes free_bytes logical_bytes other_bytes owners \
+             physical_bytes quarantine_bytes remnant_bytes scratch_bytes unique_bytes"
         );
-        assert_eq!(value["owners"], json!([{"owner": "", "checkpoints": 0, "logical_bytes": 0}]));
+        assert_eq!(
+            keys(&value["owners"][0]),
+            "checkpoints logical_bytes owner physical_bytes quota_bytes shared_bytes unique_bytes"
+        );
         let value = serde_json::to_value(Status::from(&wire::Status::default())).unwrap();
         assert_eq!(
             keys(&value),

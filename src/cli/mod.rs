@@ -27,12 +27,14 @@ mod create;
 mod document;
 mod drain;
 mod events;
+mod evict;
 mod exit;
 mod expires;
 mod follow;
 mod get;
 mod jobs;
 mod list;
+mod pin;
 pub mod progress;
 mod refusal;
 mod release;
@@ -47,11 +49,14 @@ mod upload;
 mod usage;
 mod watch;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::control::tls::CertificateFiles;
 use crate::error::Error;
+use connect::Way;
 use console::Console;
 use exit::Ended;
 
@@ -67,14 +72,39 @@ const EVERYWHERE: &str = "Options of every verb";
 #[derive(Parser)]
 #[command(name = "ckptctl", version)]
 struct Ckptctl {
-    /// Where ckptd listens: unix:PATH
+    /// Where ckptd listens: unix:PATH, or https://HOST:PORT
     #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_ENDPOINT", default_value = connect::DEFAULT_ENDPOINT)]
     endpoint: String,
     /// Print one JSON document on stdout (`watch` and `events --follow`: one object a line)
     #[arg(long, global = true, help_heading = EVERYWHERE)]
     json: bool,
+    /// Ask for this owner: see and change only what is its own, and public checkpoints
+    #[arg(long = "as", global = true, help_heading = EVERYWHERE, env = "CKPTD_OWNER", value_name = "OWNER")]
+    on_behalf_of: Option<String>,
+    /// By https: the certificate to show, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_CERTIFICATE", value_name = "FILE")]
+    tls_certificate: Option<PathBuf>,
+    /// By https: its key, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// By https: the authority that ckptd's certificate is of, PEM
+    #[arg(long, global = true, help_heading = EVERYWHERE, env = "CKPTD_TLS_CA", value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
+}
+
+impl Ckptctl {
+    fn console(&self) -> Console {
+        let file = |given: &Option<PathBuf>| given.clone().unwrap_or_default();
+        let certificates = CertificateFiles {
+            certificate: file(&self.tls_certificate),
+            key: file(&self.tls_key),
+            authorities: file(&self.tls_ca),
+        };
+        let way = Way { endpoint: self.endpoint.clone(), certificates, owner: self.on_behalf_of.clone() };
+        Console::new(way, self.json)
+    }
 }
 
 #[derive(Subcommand)]
@@ -88,6 +118,9 @@ enum Verb {
     Watch(watch::Watch),
     Retry(retry::Retry),
     Rename(rename::Rename),
+    Pin(pin::Pin),
+    Unpin(pin::Unpin),
+    Evict(evict::Evict),
     Remove(remove::Remove),
     Attach(attach::Attach),
     Detach(attach::Detach),
@@ -115,6 +148,9 @@ impl Verb {
             Self::Watch(verb) => verb.run(console).await,
             Self::Retry(verb) => verb.run(console).await,
             Self::Rename(verb) => verb.run(console).await,
+            Self::Pin(verb) => verb.run(console).await,
+            Self::Unpin(verb) => verb.run(console).await,
+            Self::Evict(verb) => verb.run(console).await,
             Self::Remove(verb) => verb.run(console).await,
             Self::Attach(verb) => verb.run(console).await,
             Self::Detach(verb) => verb.run(console).await,
@@ -134,8 +170,8 @@ impl Verb {
 
 /// Runs `ckptctl` with the arguments of this process and says how it ended.
 pub fn run() -> ExitCode {
-    let Ckptctl { endpoint, json, verb } = Ckptctl::parse();
-    let console = Console::new(endpoint, json);
+    let arguments = Ckptctl::parse();
+    let (console, verb) = (arguments.console(), arguments.verb);
     // One connection and one stream at a time: a second thread would only cost start-up.
     let ended = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(verb.run(&console)),
@@ -186,6 +222,9 @@ mod tests {
             "ckptctl retry m",
             "ckptctl rename m n",
             "ckptctl remove m --yes",
+            "ckptctl pin m",
+            "ckptctl unpin m",
+            "ckptctl evict m n --json",
             "ckptctl attach job a b --public-checkpoint c --public-checkpoint d --at /x --pid 7 --lazy --owner me",
             "ckptctl attach job",
             "ckptctl detach job",
@@ -200,6 +239,7 @@ mod tests {
             "ckptctl drain",
             "ckptctl --endpoint unix:/x events --follow",
             "ckptctl status --endpoint unix:/x",
+            "ckptctl --as me --endpoint https://h:1 --tls-certificate c --tls-key k --tls-ca a list",
         ] {
             assert_eq!(fault(line), None, "{line}");
         }

@@ -81,7 +81,10 @@ pub(super) fn checkpoint_details(record: &wire::Checkpoint) -> String {
         ("files", record.files.to_string()),
         ("logical", show_bytes(record.logical_bytes)),
         ("unique", show_bytes(record.unique_bytes)),
+        ("shared", show_bytes(record.shared_bytes)),
         ("on disk", show_bytes(record.physical_bytes)),
+        ("pinned", if record.pinned { "yes" } else { "no" }.to_owned()),
+        ("last used", local_time(record.used_unix_ms)),
         ("created", local_time(record.created_unix_ms)),
     ];
     if let Some(transfer) = &record.transfer {
@@ -151,17 +154,28 @@ pub(super) fn usage(usage: &wire::Usage) -> String {
         ("logical", show_bytes(usage.logical_bytes)),
         ("unique", show_bytes(usage.unique_bytes)),
         ("on disk", show_bytes(usage.physical_bytes)),
-        ("duplicates", show_bytes(usage.duplicate_bytes)),
-        ("capacity", show_bytes(usage.capacity_bytes)),
+        ("  of it duplicates", show_bytes(usage.duplicate_bytes)),
+        ("  of it remnants", show_bytes(usage.remnant_bytes)),
+        ("filling", show_bytes(usage.filling_bytes)),
+        ("quarantine", show_bytes(usage.quarantine_bytes)),
+        ("scratch", show_bytes(usage.scratch_bytes)),
+        ("catalog", show_bytes(usage.catalog_bytes)),
+        ("others", show_bytes(usage.other_bytes)),
         ("free", show_bytes(usage.free_bytes)),
+        ("filesystem", show_bytes(usage.filesystem_bytes)),
+        ("capacity", show_bytes(usage.capacity_bytes)),
     ]);
     if !usage.owners.is_empty() {
         let rows = usage.owners.iter().map(|owner| {
             let name = if owner.owner.is_empty() { "(public)".to_owned() } else { plain(&owner.owner) };
-            [name, owner.checkpoints.to_string(), show_bytes(owner.logical_bytes)]
+            let quota = if owner.quota_bytes == 0 { "-".to_owned() } else { show_bytes(owner.quota_bytes) };
+            let [logical, unique, shared, physical] =
+                [owner.logical_bytes, owner.unique_bytes, owner.shared_bytes, owner.physical_bytes].map(show_bytes);
+            [name, owner.checkpoints.to_string(), logical, quota, unique, shared, physical]
         });
         text.push('\n');
-        text.push_str(&table(["OWNER", "CHECKPOINTS", "SIZE"], rows, &[1, 2]));
+        let heads = ["OWNER", "CHECKPOINTS", "SIZE", "QUOTA", "UNIQUE", "SHARED", "ON DISK"];
+        text.push_str(&table(heads, rows, &[1, 2, 3, 4, 5, 6]));
     }
     text
 }

@@ -1,5 +1,6 @@
 //! What a scheduler asks before a job runs: bring it here, and how long would that take?
 
+use super::caller::Caller;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, State};
 use crate::error::{Error, Result};
@@ -10,8 +11,10 @@ impl Floors {
     pub(super) async fn prefetch(
         &self,
         request: wire::PrefetchCheckpointRequest,
+        caller: &Caller,
     ) -> Result<wire::PrefetchCheckpointResponse> {
-        let record = self.find(request.checkpoint).await?;
+        self.admit()?;
+        let record = self.find(request.checkpoint, caller).await?;
         let idle = self.ingests.progress(&record.id).is_none();
         if matches!(record.state, State::New | State::Filling | State::Evicted) && idle {
             let id = record.id.clone();
@@ -19,9 +22,9 @@ impl Floors {
             self.start_unless_sent(&record, Credentials::default());
         }
         if !request.memory {
-            let record = self.find(record.id).await?;
+            let record = self.find(record.id, caller).await?;
             return Ok(wire::PrefetchCheckpointResponse {
-                checkpoint: Some(self.show(record).await?),
+                checkpoint: Some(self.show(record, caller).await?),
                 memory_bytes: 0,
             });
         }
@@ -42,12 +45,16 @@ impl Floors {
         })
         .await
         .map_err(|error| Error::internal("prefetching ended early").because(error))??;
-        Ok(wire::PrefetchCheckpointResponse { checkpoint: Some(self.show(record).await?), memory_bytes })
+        Ok(wire::PrefetchCheckpointResponse { checkpoint: Some(self.show(record, caller).await?), memory_bytes })
     }
 
     /// What is expected of bringing a checkpoint here.
-    pub(super) async fn estimate(&self, request: wire::EstimateCheckpointRequest) -> Result<wire::Estimate> {
-        let record = self.find(request.checkpoint).await?;
+    pub(super) async fn estimate(
+        &self,
+        request: wire::EstimateCheckpointRequest,
+        caller: &Caller,
+    ) -> Result<wire::Estimate> {
+        let record = self.find(request.checkpoint, caller).await?;
         let estimate = self.ingests.estimate(&record).await?;
         Ok(wire::Estimate {
             checkpoint: record.id,

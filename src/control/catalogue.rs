@@ -13,7 +13,7 @@ use super::wire;
 use crate::catalog::checkpoints::{Origin, Record};
 use crate::error::{Error, Result};
 use crate::names::CheckpointName;
-use crate::source::{SourceKind, check_uri, split_user_information};
+use crate::source::{SourceKind, check_options, check_uri, split_user_information};
 
 /// The platform's public checkpoints.
 const BUILT_IN: &str = include_str!("catalogue.toml");
@@ -124,6 +124,7 @@ impl Offer {
         CheckpointName::new(self.name.clone())?;
         let kind: SourceKind = self.r#type.parse()?;
         check_uri(kind, &self.uri)?;
+        check_options(&self.options)?;
         if matches!(kind, SourceKind::Directory | SourceKind::Upload) || split_user_information(&self.uri).1.is_some() {
             return Err(Error::invalid("BAD_CATALOGUE", "its source is nothing that everybody may be shown"));
         }

@@ -1,25 +1,22 @@
 //! The service `Checkpoints`.
 
 use std::pin::Pin;
-use std::time::Duration;
 
 use futures_util::Stream;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::caller::Caller;
 use super::refusal::status;
-use super::{Floors, resolve, upload, wire};
-use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
+use super::{Floors, resolve, upload, watch, wire};
+use crate::catalog::checkpoints::{self as rows, Origin, Record, Seen, State};
 use crate::catalog::events::NewEvent;
 use crate::catalog::jobs;
 use crate::error::{Error, Kind, Result};
 use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
 use crate::source::{self, Credentials, SourceKind, SourceSpec};
 use crate::units::now_unix_ms;
-
-/// A watched record is sent at most this often.
-const WATCH_EVERY: Duration = Duration::from_millis(200);
 
 pub(super) struct Service {
     floors: Floors,
@@ -30,10 +27,10 @@ impl Service {
         Self { floors }
     }
 
-    async fn create(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+    async fn create(&self, request: wire::CreateCheckpointRequest, caller: &Caller) -> Result<wire::Checkpoint> {
         self.floors.admit()?;
         if !request.catalog.is_empty() {
-            return self.create_offered(request).await;
+            return self.create_offered(request, caller).await;
         }
         let wanted = request.source.unwrap_or_default();
         let kind = if wanted.r#type.is_empty() { SourceKind::infer(&wanted.uri)? } else { wanted.r#type.parse()? };
@@ -56,6 +53,7 @@ impl Service {
         let (uri, signature) = source::split_signature(kind, &uri);
         source::check_uri(kind, &uri)?;
         let spec = SourceSpec { kind, uri, options: wanted.options.into_iter().collect() };
+        source::check_options(&spec.options)?;
         let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
         if let Some(signature) = signature {
@@ -65,15 +63,20 @@ impl Service {
             secrets.entry("username".into()).or_insert(username);
             secrets.entry("password".into()).or_insert(password);
         }
-        let mut record = new_record(request.id, request.name, request.owner, request.public, origin)?;
+        let owner = caller.owner_of_new(request.owner, request.public)?;
+        let mut record = new_record(request.id, request.name, owner, request.public, origin)?;
         if is_sent(&record) {
             record.state = State::Filling;
         }
-        self.begin(record, Credentials::new(secrets)).await
+        self.begin(record, Credentials::new(secrets), caller).await
     }
 
     /// A public checkpoint of the catalogue.
-    async fn create_offered(&self, request: wire::CreateCheckpointRequest) -> Result<wire::Checkpoint> {
+    async fn create_offered(
+        &self,
+        request: wire::CreateCheckpointRequest,
+        caller: &Caller,
+    ) -> Result<wire::Checkpoint> {
         if request.source.is_some() || !request.owner.is_empty() {
             let message =
                 format!("`{}` is of the catalogue, which gives its source and makes it public", request.catalog);
@@ -81,13 +84,14 @@ impl Service {
         }
         let origin = self.floors.facts.catalogue.origin(&request.catalog)?;
         let name = if request.name.is_empty() { request.catalog } else { request.name };
-        let record = new_record(request.id, name, String::new(), true, origin)?;
-        self.begin(record, Credentials::new(request.credentials.into_iter().collect())).await
+        let owner = caller.owner_of_new(String::new(), true)?;
+        let record = new_record(request.id, name, owner, true, origin)?;
+        self.begin(record, Credentials::new(request.credentials.into_iter().collect()), caller).await
     }
 
     /// Records and starts, in a task of its own: a caller that goes away must not leave a record that nobody fills.
-    async fn begin(&self, record: Record, credentials: Credentials) -> Result<wire::Checkpoint> {
-        let floors = self.floors.clone();
+    async fn begin(&self, record: Record, credentials: Credentials, caller: &Caller) -> Result<wire::Checkpoint> {
+        let (floors, seen) = (self.floors.clone(), caller.sees());
         let record = tokio::spawn(async move {
             let id = record.id.clone();
             // A repeated call is answered by the record, whatever would be said of it by now.
@@ -95,7 +99,7 @@ impl Service {
             if !known && !is_sent(&record) {
                 floors.ingests.check(&record, &credentials)?;
             }
-            let (record, _) = insert(&floors, record).await?;
+            let (record, _) = insert(&floors, record, seen).await?;
             if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
                 floors.start_unless_sent(&record, credentials);
             }
@@ -103,10 +107,10 @@ impl Service {
         })
         .await
         .map_err(|error| Error::internal("recording a checkpoint ended early").because(error))??;
-        self.floors.show_transfer(record).await
+        self.floors.show_transfer(record, caller).await
     }
 
-    async fn capture(&self, request: wire::CaptureOutputRequest) -> Result<wire::Checkpoint> {
+    async fn capture(&self, request: wire::CaptureOutputRequest, caller: &Caller) -> Result<wire::Checkpoint> {
         self.floors.admit()?;
         let job = JobId::new(request.job)?;
         if !request.directory.starts_with('/') {
@@ -137,16 +141,18 @@ impl Service {
         }
         let options = request.options.into_iter().collect();
         let origin = Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options };
-        let record = new_record(request.id, name, request.owner, false, origin)?;
-        self.begin(record, Credentials::default()).await
+        let owner = caller.owner_of_new(request.owner, false)?;
+        let record = new_record(request.id, name, owner, false, origin)?;
+        self.begin(record, Credentials::default(), caller).await
     }
 
-    async fn retry(&self, request: wire::RetryCheckpointRequest) -> Result<wire::Checkpoint> {
+    async fn retry(&self, request: wire::RetryCheckpointRequest, caller: &Caller) -> Result<wire::Checkpoint> {
         self.floors.admit()?;
         let credentials = Credentials::new(request.credentials.into_iter().collect());
-        let floors = self.floors.clone();
+        let (floors, asking) = (self.floors.clone(), caller.clone());
         let record = tokio::spawn(async move {
-            let record = floors.store.catalog().write(move |tx| mark_for_retry(tx, &request.checkpoint)).await?;
+            let mark = move |tx: &rusqlite::Connection| mark_for_retry(tx, &request.checkpoint, &asking);
+            let record = floors.store.catalog().write(mark).await?;
             let idle = floors.ingests.progress(&record.id).is_none();
             if record.state == State::Filling && (record.failure.is_some() || idle) {
                 floors.start_unless_sent(&record, credentials);
@@ -155,27 +161,31 @@ impl Service {
         })
         .await
         .map_err(|error| Error::internal("retrying ended early").because(error))??;
-        self.floors.show_transfer(record).await
+        self.floors.show_transfer(record, caller).await
     }
 
-    async fn rename(&self, request: wire::RenameCheckpointRequest) -> Result<wire::Checkpoint> {
+    async fn rename(&self, request: wire::RenameCheckpointRequest, caller: &Caller) -> Result<wire::Checkpoint> {
         let name = CheckpointName::new(request.name)?;
-        let record = self.floors.find(request.checkpoint).await?;
+        let record = self.floors.find_own(request.checkpoint, caller).await?;
         let (id, text) = (record.id.clone(), name.to_string());
         self.floors.store.catalog().write(move |tx| rows::set_name(tx, &id, &text)).await?;
         self.floors.ingests.note_change(&record.id);
-        self.floors.show(Record { name: name.to_string(), ..record }).await
+        self.floors.show(Record { name: name.to_string(), ..record }, caller).await
     }
 
-    async fn remove(&self, request: wire::RemoveCheckpointRequest) -> Result<wire::RemoveCheckpointResponse> {
-        let reference = request.checkpoint;
+    async fn remove(
+        &self,
+        request: wire::RemoveCheckpointRequest,
+        caller: &Caller,
+    ) -> Result<wire::RemoveCheckpointResponse> {
+        let (reference, caller) = (request.checkpoint, caller.clone());
         // Looking for holders and marking are one transaction, so no job can come in between.
         let (record, flight) = self
             .floors
             .store
             .catalog()
             .write(move |tx| {
-                let record = resolve::removable(tx, &reference)?;
+                let record = resolve::removable(tx, &reference, &caller)?;
                 let holders = jobs::holders(tx, &record.id)?;
                 if !holders.is_empty() {
                     return Err(in_use(&record, &holders));
@@ -191,26 +201,33 @@ impl Service {
             .map_err(|error| Error::internal("removing ended early").because(error))??;
         let message = format!("`{}` was removed", record.name);
         self.floors
-            .note(NewEvent { kind: "CHECKPOINT_REMOVED", checkpoint: record.id.clone(), message, ..Default::default() })
+            .note(NewEvent {
+                kind: "CHECKPOINT_REMOVED",
+                checkpoint: record.id.clone(),
+                owner: record.owner,
+                message,
+                ..Default::default()
+            })
             .await;
-        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
+        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes, going_on: false })
     }
 
     async fn watch(
         &self,
         request: wire::WatchCheckpointsRequest,
+        caller: Caller,
     ) -> Result<ReceiverStream<Result<wire::Checkpoint, Status>>> {
         let changes = self.floors.ingests.changes();
         let only = match request.checkpoint.as_str() {
             "" => None,
-            _ => Some(self.floors.find(request.checkpoint).await?.id),
+            _ => Some(self.floors.find(request.checkpoint, &caller).await?.id),
         };
         let (sender, receiver) = mpsc::channel(16);
         let floors = self.floors.clone();
         tokio::spawn(async move {
             let outcome = match only {
-                Some(id) => watch_one(&floors, &id, changes, &sender).await,
-                None => watch_all(&floors, changes, &sender).await,
+                Some(id) => watch::one(&floors, &caller, &id, changes, &sender).await,
+                None => watch::all(&floors, &caller, changes, &sender).await,
             };
             if let Err(error) = outcome {
                 let _ = sender.send(Err(status(error))).await;
@@ -251,8 +268,8 @@ impl Floors {
 }
 
 /// Finds a record and, if it failed, makes it fill again; its old failure tells that it did.
-fn mark_for_retry(tx: &rusqlite::Connection, reference: &str) -> Result<Record> {
-    let record = resolve::record(tx, reference, "", false)?;
+fn mark_for_retry(tx: &rusqlite::Connection, reference: &str, caller: &Caller) -> Result<Record> {
+    let record = resolve::own(tx, reference, caller)?;
     match record.state {
         State::Failed | State::Evicted if record.origin.kind == SourceKind::Upload.as_str() => Err(Error::wrong_state(
             "NOT_RETRIABLE",
@@ -306,6 +323,9 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
         failure: None,
         created_ms: now_unix_ms(),
         in_place: None,
+        pinned: false,
+        used_ms: now_unix_ms(),
+        secrets_given: false,
     })
 }
 
@@ -322,7 +342,7 @@ fn fresh_id() -> Result<CheckpointId> {
 }
 
 /// Adds the record, or finds that the same was asked for before; whether it is new.
-pub(super) async fn insert(floors: &Floors, record: Record) -> Result<(Record, bool)> {
+pub(super) async fn insert(floors: &Floors, record: Record, seen: Seen) -> Result<(Record, bool)> {
     floors.store.disk().check_healthy()?;
     let inserted = floors
         .store
@@ -337,81 +357,15 @@ pub(super) async fn insert(floors: &Floors, record: Record) -> Result<(Record, b
             {
                 Ok((before, false))
             }
-            Some(before) => Err(Error::new(
-                Kind::AlreadyExists,
-                "ID_TAKEN",
-                format!("the id `{}` belongs to another checkpoint, `{}`", before.id, before.name),
-            )
-            .remedy("choose another id or none")),
+            Some(before) => {
+                let name = if seen.includes(&before) { format!(", `{}`", before.name) } else { String::new() };
+                let message = format!("the id `{}` belongs to another checkpoint{name}", before.id);
+                Err(Error::new(Kind::AlreadyExists, "ID_TAKEN", message).remedy("choose another id or none"))
+            }
         })
         .await?;
     floors.ingests.note_change(&inserted.0.id);
     Ok(inserted)
-}
-
-type Watcher = mpsc::Sender<Result<wire::Checkpoint, Status>>;
-
-/// Sends one record until it is decided.
-async fn watch_one(
-    floors: &Floors,
-    id: &str,
-    mut changes: broadcast::Receiver<String>,
-    watcher: &Watcher,
-) -> Result<()> {
-    let mut last = None;
-    loop {
-        let key = id.to_owned();
-        let Some(record) = floors.store.catalog().read(move |tx| rows::get(tx, &key)).await? else { return Ok(()) };
-        let state = record.state;
-        let message = floors.show(record).await?;
-        if last.as_ref() != Some(&message) {
-            last = Some(message.clone());
-            if watcher.send(Ok(message)).await.is_err() {
-                return Ok(());
-            }
-        }
-        match state {
-            State::Ready | State::Failed | State::Evicted => return Ok(()),
-            State::New | State::Filling | State::Removing => {}
-        }
-        tokio::select! {
-            () = watcher.closed() => return Ok(()),
-            () = tokio::time::sleep(WATCH_EVERY) => {}
-            _ = changed(&mut changes, id) => {}
-        }
-    }
-}
-
-async fn changed(changes: &mut broadcast::Receiver<String>, id: &str) {
-    loop {
-        match changes.recv().await {
-            Ok(other) if other != id => {}
-            _ => return,
-        }
-    }
-}
-
-/// Sends all records, then each that changes; records that fill are looked at on a timer while there are any.
-async fn watch_all(floors: &Floors, mut changes: broadcast::Receiver<String>, watcher: &Watcher) -> Result<()> {
-    let mut sent: std::collections::HashMap<String, wire::Checkpoint> = Default::default();
-    loop {
-        let all = floors.show_all(|tx| rows::list(tx, "", false)).await?;
-        let filling = all.iter().any(|message| message.fill.is_some());
-        sent.retain(|id, _| all.iter().any(|message| &message.id == id));
-        for message in all {
-            if sent.get(&message.id) != Some(&message) {
-                sent.insert(message.id.clone(), message.clone());
-                if watcher.send(Ok(message)).await.is_err() {
-                    return Ok(());
-                }
-            }
-        }
-        tokio::select! {
-            () = watcher.closed() => return Ok(()),
-            () = tokio::time::sleep(WATCH_EVERY), if filling => {}
-            _ = changes.recv() => tokio::time::sleep(WATCH_EVERY).await,
-        }
-    }
 }
 
 #[tonic::async_trait]
@@ -422,23 +376,28 @@ impl wire::checkpoints_server::Checkpoints for Service {
         &self,
         request: Request<wire::CreateCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        self.create(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.create(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn get_checkpoint(
         &self,
         request: Request<wire::GetCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        let record = self.floors.find(request.into_inner().checkpoint).await.map_err(status)?;
-        self.floors.show_transfer(record).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        let record = self.floors.find(request.into_inner().checkpoint, &caller).await.map_err(status)?;
+        self.floors.show_transfer(record, &caller).await.map(Response::new).map_err(status)
     }
 
     async fn list_checkpoints(
         &self,
         request: Request<wire::ListCheckpointsRequest>,
     ) -> Result<Response<wire::ListCheckpointsResponse>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
         let wire::ListCheckpointsRequest { owner, public } = request.into_inner();
-        let checkpoints = self.floors.show_all(move |tx| rows::list(tx, &owner, public)).await.map_err(status)?;
+        let seen = caller.sees();
+        let select = move |tx: &rusqlite::Connection| rows::list(tx, &seen, &owner, public);
+        let checkpoints = self.floors.show_all(&caller, select).await.map_err(status)?;
         Ok(Response::new(wire::ListCheckpointsResponse { checkpoints }))
     }
 
@@ -446,7 +405,8 @@ impl wire::checkpoints_server::Checkpoints for Service {
         &self,
         request: Request<wire::WatchCheckpointsRequest>,
     ) -> Result<Response<Self::WatchCheckpointsStream>, Status> {
-        let stream = self.watch(request.into_inner()).await.map_err(status)?;
+        let caller = Caller::of(&request).map_err(status)?;
+        let stream = self.watch(request.into_inner(), caller).await.map_err(status)?;
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -454,49 +414,72 @@ impl wire::checkpoints_server::Checkpoints for Service {
         &self,
         request: Request<wire::RetryCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        self.retry(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.retry(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn rename_checkpoint(
         &self,
         request: Request<wire::RenameCheckpointRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        self.rename(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.rename(request.into_inner(), &caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn pin_checkpoint(
+        &self,
+        request: Request<wire::PinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.pin(request.into_inner().checkpoint, true, &caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn unpin_checkpoint(
+        &self,
+        request: Request<wire::UnpinCheckpointRequest>,
+    ) -> Result<Response<wire::Checkpoint>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.pin(request.into_inner().checkpoint, false, &caller).await.map(Response::new).map_err(status)
     }
 
     async fn remove_checkpoint(
         &self,
         request: Request<wire::RemoveCheckpointRequest>,
     ) -> Result<Response<wire::RemoveCheckpointResponse>, Status> {
-        self.remove(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.remove(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn upload_checkpoint(
         &self,
         request: Request<Streaming<wire::UploadCheckpointRequest>>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        upload::receive(&self.floors, request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        upload::receive(&self.floors, request.into_inner(), caller).await.map(Response::new).map_err(status)
     }
 
     async fn capture_output(
         &self,
         request: Request<wire::CaptureOutputRequest>,
     ) -> Result<Response<wire::Checkpoint>, Status> {
-        self.capture(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.capture(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn prefetch_checkpoint(
         &self,
         request: Request<wire::PrefetchCheckpointRequest>,
     ) -> Result<Response<wire::PrefetchCheckpointResponse>, Status> {
-        self.floors.prefetch(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.prefetch(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn estimate_checkpoint(
         &self,
         request: Request<wire::EstimateCheckpointRequest>,
     ) -> Result<Response<wire::Estimate>, Status> {
-        self.floors.estimate(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.estimate(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn list_catalog(

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use tonic::{Request, Response, Status};
 
+use super::caller::Caller;
 use super::refusal::status;
 use super::{Floors, records, resolve, wire};
-use crate::catalog::checkpoints::{self as checkpoint_rows, Record};
+use crate::catalog::checkpoints::{self as checkpoint_rows, Record, Seen};
 use crate::catalog::jobs as rows;
 use crate::error::{Error, Result};
 use crate::names::JobId;
@@ -25,14 +26,24 @@ impl Service {
         Self { floors }
     }
 
-    /// Records of what a request names, with their directories.
+    /// Records of what a request names, with their directories: a job sees its owner's and public ones, and nothing else.
     async fn named(&self, refs: Vec<wire::CheckpointRef>, owner: String) -> Result<Vec<(Record, String)>> {
+        let seen = Seen::By(owner);
         let find = move |tx: &rusqlite::Connection| {
             refs.into_iter()
-                .map(|wanted| Ok((resolve::record(tx, &wanted.checkpoint, &owner, wanted.public)?, wanted.subdir)))
+                .map(|wanted| Ok((resolve::record(tx, &wanted.checkpoint, &seen, wanted.public)?, wanted.subdir)))
                 .collect()
         };
         self.floors.store.catalog().read(find).await
+    }
+
+    /// # Errors
+    /// `NO_SUCH_JOB` for a job that the caller does not see.
+    async fn check_sees(&self, job: &JobId, caller: &Caller) -> Result<()> {
+        let (key, caller) = (job.to_string(), caller.clone());
+        let seen =
+            move |tx: &rusqlite::Connection| Ok(rows::get(tx, &key)?.is_none_or(|row| caller.is_owner(&row.owner)));
+        if self.floors.store.catalog().read(seen).await? { Ok(()) } else { Err(no_such_job(job.as_str())) }
     }
 
     /// What a job has reserved.
@@ -48,28 +59,34 @@ impl Service {
         self.floors.store.catalog().read(find).await
     }
 
-    async fn reserve(&self, request: wire::ReserveCheckpointsRequest) -> Result<wire::Attachment> {
+    async fn reserve(&self, request: wire::ReserveCheckpointsRequest, caller: &Caller) -> Result<wire::Attachment> {
+        self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let expires_ms = end_of_right(request.expires_unix_ms)?;
-        let named = self.named(request.checkpoints, request.owner.clone()).await?;
-        let row = self.floors.attachments.reserve(&job, &request.owner, named, expires_ms).await?;
+        let owner = caller.owner_of_new(request.owner, false)?;
+        self.check_sees(&job, caller).await?;
+        let named = self.named(request.checkpoints, owner.clone()).await?;
+        let row = self.floors.attachments.reserve(&job, &owner, named, expires_ms).await?;
         self.floors.show_job(row).await
     }
 
-    async fn renew(&self, request: wire::RenewLeaseRequest) -> Result<wire::Attachment> {
+    async fn renew(&self, request: wire::RenewLeaseRequest, caller: &Caller) -> Result<wire::Attachment> {
         let job = JobId::new(request.job)?;
+        self.check_sees(&job, caller).await?;
         let row = self.floors.attachments.renew(&job, end_of_right(request.expires_unix_ms)?).await?;
         self.floors.show_job(row.ok_or_else(|| no_such_job(job.as_str()))?).await
     }
 
-    async fn attach(&self, request: wire::AttachCheckpointsRequest) -> Result<wire::Attachment> {
+    async fn attach(&self, request: wire::AttachCheckpointsRequest, caller: &Caller) -> Result<wire::Attachment> {
         self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let expires_ms = end_of_right(request.expires_unix_ms)?;
+        let owner = caller.owner_of_new(request.owner, false)?;
+        self.check_sees(&job, caller).await?;
         let named = if request.checkpoints.is_empty() {
             self.reserved(&job).await?
         } else {
-            self.named(request.checkpoints, request.owner.clone()).await?
+            self.named(request.checkpoints, owner.clone()).await?
         };
         let mut checkpoints = Vec::with_capacity(named.len());
         let mut waited_for = Vec::new();
@@ -85,7 +102,7 @@ impl Service {
         }
         let wanted = Wanted {
             job,
-            owner: request.owner,
+            owner,
             checkpoints,
             target: (!request.target.is_empty()).then(|| PathBuf::from(request.target)),
             pid: request.pid,
@@ -99,8 +116,9 @@ impl Service {
         Ok(wire::Attachment { waited_for: waited_for.join("; "), ..self.floors.show_job(row).await? })
     }
 
-    async fn detach(&self, request: wire::DetachCheckpointsRequest) -> Result<wire::Attachment> {
+    async fn detach(&self, request: wire::DetachCheckpointsRequest, caller: &Caller) -> Result<wire::Attachment> {
         let job = JobId::new(request.job)?;
+        self.check_sees(&job, caller).await?;
         let attachments = self.floors.attachments.clone();
         let detaching = job.clone();
         let row = tokio::spawn(async move { attachments.detach(&detaching).await })
@@ -109,8 +127,12 @@ impl Service {
         self.floors.show_job(row.ok_or_else(|| no_such_job(job.as_str()))?).await
     }
 
-    async fn release(&self, request: wire::ReleaseJobRequest) -> Result<wire::ReleaseJobResponse> {
+    async fn release(&self, request: wire::ReleaseJobRequest, caller: &Caller) -> Result<wire::ReleaseJobResponse> {
         let job = JobId::new(request.job)?;
+        if self.check_sees(&job, caller).await.is_err() {
+            // Of a job that is not there nothing is left to release, and the answer is the same.
+            return Ok(wire::ReleaseJobResponse {});
+        }
         let attachments = self.floors.attachments.clone();
         tokio::spawn(async move { attachments.release(&job).await })
             .await
@@ -118,20 +140,22 @@ impl Service {
         Ok(wire::ReleaseJobResponse {})
     }
 
-    async fn get(&self, request: wire::GetJobRequest) -> Result<wire::Attachment> {
+    async fn get(&self, request: wire::GetJobRequest, caller: Caller) -> Result<wire::Attachment> {
         let facts = self.floors.facts.clone();
         let find = move |tx: &rusqlite::Connection| {
-            let row = rows::get(tx, &request.job)?.ok_or_else(|| no_such_job(&request.job))?;
+            let row = rows::get(tx, &request.job)?.filter(|row| caller.is_owner(&row.owner));
+            let row = row.ok_or_else(|| no_such_job(&request.job))?;
             records::attachment(tx, row, &facts.catalogue)
         };
         self.floors.store.catalog().read(find).await
     }
 
-    async fn list(&self) -> Result<wire::ListJobsResponse> {
+    async fn list(&self, caller: Caller) -> Result<wire::ListJobsResponse> {
         let facts = self.floors.facts.clone();
         let list = move |tx: &rusqlite::Connection| {
             let show = |row| records::attachment(tx, row, &facts.catalogue);
-            rows::list(tx)?.into_iter().map(show).collect::<Result<Vec<_>>>()
+            let seen = rows::list(tx)?.into_iter().filter(|row| caller.is_owner(&row.owner));
+            seen.map(show).collect::<Result<Vec<_>>>()
         };
         let jobs = self.floors.store.catalog().read(list).await?;
         Ok(wire::ListJobsResponse { jobs })
@@ -167,45 +191,52 @@ impl wire::jobs_server::Jobs for Service {
         &self,
         request: Request<wire::ReserveCheckpointsRequest>,
     ) -> Result<Response<wire::Attachment>, Status> {
-        self.reserve(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.reserve(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn attach_checkpoints(
         &self,
         request: Request<wire::AttachCheckpointsRequest>,
     ) -> Result<Response<wire::Attachment>, Status> {
-        self.attach(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.attach(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn renew_lease(
         &self,
         request: Request<wire::RenewLeaseRequest>,
     ) -> Result<Response<wire::Attachment>, Status> {
-        self.renew(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.renew(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn detach_checkpoints(
         &self,
         request: Request<wire::DetachCheckpointsRequest>,
     ) -> Result<Response<wire::Attachment>, Status> {
-        self.detach(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.detach(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn release_job(
         &self,
         request: Request<wire::ReleaseJobRequest>,
     ) -> Result<Response<wire::ReleaseJobResponse>, Status> {
-        self.release(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.release(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn get_job(&self, request: Request<wire::GetJobRequest>) -> Result<Response<wire::Attachment>, Status> {
-        self.get(request.into_inner()).await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.get(request.into_inner(), caller).await.map(Response::new).map_err(status)
     }
 
     async fn list_jobs(
         &self,
-        _request: Request<wire::ListJobsRequest>,
+        request: Request<wire::ListJobsRequest>,
     ) -> Result<Response<wire::ListJobsResponse>, Status> {
-        self.list().await.map(Response::new).map_err(status)
+        let caller = Caller::of(&request).map_err(status)?;
+        self.list(caller).await.map(Response::new).map_err(status)
     }
 }

@@ -4,31 +4,34 @@
 //! domain types at the door and errors become statuses on the way out ([`refusal`]). A call that the client gives up is dropped
 //! where it waits; what it had begun goes on or is undone by the part that does it, never left half-made.
 //!
-//! The Unix socket is the only listener of this version. It has mode 0600, and who calls is also asked of the kernel ([`peer`]): root, or
-//! the daemon's own user, is the scheduler; nobody else is answered.
+//! Calls come by the Unix socket, and by TCP with certificates where it is configured ([`listen`], [`tls`]); each passes one door ([`access`]), which knows
+//! who calls, what they may and for whom they speak ([`caller`]).
 
+mod access;
 mod ahead;
+pub mod caller;
 pub mod catalogue;
 mod checkpoints;
 mod jobs;
+mod keeping;
+pub mod listen;
 mod node;
-mod peer;
 mod records;
 mod refusal;
 mod resolve;
+pub mod tls;
 mod upload;
+mod watch;
 pub mod wire;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::service::interceptor::InterceptedService;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+use tower::layer::util::{Identity, Stack};
 
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Result};
@@ -39,7 +42,10 @@ use crate::source::local::Tokens;
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
+use access::{Access, Door};
+use caller::Roles;
 use catalogue::Catalogue;
+pub use listen::{Listeners, bind, bind_tcp, take_listener};
 use wire::checkpoints_server::CheckpointsServer;
 use wire::jobs_server::JobsServer;
 use wire::node_server::NodeServer;
@@ -80,16 +86,12 @@ pub struct Facts {
     pub holder: &'static str,
     /// How often the keeper has restarted the daemon.
     pub restarts: u32,
-    /// Whether work is no longer taken.
-    pub draining: AtomicBool,
 }
 
 impl Floors {
     /// Stops taking work and filling; what is mounted stays, and is served. Another start ends it.
     pub async fn drain(&self) {
-        if !self.facts.draining.swap(true, Ordering::Relaxed) {
-            tracing::info!("no new work is taken");
-        }
+        tracing::info!("no new work is taken");
         self.ingests.pause().await;
     }
 
@@ -98,11 +100,7 @@ impl Floors {
     /// # Errors
     /// `DRAINING`.
     fn admit(&self) -> Result<()> {
-        if self.facts.draining.load(Ordering::Relaxed) {
-            return Err(Error::unavailable("DRAINING", "ckptd takes no new work: it is being drained")
-                .remedy("try again when it has been restarted"));
-        }
-        Ok(())
+        self.ingests.admit()
     }
 
     /// Records an event; a failure is logged, not passed on.
@@ -114,19 +112,19 @@ impl Floors {
     }
 }
 
-/// Serves on `listener` until `stop` resolves, then lets running calls end.
+/// Serves until `stop` resolves, then lets running calls end; `roles` says who may do what.
 ///
 /// # Errors
 /// The transport failed.
-pub async fn serve(floors: Floors, listener: UnixListener, stop: impl Future<Output = ()>) -> Result<()> {
-    let router = router(floors).await?;
+pub async fn serve(floors: Floors, listeners: Listeners, roles: Roles, stop: impl Future<Output = ()>) -> Result<()> {
+    let router = router(floors, roles).await?;
     router
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop)
+        .serve_with_incoming_shutdown(ReceiverStream::new(listen::connections(listeners)), stop)
         .await
         .map_err(|error| Error::unavailable("LISTENER_FAILED", "serving gRPC").because(error))
 }
 
-async fn router(floors: Floors) -> Result<Router> {
+async fn router(floors: Floors, roles: Roles) -> Result<Router<Stack<Door, Identity>>> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<CheckpointsServer<checkpoints::Service>>().await;
     health.set_serving::<JobsServer<jobs::Service>>().await;
@@ -147,55 +145,11 @@ async fn router(floors: Floors) -> Result<Router> {
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
+        .layer(Door(Access::new(roles)))
         .add_service(health_service)
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?)
-        .add_service(InterceptedService::new(checkpoints, peer::check))
-        .add_service(InterceptedService::new(jobs, peer::check))
-        .add_service(InterceptedService::new(node, peer::check)))
-}
-
-/// A socket that was listened on before we began.
-///
-/// # Errors
-/// The I/O error.
-pub fn take_listener(listener: std::os::unix::net::UnixListener) -> Result<UnixListener> {
-    listener
-        .set_nonblocking(true)
-        .and_then(|()| UnixListener::from_std(listener))
-        .map_err(|error| Error::unavailable("LISTENER_FAILED", "taking over the socket").because(error))
-}
-
-/// Binds the socket, taking the place of one that nobody listens on. Mode 0600 from the beginning.
-///
-/// # Errors
-/// `SOCKET_IN_USE` where somebody listens, `SOCKET_PATH_TAKEN` where something else is there, the I/O error.
-pub async fn bind(path: &Path) -> Result<UnixListener> {
-    use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-    if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        if !metadata.file_type().is_socket() {
-            return Err(Error::new(
-                crate::error::Kind::AlreadyExists,
-                "SOCKET_PATH_TAKEN",
-                format!("the socket path {} exists and is not a socket", path.display()),
-            )
-            .remedy("remove it or give another --runtime-dir"));
-        }
-        if tokio::net::UnixStream::connect(path).await.is_ok() {
-            return Err(Error::wrong_state(
-                "SOCKET_IN_USE",
-                format!("another process listens on the socket {}", path.display()),
-            )
-            .remedy("stop it or give another --runtime-dir"));
-        }
-        std::fs::remove_file(path).map_err(|error| Error::io("removing the stale socket", path, error))?;
-    }
-    // Bound under a private name first, so that the socket is never there with wider rights.
-    let private = path.with_extension("sock.new");
-    let _ = std::fs::remove_file(&private);
-    let listener = UnixListener::bind(&private).map_err(|error| Error::io("binding the socket", &private, error))?;
-    std::fs::set_permissions(&private, std::fs::Permissions::from_mode(0o600))
-        .and_then(|()| std::fs::rename(&private, path))
-        .map_err(|error| Error::io("binding the socket", path, error))?;
-    Ok(listener)
+        .add_service(checkpoints)
+        .add_service(jobs)
+        .add_service(node))
 }

@@ -1,8 +1,6 @@
 //! The service `Node`.
 
-use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::Stream;
@@ -10,10 +8,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::caller::Caller;
 use super::refusal::status;
 use super::{Floors, records, wire};
 use crate::catalog::jobs::JobState;
-use crate::catalog::{blobs, checkpoints, events, jobs};
+use crate::catalog::{events, jobs};
 use crate::error::Result;
 
 /// Estimates that a status shows.
@@ -34,11 +33,13 @@ impl Service {
         Self { floors }
     }
 
-    async fn status(&self) -> Result<wire::Status> {
+    async fn status(&self, caller: &Caller) -> Result<wire::Status> {
         let floors = &self.floors;
+        if caller.owner.is_some() {
+            return Ok(self.status_for_owners());
+        }
         let rows = floors.store.catalog().read(jobs::list).await?;
         let attached = rows.iter().filter(|row| row.state == JobState::Attached).count();
-        let features = floors.attachments.features();
         let estimates = floors.ingests.estimates(ESTIMATES_SHOWN).await?.into_iter().map(|made| wire::Estimated {
             checkpoint: made.checkpoint,
             bytes: made.bytes,
@@ -50,11 +51,7 @@ impl Service {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: floors.facts.started.elapsed().as_secs(),
-            features: Some(wire::Features {
-                passthrough: features.passthrough,
-                resend: features.resend,
-                reflink: floors.store.disk().reflink(),
-            }),
+            features: Some(self.features()),
             sessions: u32::try_from(floors.attachments.sessions()).unwrap_or(u32::MAX),
             attachments: u32::try_from(attached).unwrap_or(u32::MAX),
             state_dir: floors.store.disk().root().display().to_string(),
@@ -62,46 +59,45 @@ impl Service {
             degraded: floors.store.disk().poisoned().unwrap_or_default().to_owned(),
             holder: floors.facts.holder.to_owned(),
             restarts: floors.facts.restarts,
-            draining: floors.facts.draining.load(Ordering::Relaxed),
+            draining: floors.ingests.is_paused(),
             reconciled: floors.attachments.reconciled().to_string(),
         })
     }
 
-    async fn usage(&self) -> Result<wire::Usage> {
-        let floors = &self.floors;
-        let (records, (unique_bytes, physical_bytes, duplicate_bytes)) =
-            floors.store.catalog().read(|tx| Ok((checkpoints::list(tx, "", false)?, blobs::totals(tx)?))).await?;
-        let mut owners: BTreeMap<String, wire::OwnerUsage> = BTreeMap::new();
-        for record in &records {
-            let usage = owners
-                .entry(record.owner.clone())
-                .or_insert_with(|| wire::OwnerUsage { owner: record.owner.clone(), ..Default::default() });
-            usage.checkpoints += 1;
-            usage.logical_bytes += record.logical_bytes;
+    /// What an owner may know of this host: nothing that others have a part in.
+    fn status_for_owners(&self) -> wire::Status {
+        wire::Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: self.floors.facts.started.elapsed().as_secs(),
+            features: Some(self.features()),
+            draining: self.floors.ingests.is_paused(),
+            ..Default::default()
         }
-        let capacity_bytes = match floors.facts.capacity_bytes {
-            0 => floors.store.disk().filesystem_bytes()?,
-            configured => configured,
-        };
-        Ok(wire::Usage {
-            logical_bytes: records.iter().map(|record| record.logical_bytes).sum(),
-            unique_bytes,
-            physical_bytes,
-            duplicate_bytes,
-            capacity_bytes,
-            free_bytes: floors.store.disk().free_bytes()?,
-            owners: owners.into_values().collect(),
-        })
+    }
+
+    fn features(&self) -> wire::Features {
+        let features = self.floors.attachments.features();
+        wire::Features {
+            passthrough: features.passthrough,
+            resend: features.resend,
+            reflink: self.floors.store.disk().reflink(),
+        }
     }
 }
 
 type Sink = mpsc::Sender<Result<wire::Event, Status>>;
 
-async fn send_events(floors: &Floors, request: wire::WatchEventsRequest, sink: &Sink) -> Result<()> {
+async fn send_events(floors: &Floors, request: wire::WatchEventsRequest, caller: &Caller, sink: &Sink) -> Result<()> {
     let mut changes = floors.ingests.changes();
     let mut last = request.after_id;
     loop {
-        let found = floors.store.catalog().read(move |tx| events::after(tx, last, EVENTS_AT_A_TIME)).await?;
+        let owner = caller.owner.clone();
+        let next = move |tx: &rusqlite::Connection| match &owner {
+            // What is about nobody, or about what is public, tells of others.
+            Some(owner) => events::of_owner_after(tx, owner, last, EVENTS_AT_A_TIME),
+            None => events::after(tx, last, EVENTS_AT_A_TIME),
+        };
+        let found = floors.store.catalog().read(next).await?;
         let was_full = found.len() == EVENTS_AT_A_TIME;
         for event in found {
             last = event.id;
@@ -127,8 +123,9 @@ async fn send_events(floors: &Floors, request: wire::WatchEventsRequest, sink: &
 impl wire::node_server::Node for Service {
     type WatchEventsStream = Pin<Box<dyn Stream<Item = Result<wire::Event, Status>> + Send>>;
 
-    async fn get_status(&self, _request: Request<wire::GetStatusRequest>) -> Result<Response<wire::Status>, Status> {
-        self.status().await.map(Response::new).map_err(status)
+    async fn get_status(&self, request: Request<wire::GetStatusRequest>) -> Result<Response<wire::Status>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.status(&caller).await.map(Response::new).map_err(status)
     }
 
     async fn drain(&self, _request: Request<wire::DrainRequest>) -> Result<Response<wire::DrainResponse>, Status> {
@@ -136,8 +133,16 @@ impl wire::node_server::Node for Service {
         Ok(Response::new(wire::DrainResponse {}))
     }
 
-    async fn get_usage(&self, _request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {
-        self.usage().await.map(Response::new).map_err(status)
+    async fn get_usage(&self, request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.usage(&caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Result<Response<wire::EvictCheckpointsResponse>, Status> {
+        self.floors.evict(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn watch_events(
@@ -145,10 +150,11 @@ impl wire::node_server::Node for Service {
         request: Request<wire::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
         let (sink, receiver) = mpsc::channel(64);
+        let caller = Caller::of(&request).map_err(status)?;
         let floors = self.floors.clone();
         let request = request.into_inner();
         tokio::spawn(async move {
-            if let Err(error) = send_events(&floors, request, &sink).await {
+            if let Err(error) = send_events(&floors, request, &caller, &sink).await {
                 let _ = sink.send(Err(status(error))).await;
             }
         });

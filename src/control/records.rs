@@ -2,8 +2,10 @@
 
 use rusqlite::Connection;
 
+use super::caller::{Caller, NO_ROOM, NO_ROOM_REMEDY, ROOM_OF_THE_HOST};
 use super::catalogue::Catalogue;
 use super::{Floors, wire};
+use crate::catalog::accounting::{self, Figures};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
 use crate::catalog::jobs::{JobRow, JobState};
@@ -30,45 +32,48 @@ const fn job_state(state: JobState) -> wire::AttachmentState {
 }
 
 impl Floors {
-    /// A record as it is now, with its footprint and progress.
-    pub(super) async fn show(&self, record: Record) -> Result<wire::Checkpoint> {
-        let asked = record.clone();
-        let footprint = self.store.catalog().read(move |tx| checkpoints::footprint(tx, &asked)).await?;
-        Ok(self.message(record, footprint))
+    /// A record as it is now, with its footprint and progress, as far as the caller may know them.
+    pub(super) async fn show(&self, record: Record, caller: &Caller) -> Result<wire::Checkpoint> {
+        let (asked, confined) = (record.clone(), caller.owner.is_some());
+        let bytes = self.store.catalog().read(move |tx| footprint(tx, &asked, confined)).await?;
+        Ok(self.message(record, bytes, confined))
     }
 
     /// [`Floors::show`], and where its bytes are to be sent with which token, while it waits for somebody to send them. Only for who
-    /// asks for this one record.
-    pub(super) async fn show_transfer(&self, record: Record) -> Result<wire::Checkpoint> {
+    /// asks for this one record and may fill it.
+    pub(super) async fn show_transfer(&self, record: Record, caller: &Caller) -> Result<wire::Checkpoint> {
         let waits =
             matches!(record.state, State::New | State::Filling) && record.origin.kind == SourceKind::Local.as_str();
-        let transfer = self.tokens.as_ref().filter(|_| waits).map(|tokens| wire::Transfer {
+        let may_send = waits && caller.may_own() && caller.check_owns(&record).is_ok();
+        let transfer = self.tokens.as_ref().filter(|_| may_send).map(|tokens| wire::Transfer {
             url: tokens.url().to_owned(),
             token: tokens.token(&record.id, record.created_ms),
         });
-        Ok(wire::Checkpoint { transfer, ..self.show(record).await? })
+        Ok(wire::Checkpoint { transfer, ..self.show(record, caller).await? })
     }
 
     /// [`Floors::show`] of a list, in one view of the catalog.
     pub(super) async fn show_all(
         &self,
+        caller: &Caller,
         select: impl FnOnce(&Connection) -> Result<Vec<Record>> + Send + 'static,
     ) -> Result<Vec<wire::Checkpoint>> {
+        let confined = caller.owner.is_some();
         let found = self
             .store
             .catalog()
             .read(move |tx| {
-                let footprint = |record: Record| {
-                    let bytes = checkpoints::footprint(tx, &record)?;
+                let with_bytes = |record: Record| {
+                    let bytes = footprint(tx, &record, confined)?;
                     Ok((record, bytes))
                 };
-                select(tx)?.into_iter().map(footprint).collect::<Result<Vec<_>>>()
+                select(tx)?.into_iter().map(with_bytes).collect::<Result<Vec<_>>>()
             })
             .await?;
-        Ok(found.into_iter().map(|(record, footprint)| self.message(record, footprint)).collect())
+        Ok(found.into_iter().map(|(record, bytes)| self.message(record, bytes, confined)).collect())
     }
 
-    fn message(&self, record: Record, (unique_bytes, physical_bytes): (u64, u64)) -> wire::Checkpoint {
+    fn message(&self, record: Record, figures: Figures, confined: bool) -> wire::Checkpoint {
         let fill = self.ingests.progress(&record.id).filter(|_| record.state == State::Filling);
         let kind = record.origin.kind.parse().ok();
         let uri = kind.map_or_else(String::new, |kind| source::shown_uri(kind, &record.origin.uri));
@@ -78,7 +83,7 @@ impl Floors {
             source: Some(wire::Source {
                 r#type: record.origin.kind,
                 uri,
-                options: record.origin.options.into_iter().collect(),
+                options: record.origin.options.into_iter().map(shown_option).collect(),
             }),
             fill: fill.map(|fill| wire::Fill {
                 bytes_done: fill.bytes_done,
@@ -87,12 +92,7 @@ impl Floors {
                 files_done: fill.files_done,
                 files_total: fill.files_total,
             }),
-            error: record.failure.map(|failure| wire::Failure {
-                code: failure.code,
-                reason: failure.reason,
-                message: failure.message,
-                remedy: failure.remedy,
-            }),
+            error: record.failure.map(|failure| shown_failure(failure, confined)),
             id: record.id,
             name: record.name,
             owner: record.owner,
@@ -100,8 +100,11 @@ impl Floors {
             revision: record.revision,
             files: record.files,
             logical_bytes: record.logical_bytes,
-            unique_bytes,
-            physical_bytes,
+            unique_bytes: figures.unique_bytes,
+            shared_bytes: figures.shared_bytes,
+            physical_bytes: figures.physical_bytes,
+            pinned: record.pinned,
+            used_unix_ms: record.used_ms,
             created_unix_ms: record.created_ms,
             transfer: None,
         }
@@ -112,6 +115,25 @@ impl Floors {
         let facts = self.facts.clone();
         self.store.catalog().read(move |tx| attachment(tx, row, &facts.catalogue)).await
     }
+}
+
+/// Figures of the store, or for a confined caller those that nobody else's checkpoints have a part in.
+fn footprint(tx: &Connection, record: &Record, confined: bool) -> Result<Figures> {
+    if confined { accounting::own_footprint(tx, record) } else { accounting::footprint(tx, record) }
+}
+
+/// Why a record failed. How much room the host has is not for a confined caller: it would tell what others have.
+fn shown_failure(failure: checkpoints::Failure, confined: bool) -> wire::Failure {
+    let of_the_host = confined && ROOM_OF_THE_HOST.contains(&failure.reason.as_str());
+    let (message, remedy) =
+        if of_the_host { (NO_ROOM.to_owned(), NO_ROOM_REMEDY.to_owned()) } else { (failure.message, failure.remedy) };
+    wire::Failure { code: failure.code, reason: failure.reason, message, remedy }
+}
+
+/// Older records may hold an endpoint with user information, which is refused now.
+fn shown_option((key, value): (String, String)) -> (String, String) {
+    let value = if key == "endpoint" { source::split_user_information(&value).0 } else { value };
+    (key, value)
 }
 
 /// A job's row as a message.

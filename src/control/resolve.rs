@@ -3,7 +3,8 @@
 use rusqlite::Connection;
 
 use super::Floors;
-use crate::catalog::checkpoints::{self, Record, State};
+use super::caller::Caller;
+use crate::catalog::checkpoints::{self, Record, Seen, State};
 use crate::error::{Error, Kind, Result};
 use crate::ingest::Arrival;
 
@@ -11,11 +12,11 @@ use crate::ingest::Arrival;
 ///
 /// # Errors
 /// `NO_SUCH_CHECKPOINT`, `AMBIGUOUS_NAME` with the ids.
-pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool) -> Result<Record> {
+pub(super) fn record(tx: &Connection, reference: &str, seen: &Seen, public: bool) -> Result<Record> {
     if reference.is_empty() {
         return Err(Error::invalid("NO_CHECKPOINT", "the request names no checkpoint").remedy("give its id or name"));
     }
-    let mut found = checkpoints::matching(tx, reference, owner, public)?;
+    let mut found = checkpoints::matching(tx, reference, seen, public)?;
     if found.len() > 1 {
         let ids: Vec<_> = found.iter().map(|record| record.id.as_str()).collect();
         return Err(Error::invalid(
@@ -34,27 +35,44 @@ pub(super) fn record(tx: &Connection, reference: &str, owner: &str, public: bool
     })
 }
 
-/// [`record`] for a removal: also one by id that is being removed, so that a removal that broke off can be asked for again.
+/// [`record`] for whoever is to change it: it must be the caller's.
 ///
 /// # Errors
-/// As [`record`].
-pub(super) fn removable(tx: &Connection, reference: &str) -> Result<Record> {
+/// As [`record`]; `NOT_YOURS`.
+pub(super) fn own(tx: &Connection, reference: &str, caller: &Caller) -> Result<Record> {
+    let found = record(tx, reference, &caller.sees(), false)?;
+    caller.check_owns(&found)?;
+    Ok(found)
+}
+
+/// [`own`] for a removal: also one by id that is being removed, so that a removal that broke off can be asked for again.
+///
+/// # Errors
+/// As [`own`].
+pub(super) fn removable(tx: &Connection, reference: &str, caller: &Caller) -> Result<Record> {
     match checkpoints::get(tx, reference)? {
-        Some(removing) if removing.state == State::Removing => Ok(removing),
-        _ => record(tx, reference, "", false),
+        Some(removing) if removing.state == State::Removing && caller.sees().includes(&removing) => Ok(removing),
+        _ => own(tx, reference, caller),
     }
 }
 
 impl Floors {
-    /// [`record`] in a transaction of its own.
-    pub(super) async fn find(&self, reference: String) -> Result<Record> {
-        self.store.catalog().read(move |tx| record(tx, &reference, "", false)).await
+    /// [`record`] among what the caller sees, in a transaction of its own.
+    pub(super) async fn find(&self, reference: String, caller: &Caller) -> Result<Record> {
+        let seen = caller.sees();
+        self.store.catalog().read(move |tx| record(tx, &reference, &seen, false)).await
+    }
+
+    /// [`own`] in a transaction of its own.
+    pub(super) async fn find_own(&self, reference: String, caller: &Caller) -> Result<Record> {
+        let caller = caller.clone();
+        self.store.catalog().read(move |tx| own(tx, &reference, &caller)).await
     }
 
     /// Waits until a checkpoint can be attached.
     ///
     /// # Errors
-    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
+    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`, `DRAINING`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
     pub(super) async fn until_ready(&self, id: &str) -> Result<Record> {
         let mut changes = self.ingests.changes();
         loop {
@@ -75,7 +93,24 @@ impl Floors {
                 }
                 State::New | State::Filling | State::Removing => {}
             }
-            wait_for(&mut changes, id).await;
+            self.wait_for(&mut changes, id).await?;
+        }
+    }
+
+    /// Waits until `id` may have changed. Missing a message is one too.
+    ///
+    /// # Errors
+    /// `DRAINING`: nothing goes on with it.
+    async fn wait_for(&self, changes: &mut tokio::sync::broadcast::Receiver<String>, id: &str) -> Result<()> {
+        loop {
+            let changed = tokio::select! {
+                changed = changes.recv() => changed,
+                () = self.ingests.until_paused() => return self.admit(),
+            };
+            match changed {
+                Ok(changed) if changed != id => {}
+                _ => return Ok(()),
+            }
         }
     }
 }
@@ -100,17 +135,7 @@ impl Floors {
                 (Some(record), _) if matches!(record.state, State::New | State::Filling) => {}
                 _ => return Ok((self.until_ready(id).await?, None)),
             }
-            wait_for(&mut changes, id).await;
-        }
-    }
-}
-
-/// Waits until `id` may have changed. Missing a message is one too.
-async fn wait_for(changes: &mut tokio::sync::broadcast::Receiver<String>, id: &str) {
-    loop {
-        match changes.recv().await {
-            Ok(changed) if changed != id => {}
-            _ => return,
+            self.wait_for(&mut changes, id).await?;
         }
     }
 }

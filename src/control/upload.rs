@@ -4,13 +4,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tonic::Streaming;
 
+use super::caller::Caller;
 use super::checkpoints::{insert, new_record};
 use super::wire::upload_checkpoint_request::Message;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
-use crate::ingest::plan;
+use crate::ingest::{draining, plan};
 use crate::names::EntryPath;
 use crate::source::{EntryStream, File, Listed, SourceKind, What};
 
@@ -18,40 +19,54 @@ use crate::source::{EntryStream, File, Listed, SourceKind, What};
 pub(super) async fn receive(
     floors: &Floors,
     mut messages: Streaming<wire::UploadCheckpointRequest>,
+    caller: Caller,
 ) -> Result<wire::Checkpoint> {
     floors.admit()?;
     let Some(Message::Start(start)) = next(&mut messages).await? else {
         return Err(protocol("the first message must be `start`"));
     };
-    plan::admit(start.bytes_total, floors.store.available_bytes()?)?;
+    plan::admit(start.bytes_total, floors.store.available_bytes()?).map_err(|error| caller.may_know(error))?;
     let options = start.options.into_iter().collect();
     let origin = Origin { kind: SourceKind::Upload.to_string(), uri: start.origin, options };
     let one_file = start.one_file && origin.options.get("extract").is_none_or(|value| value != "false");
-    let record = new_record(start.id, start.name, start.owner, start.public, origin)?;
+    let owner = caller.owner_of_new(start.owner, start.public)?;
+    let record = new_record(start.id, start.name, owner, start.public, origin)?;
     // In a task of its own: a sender that goes away drops this call, and what it left must go all the same.
     let floors = floors.clone();
-    tokio::spawn(async move { fill(&floors, record, Sent::new(messages, one_file), start.bytes_total).await })
+    let sent = Sent::new(messages, one_file);
+    tokio::spawn(async move { fill(&floors, record, sent, start.bytes_total, &caller).await })
         .await
         .map_err(|error| Error::internal("an upload ended early").because(error))?
 }
 
-async fn fill(floors: &Floors, record: Record, sent: Sent, bytes_total: u64) -> Result<wire::Checkpoint> {
-    let (record, is_new) = insert(floors, record).await?;
+async fn fill(
+    floors: &Floors,
+    record: Record,
+    sent: Sent,
+    bytes_total: u64,
+    caller: &Caller,
+) -> Result<wire::Checkpoint> {
+    let (record, is_new) = insert(floors, record, caller.sees()).await?;
     if !is_new {
         return match record.state {
-            State::Ready => floors.show(record).await,
+            State::Ready => floors.show(record, caller).await,
             _ => Err(Error::wrong_state("UPLOAD_UNDER_WAY", format!("`{}` is being uploaded already", record.name))
                 .remedy("wait for it, or remove it and upload it again")),
         };
     }
-    let outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total).await;
+    let outcome = tokio::select! {
+        outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total) => outcome,
+        () = floors.ingests.until_paused() => {
+            Err(draining().during("receiving an upload").remedy("upload it again when ckptd has been restarted"))
+        }
+    };
     match outcome {
-        Ok(()) => floors.show(floors.find(record.id).await?).await,
+        Ok(()) => floors.show(floors.find(record.id, caller).await?, caller).await,
         Err(error) => {
             let id = record.id.clone();
             floors.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Removing, None)).await?;
             floors.remove_marked(&record, record.id.clone()).await?;
-            Err(error)
+            Err(caller.may_know(error))
         }
     }
 }

@@ -5,17 +5,24 @@
 //! errors, `check-config` reports every problem at once with its line, and the packaged file is tested against it. A value in the
 //! environment is written as in TOML: `CKPTD_SOURCES__ALLOW_NETWORKS='["10.0.0.0/8"]'`.
 
-use std::net::{Ipv4Addr, SocketAddr};
+mod values;
+
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::{Table, Value};
 
+use crate::control::caller::Roles;
+use crate::control::tls::CertificateFiles;
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::names::OwnerId;
 use crate::source::egress::Cidr;
 use crate::source::{Datastore, Datastores};
+use values::{
+    absolute_path, at_least, attempts, auto_or_never, base_url, bytes, file_or_none, listen_address, listen_addresses,
+    networks, owners, path_or_empty, peers, seconds, set, tenants,
+};
 
 /// Where the packaged service keeps its configuration.
 pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";
@@ -24,7 +31,7 @@ pub const DEFAULT_FILE: &str = "/etc/ckptd/config.toml";
 const PREFIX: &str = "CKPTD_";
 
 /// Variables with our prefix that are no keys: they belong to `ckptctl`.
-const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT"];
+const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT", "CKPTD_OWNER", "CKPTD_TLS_CERTIFICATE", "CKPTD_TLS_KEY", "CKPTD_TLS_CA"];
 
 /// Where systemd puts the credentials of a service that has some; our default where it is set.
 const SYSTEMD_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
@@ -44,6 +51,8 @@ pub struct Config {
     pub read_ahead_bytes: u64,
     /// Whether the kernel reads whole blobs itself where it can.
     pub passthrough: bool,
+    /// Whether a kernel that can is asked again for what a dead daemon had taken.
+    pub resend: bool,
     /// How long rights that are over at a start, or when the clock was set, may still be renewed.
     pub lease_grace: Duration,
     /// Networks that sources may reach besides public addresses.
@@ -64,6 +73,12 @@ pub struct Config {
     pub http_url: String,
     /// Silence after which an upload by HTTP is dropped.
     pub upload_idle: Duration,
+    /// Where gRPC by TCP is listened for, if at all.
+    pub tls_listen: Vec<SocketAddr>,
+    /// Certificates of that listener.
+    pub certificates: CertificateFiles,
+    /// Who may do what.
+    pub roles: Roles,
     /// Directories that are mounted on this host and served from.
     pub datastores: Datastores,
 }
@@ -77,6 +92,7 @@ impl Default for Config {
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
+            resend: true,
             lease_grace: Duration::from_secs(60),
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
@@ -87,6 +103,9 @@ impl Default for Config {
             http_listen: None,
             http_url: String::new(),
             upload_idle: Duration::from_secs(3600),
+            tls_listen: Vec::new(),
+            certificates: CertificateFiles::default(),
+            roles: Roles::default(),
             datastores: Datastores::default(),
         }
     }
@@ -108,6 +127,7 @@ const KEYS: &[Key] = &[
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
     Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
+    Key { name: "serve.resend", read: |config, value| set(&mut config.resend, auto_or_never(value)) },
     Key { name: "leases.grace_s", read: |config, value| set(&mut config.lease_grace, seconds(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
@@ -127,6 +147,20 @@ const KEYS: &[Key] = &[
     Key { name: "http.listen", read: |config, value| set(&mut config.http_listen, listen_address(value)) },
     Key { name: "http.url", read: |config, value| set(&mut config.http_url, base_url(value)) },
     Key { name: "http.upload_idle_s", read: |config, value| set(&mut config.upload_idle, seconds(value)) },
+    Key { name: "tls.listen", read: |config, value| set(&mut config.tls_listen, listen_addresses(value)) },
+    Key {
+        name: "tls.certificate",
+        read: |config, value| set(&mut config.certificates.certificate, path_or_empty(value)),
+    },
+    Key { name: "tls.key", read: |config, value| set(&mut config.certificates.key, path_or_empty(value)) },
+    Key {
+        name: "tls.client_ca",
+        read: |config, value| set(&mut config.certificates.authorities, path_or_empty(value)),
+    },
+    Key { name: "access.operators", read: |config, value| set(&mut config.roles.operators, peers(value)) },
+    Key { name: "access.schedulers", read: |config, value| set(&mut config.roles.schedulers, peers(value)) },
+    Key { name: "access.tenants", read: |config, value| set(&mut config.roles.tenants, tenants(value)) },
+    Key { name: "access.readers", read: |config, value| set(&mut config.roles.readers, peers(value)) },
 ];
 
 type ReadOf<T> = fn(&mut T, &Value) -> std::result::Result<(), String>;
@@ -208,6 +242,16 @@ pub fn examine(
             problems.push(Problem { place, what: "must be given: where the datastore is mounted".to_owned() });
         }
     }
+    let files = [
+        ("tls.certificate", &config.certificates.certificate),
+        ("tls.key", &config.certificates.key),
+        ("tls.client_ca", &config.certificates.authorities),
+    ];
+    for (key, path) in files {
+        if !config.tls_listen.is_empty() && path.as_os_str().is_empty() {
+            problems.push(Problem { place: key.to_owned(), what: "must be given where `tls.listen` is".to_owned() });
+        }
+    }
     Ok((config, problems))
 }
 
@@ -274,10 +318,19 @@ fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Val
     for (key, value) in table {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
+            // An empty one has no key that could be unknown.
+            Value::Table(inner) if inner.is_empty() && !is_section(&name) => leaves.push((name, value)),
             Value::Table(inner) => flatten(&name, inner, leaves),
             _ => leaves.push((name, value)),
         }
     }
+}
+
+/// Whether keys stand below `name`.
+fn is_section(name: &str) -> bool {
+    let below = |whole: &str| whole.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    let datastore = name.strip_prefix(DATASTORES).and_then(|rest| rest.strip_prefix('.'));
+    name == DATASTORES || datastore.is_some_and(is_datastore_name) || KEYS.iter().any(|key| below(key.name))
 }
 
 fn apply(config: &mut Config, name: &str, value: &Value) -> std::result::Result<(), String> {
@@ -319,6 +372,9 @@ fn line_of(text: &str, name: &str) -> usize {
         let line = line.trim();
         if let Some(heading) = line.strip_prefix('[').and_then(|rest| rest.split(']').next()) {
             present = heading.trim().replace(['"', '\''], "");
+            if present == name {
+                return number + 1;
+            }
         }
         let sets = line.split('=').next().map(str::trim);
         if (present == table && sets == Some(key)) || sets == Some(name) {
@@ -326,108 +382,6 @@ fn line_of(text: &str, name: &str) -> usize {
         }
     }
     1
-}
-
-fn set<T>(slot: &mut T, value: std::result::Result<T, String>) -> std::result::Result<(), String> {
-    *slot = value?;
-    Ok(())
-}
-
-fn absolute_path(value: &Value) -> std::result::Result<PathBuf, String> {
-    match value.as_str() {
-        Some(text) if text.starts_with('/') => Ok(PathBuf::from(text)),
-        _ => Err("must be an absolute path".to_owned()),
-    }
-}
-
-fn file_or_none(value: &Value) -> std::result::Result<Option<PathBuf>, String> {
-    match value.as_str() {
-        Some("") => Ok(None),
-        _ => absolute_path(value).map(Some).map_err(|what| format!("{what}, or empty")),
-    }
-}
-
-fn bytes(value: &Value) -> std::result::Result<u64, String> {
-    value
-        .as_integer()
-        .and_then(|number| u64::try_from(number).ok())
-        .ok_or_else(|| "must be a number of bytes, 0 or more".to_owned())
-}
-
-fn at_least(value: &Value, least: u64) -> std::result::Result<u64, String> {
-    bytes(value)
-        .ok()
-        .filter(|number| *number >= least)
-        .ok_or_else(|| format!("must be a number of bytes, at least {least}"))
-}
-
-fn auto_or_never(value: &Value) -> std::result::Result<bool, String> {
-    match value.as_str() {
-        Some("auto") => Ok(true),
-        Some("never") => Ok(false),
-        _ => Err("must be \"auto\" or \"never\"".to_owned()),
-    }
-}
-
-fn networks(value: &Value) -> std::result::Result<Vec<Cidr>, String> {
-    let expected = "must be a list of networks such as [\"10.0.0.0/8\", \"fd00::/8\"]";
-    let list = value.as_array().ok_or_else(|| expected.to_owned())?;
-    list.iter()
-        .map(|network| {
-            let text = network.as_str().ok_or_else(|| expected.to_owned())?;
-            text.parse::<Cidr>().map_err(|error| format!("{expected}: {}", error.report()))
-        })
-        .collect()
-}
-
-fn owners(value: &Value) -> std::result::Result<Vec<String>, String> {
-    let expected = || "must be a list of owners such as [\"team-a\"]; [] is everybody".to_owned();
-    let list = value.as_array().ok_or_else(expected)?;
-    list.iter()
-        .map(|owner| {
-            let owner = owner.as_str().ok_or_else(expected)?;
-            OwnerId::new(owner).map(|owner| owner.to_string()).map_err(|error| error.report())
-        })
-        .collect()
-}
-
-fn attempts(value: &Value) -> std::result::Result<u32, String> {
-    value
-        .as_integer()
-        .and_then(|number| u32::try_from(number).ok())
-        .filter(|number| (1..=100).contains(number))
-        .ok_or_else(|| "must be a number from 1 to 100".to_owned())
-}
-
-fn seconds(value: &Value) -> std::result::Result<Duration, String> {
-    value
-        .as_integer()
-        .and_then(|number| u64::try_from(number).ok())
-        .filter(|number| (1..=3600).contains(number))
-        .map(Duration::from_secs)
-        .ok_or_else(|| "must be a number of seconds from 1 to 3600".to_owned())
-}
-
-/// `""` for none, a port of loopback, or an address with its port.
-fn listen_address(value: &Value) -> std::result::Result<Option<SocketAddr>, String> {
-    let expected = || "must be \"\", a port, or an address with its port such as \"0.0.0.0:8080\"".to_owned();
-    let loopback = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    match (value.as_integer(), value.as_str()) {
-        (Some(port), _) => u16::try_from(port).map(|port| Some(loopback(port))).map_err(|_| expected()),
-        (_, Some("")) => Ok(None),
-        (_, Some(text)) => match text.parse::<u16>() {
-            Ok(port) => Ok(Some(loopback(port))),
-            Err(_) => text.parse().map(Some).map_err(|_| expected()),
-        },
-        _ => Err(expected()),
-    }
-}
-
-fn base_url(value: &Value) -> std::result::Result<String, String> {
-    let url = value.as_str().map(|text| text.trim_end_matches('/'));
-    url.filter(|url| url.is_empty() || url.starts_with("http://") || url.starts_with("https://"))
-        .map(str::to_owned)
-        .ok_or_else(|| "must be a URL that begins with http:// or https://".to_owned())
 }
 
 #[cfg(test)]
@@ -557,6 +511,14 @@ mod tests {
         let found = examine_host(&config);
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].place, "datastores.a.path");
+    }
+
+    #[test]
+    fn a_section_that_nobody_knows_is_a_problem_even_when_it_is_empty() {
+        let (_, problems) = problems_of("[store]\n\n[nonsense]\n[store.deeper]\n[datastores]\n", &[]);
+        let found: Vec<_> = problems.iter().map(|problem| (problem.place.as_str(), problem.what.as_str())).collect();
+        assert_eq!((found.len(), found[0].0, found[1].0), (2, "file:3", "file:4"), "{found:?}");
+        assert!(found[0].1.contains("no key `nonsense`") && found[1].1.contains("no key `store.deeper`"), "{found:?}");
     }
 
     #[test]

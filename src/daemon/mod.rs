@@ -17,17 +17,18 @@ mod recover;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::TcpListener;
 
+use crate::control::caller::Roles;
 use crate::control::catalogue::Catalogue;
-use crate::control::{self, Facts, Floors};
+use crate::control::tls::Certificates;
+use crate::control::{self, Facts, Floors, Listeners};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
 use crate::ingest::{Connector, Ingests, Settings};
-use crate::serve::attachments::Attachments;
+use crate::serve::attachments::{Attachments, KernelWishes};
 use crate::source::egress::EgressPolicy;
 use crate::source::local::Tokens;
 use crate::source::{
@@ -46,7 +47,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 /// A composed daemon that has not answered anybody yet.
 pub struct Instance {
     floors: Floors,
-    listener: UnixListener,
+    listeners: Listeners,
+    roles: Roles,
     socket: PathBuf,
     /// Whether the socket is ours to remove.
     bound: bool,
@@ -77,9 +79,10 @@ impl Instance {
         .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
+        let tcp = listen_by_tcp(config).await?;
         let (listener, bound) = match inherited.listener.take() {
             Some(listener) => (control::take_listener(listener)?, false),
-            None => (control::bind(&socket).await?, true),
+            None => (control::bind(&socket, config.roles.name_others()).await?, true),
         };
         let holder = inherited.holder.clone();
         let composed = async {
@@ -97,7 +100,9 @@ impl Instance {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
         });
-        Ok(Self { floors, listener, socket, bound, web, holder, lease_grace: config.lease_grace })
+        let listeners = Listeners { socket: listener, tcp };
+        let (roles, lease_grace) = (config.roles.clone(), config.lease_grace);
+        Ok(Self { floors, listeners, roles, socket, bound, web, holder, lease_grace })
     }
 
     /// Where it will listen.
@@ -121,7 +126,7 @@ impl Instance {
         let (leases, lease_grace) = (self.floors.attachments.clone(), self.lease_grace);
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
-        let serving = control::serve(self.floors, self.listener, async move {
+        let serving = control::serve(self.floors, self.listeners, self.roles, async move {
             stop.await;
             holder.stopping();
             floors.drain().await;
@@ -152,6 +157,23 @@ impl Instance {
         attachments.leave().await;
         outcome
     }
+}
+
+/// The gRPC listeners by TCP, if any are configured, with their certificates.
+async fn listen_by_tcp(config: &Config) -> Result<Vec<(TcpListener, Arc<Certificates>)>> {
+    if config.tls_listen.is_empty() {
+        return Ok(Vec::new());
+    }
+    let certificates = Arc::new(Certificates::open(config.certificates.clone())?);
+    let mut listeners = Vec::new();
+    for address in &config.tls_listen {
+        let listener = control::bind_tcp(*address).await?;
+        if let Ok(bound) = listener.local_addr() {
+            tracing::info!("listening for gRPC on {bound}");
+        }
+        listeners.push((listener, Arc::clone(&certificates)));
+    }
+    Ok(listeners)
 }
 
 /// The HTTP listener, if one is configured, and the tokens for what is sent there.
@@ -187,8 +209,9 @@ async fn compose(
         },
     );
     let filling = ingests.clone();
-    let (keeping, passthrough) = (inherited.keeping(), config.passthrough);
-    let attachments = blocking(move || Attachments::open(on, filling, known, &below, passthrough, keeping)).await?;
+    let keeping = inherited.keeping();
+    let wishes = KernelWishes { passthrough: config.passthrough, resend: config.resend };
+    let attachments = blocking(move || Attachments::open(on, filling, known, &below, wishes, keeping)).await?;
     // Readers wait for it.
     attachments.adopt().await?;
     let catalogue = Catalogue::open(config.catalogue_file.as_deref())?;
@@ -199,7 +222,6 @@ async fn compose(
         catalogue,
         holder: inherited.holder.name(),
         restarts: inherited.holder.restarts(),
-        draining: AtomicBool::new(false),
     });
     Ok(Floors { store, ingests, attachments, tokens, facts })
 }

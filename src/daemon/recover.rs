@@ -18,7 +18,8 @@ use crate::units::now_unix_ms;
 
 pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
     note_restart(floors, holder).await?;
-    let records = floors.store.catalog().read(|tx| checkpoints::list(tx, "", false)).await?;
+    let records =
+        floors.store.catalog().read(|tx| checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)).await?;
     for record in records {
         match record.state {
             State::Removing => finish_removal(floors, &record).await,

@@ -20,6 +20,7 @@
 //! Nothing here takes a lock or waits for anything but the disk; all of it blocks and belongs on blocking threads.
 
 mod extents;
+mod occupancy;
 mod ownership;
 mod read_ahead;
 mod scratch;
@@ -41,6 +42,7 @@ use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
 use crate::units::show_bytes;
 
 pub use extents::{SealedFile, clone_file};
+pub use occupancy::{Filesystem, Occupied};
 pub use scratch::Scratch;
 pub use secret::SECRET_BYTES;
 
@@ -166,16 +168,6 @@ impl Disk {
         )
         .fact("available_bytes", available)
         .remedy("free space or remove checkpoints, then retry"))
-    }
-
-    /// Size of the filesystem in bytes.
-    ///
-    /// # Errors
-    /// The I/O error.
-    pub fn filesystem_bytes(&self) -> Result<u64> {
-        let stat = nix::sys::statvfs::fstatvfs(&self.root_handle)
-            .map_err(|errno| Error::io("asking for the size of", &self.root, errno.into()))?;
-        Ok(stat.blocks().saturating_mul(stat.fragment_size()))
     }
 
     /// Makes the directory that a flight fills into.

@@ -10,10 +10,13 @@
 //! * a zip that its source gives only whole, or of unknown size, is spooled into the flight's directory first, as a file
 //!   that is unlinked before it is read.
 //!
-//! What cannot be taken up begins anew along the ladder, as does the whole after a restart: what is sealed then is found again by its digest.
+//! What cannot be taken up begins anew along the ladder, as does the whole after a restart. Members of a zip that were sealed before, of this
+//! very revision, are settled by their rows and not fetched again: its directory tells where the others are. Their sums were
+//! verified before they were sealed. A tar or a compressed file has to be read from its beginning, and nothing before its end says that it is
+//! sound: there what is sealed is found again by its digest.
 //! Digests that the source states of the archive are verified where it is read in order; members of zips have their own sums.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,14 +30,15 @@ use tokio::task::AbortHandle;
 use super::fetch::Flying;
 use super::plan;
 use super::retry::Ladder;
-use super::seal::Verifier;
 use super::stream::{self, ADMIT_BYTES};
-use crate::archive::{About, Archived, Format, Members};
+use crate::archive::{self, About, Archived, Format, Members};
+use crate::catalog::fills;
+use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::layout::ReadAt;
 use crate::manifest::Manifest;
 use crate::names::{EntryName, EntryPath};
-use crate::source::{ByteStream, EntryStream, File, Listed, Listing, What, listed_member};
+use crate::source::{ByteStream, EntryStream, File, Listed, Listing, Verifier, What, listed_member};
 use crate::store::filling::Filling;
 
 /// Pieces of an archive between who fetches and who reads: with those of HTTP (64 KiB and less) half a MiB.
@@ -86,7 +90,7 @@ pub(super) async fn extract(flying: &Arc<Flying>, archive: &Archive) -> Result<M
         shared.store.disk().clear_flight(&flying.key, &[])?;
         shared.store.disk().begin_flight(&flying.key)?;
         let attempt = async {
-            let entries = open(flying, archive).await?;
+            let entries = open(flying, archive, sealed(flying, archive).await?).await?;
             stream::fill(shared, &flying.key, Box::new(entries), &flying.progress).await
         };
         match attempt.await {
@@ -96,7 +100,21 @@ pub(super) async fn extract(flying: &Arc<Flying>, archive: &Archive) -> Result<M
     }
 }
 
-async fn open(flying: &Arc<Flying>, archive: &Archive) -> Result<Extracting> {
+/// Members that an earlier attempt has sealed, with sizes and digests.
+type Sealed = Arc<HashMap<EntryPath, (u64, Digest)>>;
+
+/// What may be left out of `archive`. Rows are of this flight, and so of this revision.
+async fn sealed(flying: &Flying, archive: &Archive) -> Result<Sealed> {
+    if archive.about.format != Format::Zip {
+        return Ok(Sealed::default());
+    }
+    let key = flying.key.clone();
+    let rows = flying.shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;
+    let rows = rows.into_iter().filter_map(|row| Some((EntryPath::new(row.path).ok()?, (row.size, row.sealed?))));
+    Ok(Arc::new(rows.collect()))
+}
+
+async fn open(flying: &Arc<Flying>, archive: &Archive, sealed: Sealed) -> Result<Extracting> {
     let size = archive.file.size.filter(|_| archive.file.ranges);
     let (bytes, task) = match (archive.about.format, size) {
         (Format::Zip, Some(size)) => {
@@ -117,13 +135,19 @@ async fn open(flying: &Arc<Flying>, archive: &Archive) -> Result<Extracting> {
             (Archived::Stream(Box::new(reader)), Some(task.abort_handle()))
         }
     };
-    Ok(Extracting { members: Members::read(bytes, archive.about.clone()), task })
+    let known = sealed.clone();
+    let here = move |path: &EntryPath, size: u64| known.get(path).is_some_and(|(sealed, _)| *sealed == size);
+    let members = Members::read_rest(bytes, archive.about.clone(), Box::new(here));
+    Ok(Extracting { members, task, sealed, present: None })
 }
 
 /// The members as entries. Dropping it ends the fetching, and with it the reading.
 struct Extracting {
     members: Members,
     task: Option<AbortHandle>,
+    sealed: Sealed,
+    /// The present member, where it is sealed.
+    present: Option<(u64, Digest)>,
 }
 
 impl Drop for Extracting {
@@ -137,11 +161,20 @@ impl Drop for Extracting {
 #[async_trait]
 impl EntryStream for Extracting {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        Ok(self.members.next().await?.map(listed_member))
+        let member = self.members.next().await?;
+        self.present = member.as_ref().and_then(|member| match member.what {
+            archive::What::File { here: true, .. } => self.sealed.get(&member.path).copied(),
+            _ => None,
+        });
+        Ok(member.map(listed_member))
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
         self.members.next_bytes().await
+    }
+
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        self.present
     }
 
     fn revision(&self) -> String {
@@ -228,7 +261,7 @@ impl Read for PieceReader {
                     self.present = piece;
                 }
                 None => {
-                    let whole = self.verifier.take().map_or(Ok(()), |verifier| verifier.finish(&self.path));
+                    let whole = self.verifier.take().map_or(Ok(()), |verifier| verifier.finish(&self.path.to_string()));
                     whole.map_err(io::Error::other)?;
                 }
             }

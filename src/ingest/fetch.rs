@@ -155,7 +155,7 @@ impl Shared {
         if self.settings.capacity_bytes == 0 {
             return Ok(available);
         }
-        let (_, physical, _) = self.store.catalog().read(crate::catalog::blobs::totals).await?;
+        let physical = self.store.catalog().read(crate::catalog::accounting::totals).await?.physical_bytes();
         Ok(available.min(self.settings.capacity_bytes.saturating_sub(physical)))
     }
 }

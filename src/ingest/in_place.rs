@@ -168,7 +168,8 @@ fn read_counted(flying: &Flying, seen: &Seen, stopped: &AtomicBool, counted: &mu
 /// # Errors
 /// `SOURCE_CHANGED` where the tree is not the one that was listed.
 async fn check_revision(flying: &Flying, revision: &str) -> Result<()> {
-    match flying.source.open().await? {
+    let attempts = flying.shared.settings.attempts;
+    match retry::until_it_works(attempts, || flying.source.open()).await? {
         Opened::Listed(again) if again.revision == revision => Ok(()),
         Opened::Listed(_) | Opened::Streamed(_) => {
             let message = "files were added, removed or changed while their digests were taken";

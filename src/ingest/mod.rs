@@ -6,7 +6,7 @@
 //! flight's rows root what it sealed until the last of them has been decided.
 //!
 //! A task ends in exactly one of: `ready`; `failed` with the error recorded (durable units stay, `retry` resumes); or cancelled
-//! by removal. `kill -9` leaves `filling`, and the next start begins the task again.
+//! by removal. `kill -9` leaves `filling`, and the next start begins the task again. A panic is a failure.
 //!
 //! A source may want its bytes left where they are ([`in_place`]): then the flight only takes digests, and `ready` means that each file's
 //! stamp is recorded.
@@ -29,14 +29,14 @@ mod publish;
 pub mod retry;
 mod seal;
 mod stream;
+mod tasks;
 mod unpack;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use tokio::sync::{Semaphore, broadcast};
-use tokio::task::JoinHandle;
+use tokio::sync::{Semaphore, broadcast, watch};
 
 use crate::catalog::checkpoints::{self, Bytes, Failure, Origin, Record, State};
 use crate::catalog::events::{self, NewEvent};
@@ -53,6 +53,8 @@ pub use arrivals::Arrival;
 use arrivals::Arrivals;
 use flight::Flight;
 use progress::{Progress, Reading};
+use tasks::Task;
+pub use tasks::draining;
 
 /// Reason of an ingest that found nothing to do.
 const NOT_WANTED: &str = "NOT_WANTED";
@@ -105,14 +107,7 @@ struct Shared {
     arrivals: Arrivals,
     changes: broadcast::Sender<String>,
     /// Nothing is begun any more.
-    paused: AtomicBool,
-}
-
-struct Task {
-    /// Whether the next start of the daemon can go on with it.
-    resumes: bool,
-    progress: Arc<Progress>,
-    join: JoinHandle<()>,
+    paused: watch::Sender<bool>,
 }
 
 impl Ingests {
@@ -131,7 +126,7 @@ impl Ingests {
             flights: Mutex::default(),
             arrivals: Arrivals::default(),
             changes,
-            paused: AtomicBool::new(false),
+            paused: watch::Sender::new(false),
         }))
     }
 
@@ -145,12 +140,12 @@ impl Ingests {
 
     /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
     pub fn start(&self, record: &Record, credentials: Credentials) {
-        if self.0.paused.load(Ordering::Relaxed) {
+        if self.is_paused() {
             return;
         }
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(record.id.clone(), true, |progress| async move {
+        self.spawn(&record.clone(), true, |progress| async move {
             let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
             // What it failed with is in the record.
             let _ = shared.conclude(&record, outcome).await;
@@ -170,7 +165,7 @@ impl Ingests {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(record.id.clone(), false, move |progress| async move {
+        self.spawn(&record.clone(), false, move |progress| async move {
             progress.expect(bytes_total, 0);
             let outcome = shared.fill_from_sender(&record, entries, &progress).await;
             if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
@@ -194,74 +189,6 @@ impl Ingests {
     /// Tells watchers that a record changed.
     pub fn note_change(&self, id: &str) {
         let _ = self.0.changes.send(id.to_owned());
-    }
-
-    /// Stops filling a checkpoint; returns when nothing of it runs any more. Bytes stay until the flight is removed.
-    pub async fn cancel(&self, id: &str) {
-        let task = lock(&self.0.tasks).remove(id);
-        if let Some(task) = task {
-            task.join.abort();
-            let _ = task.join.await;
-        }
-    }
-
-    /// Begins no filling any more and stops what can be resumed: records stay `filling` with their durable units, as after a
-    /// crash, and the next start of the daemon goes on with them. What senders are sending goes on.
-    pub async fn pause(&self) {
-        self.0.paused.store(true, Ordering::Relaxed);
-        let stopped: Vec<_> = lock(&self.0.tasks).extract_if(|_, task| task.resumes).collect();
-        stopped.iter().for_each(|(_, task)| task.join.abort());
-        for (_, task) in stopped {
-            let _ = task.join.await;
-        }
-    }
-
-    /// Makes a checkpoint that was being filled by a sender as if nothing had been sent: it waits, and nothing of it is on disk.
-    pub async fn start_over(&self, record: &Record) {
-        self.cancel(&record.id).await;
-        self.0.give_back(record).await;
-        self.note_change(&record.id);
-    }
-
-    fn spawn<F, W>(&self, id: String, resumes: bool, work: W)
-    where
-        W: FnOnce(Arc<Progress>) -> F,
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let progress = Arc::new(Progress::default());
-        let work = work(progress.clone());
-        let shared = self.0.clone();
-        let own = id.clone();
-        let mut tasks = lock(&self.0.tasks);
-        // One after the other: a task that finds its record decided already has nothing to do.
-        let before = tasks.remove(&id).map(|task| task.join);
-        let present = progress.clone();
-        let join = tokio::spawn(async move {
-            if let Some(before) = before {
-                let _ = AbortOnDrop(before).await;
-            }
-            work.await;
-            lock(&shared.tasks).retain(|id, task| *id != own || !Arc::ptr_eq(&task.progress, &present));
-            let _ = shared.changes.send(own);
-        });
-        tasks.insert(id, Task { resumes, progress, join });
-    }
-}
-
-/// A task that another waits for and that ends with it.
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Future for AbortOnDrop {
-    type Output = ();
-
-    fn poll(mut self: std::pin::Pin<&mut Self>, context: &mut std::task::Context<'_>) -> std::task::Poll<()> {
-        std::pin::Pin::new(&mut self.0).poll(context).map(|_| ())
-    }
-}
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 
@@ -475,6 +402,23 @@ impl Shared {
         }
         let _ = self.changes.send(record.id.clone());
         result
+    }
+
+    /// A task ended in a panic, which the log has: a bug of ours.
+    async fn conclude_panic(self: &Arc<Self>, record: &Record, resumes: bool) {
+        let id = record.id.clone();
+        let found = self.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await;
+        let is_open = |found: Record| matches!(found.state, State::New | State::Filling);
+        if found.is_ok_and(|found| !found.is_some_and(is_open)) {
+            return;
+        }
+        if !resumes {
+            self.give_back(record).await;
+        }
+        let error = Error::internal("bringing the checkpoint in ended in a panic: a bug of ours, which the log shows")
+            .remedy("report it, then retry the checkpoint");
+        // What it failed with is in the record.
+        let _ = self.conclude(record, Err(error)).await;
     }
 
     async fn make_ready(

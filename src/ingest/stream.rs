@@ -62,6 +62,15 @@ pub(super) async fn fill(
             }
             What::File(file) => file,
         };
+        if let Some((size, digest)) = stream.sealed() {
+            bytes = bytes.saturating_add(size);
+            plan::check_limit(bytes, shared.settings.checkpoint_bytes)?;
+            progress.resume(size);
+            progress.sealed();
+            let kind = EntryKind::File { size, executable: file.executable, digest };
+            entries.push(Entry { path: listed.path, kind });
+            continue;
+        }
         let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
         let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
         bytes += taken.size;

@@ -27,6 +27,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use super::fuse::{self, ReadWaits};
 use super::gates::Gates;
 use super::keeping::{Keeping, Orphan, Outlive};
 use super::placed::InPlace;
@@ -66,6 +67,15 @@ pub struct Wanted {
     pub expires_ms: Option<i64>,
 }
 
+/// What of the kernel's offers is used; the rest has its next-best path.
+#[derive(Clone, Copy, Debug)]
+pub struct KernelWishes {
+    /// The kernel reads whole blobs itself. Else every read goes through the daemon.
+    pub passthrough: bool,
+    /// A successor has requests handed out again that the daemon had taken. Else the kernel ends them with the daemon.
+    pub resend: bool,
+}
+
 /// All attachments of the daemon; cheap to clone.
 #[derive(Clone)]
 pub struct Attachments(Arc<Shared>);
@@ -76,10 +86,11 @@ struct Shared {
     in_place: InPlace,
     sessions_dir: PathBuf,
     jobs_dir: PathBuf,
-    passthrough: bool,
+    wishes: KernelWishes,
     features: Features,
     stack_depth: u32,
     buffers: Arc<ReadBuffers>,
+    waits: ReadWaits,
     live: Mutex<HashMap<String, Arc<Served>>>,
     job_gates: Gates,
     session_gates: Gates,
@@ -101,13 +112,13 @@ impl Attachments {
     /// Prepares the runtime directory, removes dead sessions, finds out what the kernel offers. Blocks.
     ///
     /// # Errors
-    /// `LEDGER_TOO_NEW` (nothing is touched then), `NO_FUSE`, `FUSE_NOT_PERMITTED`, the I/O error.
+    /// `LEDGER_TOO_NEW` (nothing is touched then), `NO_FUSE`, `FUSE_NOT_PERMITTED`, `CALL_REFUSED`, the I/O error.
     pub fn open(
         store: Store,
         ingests: Ingests,
         datastores: Arc<Datastores>,
         runtime_dir: &Path,
-        passthrough: bool,
+        wishes: KernelWishes,
         keeping: Keeping,
     ) -> Result<Self> {
         let sessions_dir = runtime_dir.join("sessions");
@@ -125,10 +136,11 @@ impl Attachments {
             ingests,
             sessions_dir,
             jobs_dir,
-            passthrough,
+            wishes,
             features,
             stack_depth,
             buffers: Arc::new(ReadBuffers::new()),
+            waits: fuse::no_waits(),
             live: Mutex::default(),
             job_gates: Gates::default(),
             session_gates: Gates::default(),
@@ -141,7 +153,12 @@ impl Attachments {
 
     /// What the kernel and the configuration give.
     pub fn features(&self) -> Features {
-        Features { passthrough: self.0.features.passthrough && self.0.passthrough, ..self.0.features }
+        let (offered, wishes) = (self.0.features, self.0.wishes);
+        Features {
+            passthrough: offered.passthrough && wishes.passthrough,
+            resend: offered.resend && wishes.resend,
+            ..offered
+        }
     }
 
     /// Checkpoints served now.
@@ -402,7 +419,7 @@ impl Attachments {
         reader: Option<Arc<Reader>>,
         jobs: BTreeSet<String>,
     ) -> Arc<Served> {
-        if let (Some(reader), Some(digest)) = (reader, record.manifest) {
+        if let (Some(reader), Some(digest)) = (reader, record.ready_manifest()) {
             self.hydrate(record.id.clone(), digest, reader);
         }
         Arc::new(Served { session: Mutex::new(Some(session)), jobs: Mutex::new(jobs) })

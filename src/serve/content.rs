@@ -71,10 +71,17 @@ pub trait OpenFile: Send + Sync {
     }
 
     /// Arranges that `resume` is run exactly once, on a thread that may wait, when `length` bytes from `offset` are here or
-    /// have failed for good; returns at once. The bytes are wanted: they move to the head of the fetch queue.
-    fn when_here(&self, offset: u64, length: usize, resume: Resume) {
+    /// have failed for good; returns at once. The bytes are wanted: they move to the head of the fetch queue. Where something waits now that
+    /// can be taken back, its number is returned.
+    fn when_here(&self, offset: u64, length: usize, resume: Resume) -> Option<u64> {
         let _ = (offset, length);
         resume(Ok(()));
+        None
+    }
+
+    /// Drops what waits under this number: nobody is there any more. What was run or is being run is not touched.
+    fn give_up(&self, waiting: u64) {
+        let _ = waiting;
     }
 }
 

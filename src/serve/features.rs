@@ -20,6 +20,9 @@ const HEADER_BYTES: usize = 40;
 /// `FUSE_INIT`.
 const OPCODE_INIT: u32 = 26;
 
+/// `FUSE_DEV_IOC_CLONE`: `_IOR(229, 0, uint32_t)`.
+const CLONE: libc::Ioctl = 0x8004_E500;
+
 /// Bits of INIT (`linux/fuse.h`); those from 32 on are in its second word, valid if `INIT_EXT` is set.
 const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
 const INIT_EXT: u64 = 1 << 30;
@@ -91,6 +94,15 @@ pub(super) fn make_filesystem() -> Result<Fresh> {
         .map_err(|errno| Error::io("taking the first request from", DEVICE, errno.into()))?;
     init.truncate(length);
     Ok(Fresh { device, mount, init })
+}
+
+/// Another descriptor of the connection `device`. What is taken through it ends with it.
+pub(super) fn clone_connection(device: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let clone = std::fs::OpenOptions::new().read(true).write(true).open(DEVICE)?;
+    let number = u32::try_from(device.as_raw_fd()).map_err(std::io::Error::other)?;
+    // SAFETY: both descriptors are open, and the kernel reads the number alone.
+    let cloned = unsafe { libc::ioctl(clone.as_raw_fd(), CLONE, &raw const number) };
+    if cloned < 0 { Err(std::io::Error::last_os_error()) } else { Ok(clone.into()) }
 }
 
 pub(super) fn unreadable_init() -> Error {

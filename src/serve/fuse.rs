@@ -32,6 +32,7 @@ use super::features::Features;
 use super::open_files::{Mode, OpenFiles};
 use super::refusal::Refusal;
 use super::view::{Attributes, NodeKind, STATFS_UNIT_BYTES, View};
+use super::waits::{Asker, Turn, Waits};
 use crate::error::Result;
 
 /// How long the kernel may believe a name or attribute: ten years.
@@ -43,11 +44,20 @@ const GENERATION: Generation = Generation(0);
 /// Requests that may be under way without a waiting process (read-ahead); the kernel's own bound is 12.
 const BACKGROUND_REQUESTS: u16 = 64;
 
+/// Reads of all sessions that wait.
+pub(super) type ReadWaits = Waits<ReplyData>;
+
+/// None yet.
+pub(super) fn no_waits() -> ReadWaits {
+    Waits::new(|reply: ReplyData| reply.error(Errno::EINTR))
+}
+
 /// One session's file system.
 pub(super) struct Adapter {
     pub(super) view: View,
     pub(super) open: Arc<OpenFiles>,
     pub(super) buffers: Arc<ReadBuffers>,
+    pub(super) waits: ReadWaits,
     pub(super) features: Features,
     /// Whether passthrough is asked for, and how deep file systems may then stack.
     pub(super) passthrough_depth: Option<u32>,
@@ -154,6 +164,31 @@ fn answer_read(buffers: &ReadBuffers, file: &dyn OpenFile, inode: u64, offset: u
     });
 }
 
+/// As [`answer_read`] for a read that waited: it is answered if its reader is still there.
+fn answer_turn(
+    buffers: &ReadBuffers,
+    file: &dyn OpenFile,
+    inode: u64,
+    offset: u64,
+    length: u32,
+    turn: Turn<ReplyData>,
+    arrived: Result<()>,
+) {
+    let refused = |turn: Turn<ReplyData>, refusal: &Refusal| {
+        if let Some(reply) = turn.take() {
+            reply.error(refuse(inode, refusal));
+        }
+    };
+    match arrived {
+        // Taken after the bytes are there: reading them may hang, and the reader may go away meanwhile.
+        Ok(()) => buffers.lend(length, |buffer| match fill(file, buffer, offset) {
+            Ok(()) => turn.take().into_iter().for_each(|reply| reply.data(buffer)),
+            Err(refusal) => refused(turn, &refusal),
+        }),
+        Err(error) => refused(turn, &Refusal::Failed(error)),
+    }
+}
+
 /// Fills `buffer`: the kernel takes a short answer for zeros.
 fn fill(file: &dyn OpenFile, buffer: &mut [u8], offset: u64) -> Result<(), Refusal> {
     let mut done = 0;
@@ -251,12 +286,12 @@ impl Filesystem for Adapter {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
@@ -270,12 +305,15 @@ impl Filesystem for Adapter {
             if file.here(offset, bytes) {
                 return answer_read(&self.buffers, file.as_ref(), ino.0, offset, length, reply);
             }
+            let asker = Asker { thread: req.pid(), direct: flags.0 & libc::O_DIRECT != 0 };
+            let turn = self.waits.begin(asker, reply);
+            let id = turn.id();
             let (buffers, waited) = (self.buffers.clone(), file.clone());
-            let resume = move |arrived: Result<()>| match arrived {
-                Ok(()) => answer_read(&buffers, waited.as_ref(), ino.0, offset, length, reply),
-                Err(error) => reply.error(refuse(ino.0, &Refusal::Failed(error))),
-            };
-            file.when_here(offset, bytes, Box::new(move |arrived| guarded("read", ino, || resume(arrived))));
+            let resume = move |arrived| answer_turn(&buffers, waited.as_ref(), ino.0, offset, length, turn, arrived);
+            let resume = Box::new(move |arrived| guarded("read", ino, || resume(arrived)));
+            if let Some(waiting) = file.when_here(offset, bytes, resume) {
+                self.waits.on_giving_up(id, move || file.give_up(waiting));
+            }
         });
     }
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
 use super::fuse::Adapter;
-use super::mount_calls;
+use super::{features, mount_calls};
 use crate::error::{Error, Kind, Result};
 
 /// An answer to INIT is 80 bytes; the rest is for later protocols.
@@ -22,14 +22,42 @@ const NOTIFICATION_BYTES: usize = 16;
 /// `FUSE_NOTIFY_RESEND`.
 const NOTIFY_RESEND: u32 = 7;
 
+/// Through which descriptor requests are taken, and so what becomes of them when this process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taking {
+    /// The one that is held: they stay, for a successor to have them handed out again.
+    Held,
+    /// A clone of it that dies with this process: the kernel ends them.
+    Cloned,
+}
+
+impl Taking {
+    pub(super) const fn of(resend: bool) -> Self {
+        if resend { Self::Held } else { Self::Cloned }
+    }
+
+    fn through(self, device: &OwnedFd, session: &fuser::Session<Adapter>) -> io::Result<()> {
+        match self {
+            Self::Held => mount_calls::replace_descriptor(device, session.as_fd()),
+            Self::Cloned => mount_calls::replace_descriptor(features::clone_connection(device)?, session.as_fd()),
+        }
+    }
+}
+
 /// A `fuser` session that reads requests from the new connection `device`, with `loops` threads.
 ///
 /// # Errors
 /// `FUSE_HANDSHAKE`.
-pub(super) fn begin(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usize) -> Result<fuser::Session<Adapter>> {
+pub(super) fn begin(
+    adapter: Adapter,
+    device: &OwnedFd,
+    init: &[u8],
+    loops: usize,
+    taking: Taking,
+) -> Result<fuser::Session<Adapter>> {
     let begun = agree(adapter, init, loops).and_then(|(session, answer)| {
         nix::unistd::write(device, &answer)?;
-        mount_calls::replace_descriptor(device, session.as_fd())?;
+        taking.through(device, &session)?;
         Ok(session)
     });
     begun.map_err(|error| {
@@ -41,9 +69,15 @@ pub(super) fn begin(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usiz
 ///
 /// # Errors
 /// `FUSE_HANDSHAKE`.
-pub(super) fn resume(adapter: Adapter, device: &OwnedFd, init: &[u8], loops: usize) -> Result<fuser::Session<Adapter>> {
+pub(super) fn resume(
+    adapter: Adapter,
+    device: &OwnedFd,
+    init: &[u8],
+    loops: usize,
+    taking: Taking,
+) -> Result<fuser::Session<Adapter>> {
     let resumed = agree(adapter, init, loops).and_then(|(session, _)| {
-        mount_calls::replace_descriptor(device, session.as_fd())?;
+        taking.through(device, &session)?;
         Ok(session)
     });
     resumed.map_err(|error| {
@@ -70,8 +104,7 @@ fn agree(adapter: Adapter, init: &[u8], loops: usize) -> io::Result<(fuser::Sess
     let mut config = fuser::Config::default();
     config.acl = fuser::SessionACL::All;
     config.n_threads = Some(loops);
-    // When a cloned descriptor closes, the kernel ends what was taken through it with ECONNABORTED, and no successor could
-    // answer it.
+    // One descriptor for all loops: see [`Taking`].
     config.clone_fd = false;
     let session = fuser::Session::from_fd(adapter, theirs.into(), fuser::SessionACL::All, config)?;
     let mut answer = vec![0; ANSWER_ROOM];

@@ -8,7 +8,7 @@
 //! attachments.rs jobs, their rights and views   gates.rs    one at a time per job, per checkpoint
 //! stored.rs      the store as content           placed.rs      a datastore as content
 //! partial.rs     a flight as content            readers.rs     threads that may be held up
-//! read_order.rs  what was read first
+//! read_order.rs  what was read first           waits.rs       reads that wait, and who waits for them
 //! features.rs    what the kernel offers         handshake.rs   fuser on a connection of ours
 //! session.rs     one connection, one mount      mount_calls.rs the kernel's mount calls
 //! target.rs      where views may go             attach.rs      putting views there and taking them away
@@ -50,6 +50,7 @@ mod placed;
 mod readers;
 mod stored;
 mod target;
+mod waits;
 
 pub use attach::{Detached, Mounted, NamedView, Place, Prepared, Views, detach, prepare, standing};
 pub use buffers::ReadBuffers;

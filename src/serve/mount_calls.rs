@@ -1,7 +1,8 @@
 //! The mount system calls by descriptor, which neither `nix` nor `libc` wraps.
 //!
 //! `fsopen`, `fsconfig`, `fsmount`, `move_mount` and `open_tree` are Linux 5.2, `mount_setattr` 5.12: all older than any
-//! kernel that is supported. Every function is one call, returns what the kernel said, and does not retry. A mount
+//! kernel that is supported (5.15). So there is no other path by `mount(2)`: only a filter of system calls can be in the way, sessions themselves could
+//! not be made under it, and the start is refused with what to do about it (the sessions directory is made by the same calls). Every function is one call, returns what the kernel said, and does not retry. A mount
 //! that was made but not yet moved belongs to its descriptor and goes away with it, so nothing here needs undoing.
 
 use std::ffi::{CStr, CString};

@@ -101,10 +101,15 @@ impl OpenFile for PartialFile {
         self.sealed.get().is_some() || self.arriving.is_here(self.entry, self.range(offset, length))
     }
 
-    fn when_here(&self, offset: u64, length: usize, resume: Resume) {
+    fn when_here(&self, offset: u64, length: usize, resume: Resume) -> Option<u64> {
         if self.sealed.get().is_some() {
-            return resume(Ok(()));
+            resume(Ok(()));
+            return None;
         }
-        self.arriving.when_here(self.entry, self.range(offset, length), resume);
+        self.arriving.when_here(self.entry, self.range(offset, length), resume)
+    }
+
+    fn give_up(&self, waiting: u64) {
+        self.arriving.give_up(self.entry, waiting);
     }
 }

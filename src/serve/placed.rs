@@ -202,8 +202,9 @@ impl OpenFile for PlacedFile {
         false
     }
 
-    fn when_here(&self, _: u64, _: usize, resume: Resume) {
+    fn when_here(&self, _: u64, _: usize, resume: Resume) -> Option<u64> {
         self.placed.readers.read(&self.lane, resume);
+        None
     }
 }
 

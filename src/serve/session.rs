@@ -9,8 +9,14 @@
 //! way that unmounts, and even then views that still stand are served, and kept, until they are gone.
 //!
 //! [`Session::adopt`] goes on with the session of a process that is gone: the ledger says what is open, the kernel is
-//! asked to hand out again what that process had taken. Where it cannot (before Linux 6.9) those requests stay without an
-//! answer: whoever made them waits until he is killed; all others go on.
+//! asked to hand out again what that process had taken.
+//!
+//! **Without RESEND** (before Linux 6.9) nothing could answer those requests: a number is all that a successor could know of them, and whoever
+//! made one would wait for ever, SIGKILL or not. There requests are taken through a *clone* of the connection
+//! (`FUSE_DEV_IOC_CLONE`), which nobody holds but the process that serves: when it dies, the kernel ends what was taken through
+//! it with ECONNABORTED. Reads through the page cache are then asked for again by whoever wants the page, unless it was that
+//! page alone that was asked for; lookups, opens and `O_DIRECT` reads that were under way in that moment fail once. With RESEND there is no
+//! clone, and none of it fails.
 
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -24,8 +30,8 @@ use super::backing::DeviceBackings;
 use super::buffers::ReadBuffers;
 use super::content::Content;
 use super::features::{self, Features, Fresh};
-use super::fuse::Adapter;
-use super::handshake;
+use super::fuse::{self, Adapter, ReadWaits};
+use super::handshake::{self, Taking};
 use super::keeping::{Kept, Orphan, Outlive};
 use super::ledger::Head;
 use super::mount_calls::{self, Device};
@@ -71,7 +77,9 @@ pub struct SessionConfig {
     pub read_ahead_kib: u32,
     /// Buffers that all sessions share.
     pub buffers: Arc<ReadBuffers>,
-    /// Whether what a dead process had taken is asked for again, where the kernel can.
+    /// Reads that wait, of all sessions.
+    pub(super) waits: ReadWaits,
+    /// Whether what a process had taken is to be asked for again by its successor, where the kernel can; else it ends with the process.
     pub resend: bool,
     /// Where it is kept beyond this process, if anywhere.
     pub outlive: Option<Outlive>,
@@ -89,6 +97,7 @@ impl SessionConfig {
             loops: LOOPS_DEFAULT,
             read_ahead_kib: READ_AHEAD_KIB_DEFAULT,
             buffers,
+            waits: fuse::no_waits(),
             resend: true,
             outlive: None,
         }
@@ -150,7 +159,8 @@ impl Session {
             error
         };
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, kept.as_ref());
-        let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
+        let taking = Taking::of(config.resend && features.resend);
+        let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         raise_read_ahead(number, config.read_ahead_kib);
         let ended = run(fuse).map_err(undo)?;
         mount_calls::move_onto(&mount, &place)
@@ -183,14 +193,13 @@ impl Session {
             let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
             bytes.open(&node)
         });
-        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1)).map_err(undo)?;
+        let taking = Taking::of(config.resend && features.resend);
+        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         let ended = run(fuse).map_err(undo)?;
-        if !(features.resend && config.resend) {
-            tracing::warn!(
-                checkpoint = head.checkpoint,
-                "requests that the predecessor had taken stay without an answer"
-            );
-        } else if let Err(error) = handshake::resend(&device) {
+        // Also where this process takes through a clone: its predecessor may have been configured otherwise.
+        if features.resend
+            && let Err(error) = handshake::resend(&device)
+        {
             tracing::warn!(checkpoint = head.checkpoint, %error, "the kernel did not hand out requests again");
         }
         let mount = mount_of(&config.mountpoint, head.device);
@@ -318,6 +327,7 @@ fn assemble(
         view: View::new(tree, content, config.checkpoint.clone()),
         open: open.clone(),
         buffers: config.buffers.clone(),
+        waits: config.waits.clone(),
         features,
         passthrough_depth: head.passthrough.then_some(head.stack_depth),
         created: config.created,

@@ -72,7 +72,7 @@ pub fn listed_member(member: Member) -> Listed {
         archive::What::Directory => What::Directory,
         archive::What::Symlink(target) => What::Symlink(target),
         archive::What::SameAs(path) => What::SameAs(path),
-        archive::What::File { size, executable } => What::File(File::streamed(size, executable)),
+        archive::What::File { size, executable, here: _ } => What::File(File::streamed(size, executable)),
     };
     Listed { path: member.path, what }
 }

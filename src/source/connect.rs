@@ -3,21 +3,21 @@
 //! The rules are those of the platform's user page. A URI that breaks its kind's rule is refused here, before a record
 //! is made of it; a kind whose bytes are sent and not fetched is `SOURCE_NOT_SUPPORTED`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use reqwest::Url;
-use tokio::sync::Semaphore;
 
 use super::datastore::Datastores;
 use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
+use super::patience::AllTurns;
 use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::limits;
 use crate::names::show_bytes;
 
 /// Longest branch, tag or commit: git keeps references as files.
@@ -32,8 +32,8 @@ pub struct SourceContext {
     pub(super) policy: Arc<EgressPolicy>,
     /// What regional sources are below.
     pub(super) datastores: Arc<Datastores>,
-    /// Datastores listed at a time: one that does not answer must not take every thread there is.
-    pub(super) listings: Arc<Semaphore>,
+    /// Who may list them: one that does not answer must not take every thread there is.
+    pub(super) turns: AllTurns,
     /// Times and proxies, for what connects by other means.
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
@@ -65,7 +65,7 @@ impl SourceContext {
             scratch: None,
             host_credentials: None,
             datastores: Arc::default(),
-            listings: Arc::new(Semaphore::new(limits::INGESTS_AT_A_TIME)),
+            turns: AllTurns::default(),
             host_directories: false,
         })
     }
@@ -91,7 +91,7 @@ impl SourceContext {
     /// The same with the datastores of this host.
     #[must_use]
     pub fn with_datastores(&self, datastores: Arc<Datastores>) -> Self {
-        Self { datastores, ..self.clone() }
+        Self { turns: AllTurns::of(datastores.0.keys()), datastores, ..self.clone() }
     }
 }
 
@@ -150,6 +150,20 @@ pub fn check_uri(kind: SourceKind, uri: &str) -> Result<()> {
     }
     let shown = show_bytes(shown_uri(kind, uri).as_bytes());
     Err(Error::invalid("BAD_URI", format!("`{shown}` is not a URI of type `{kind}`")).remedy(format!("it must {rule}")))
+}
+
+/// Whether `options` may be recorded as they are: an `endpoint` is an address and nothing else, since options are kept and shown.
+///
+/// # Errors
+/// `ENDPOINT_WITH_CREDENTIALS`, which does not repeat it.
+pub fn check_options(options: &BTreeMap<String, String>) -> Result<()> {
+    // However it is written: user information that no URL could hold (`p/ss@h`) is a secret all the same.
+    if !options.get("endpoint").is_some_and(|endpoint| endpoint.contains(['@', '?', '#'])) {
+        return Ok(());
+    }
+    let message = "the option `endpoint` holds user information or a query, and options are recorded and shown";
+    Err(Error::invalid("ENDPOINT_WITH_CREDENTIALS", message)
+        .remedy("give the address alone (https://host), and secrets as credentials (`--credential NAME=VALUE`)"))
 }
 
 /// `uri` for people, rows and logs: without user information, and for web addresses without query and fragment,
@@ -264,8 +278,6 @@ fn sent(kind: SourceKind) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn spec(kind: SourceKind, uri: &str) -> SourceSpec {
@@ -332,6 +344,21 @@ mod tests {
         assert_eq!(shown_uri(SourceKind::Directory, "/a?b#c"), "/a?b#c");
         let (plain, secret) = split_user_information("https://user:pa%20ss@h:1/x?q");
         assert_eq!((plain.as_str(), secret), ("https://h:1/x?q", Some(("user".to_owned(), "pa ss".to_owned()))));
+    }
+
+    #[test]
+    fn an_endpoint_is_an_address_alone() {
+        let check = |endpoint: &str| check_options(&[("endpoint".to_owned(), endpoint.to_owned())].into());
+        for good in ["", "https://h:1/x", "minio.example:9000", "http://[::1]:80/a%40b"] {
+            assert!(check(good).is_ok(), "{good}");
+        }
+        for bad in
+            ["https://u:secret@h", "u:secret@h", "https://secret@h/", "https://u:p/secret@h", "https://h?sig=secret"]
+        {
+            let error = check(bad).unwrap_err();
+            assert_eq!((error.kind(), error.reason()), (Kind::Invalid, "ENDPOINT_WITH_CREDENTIALS"), "{bad}");
+            assert!(!format!("{error:?}{}", error.report()).contains("secret"));
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use futures_util::stream;
 
 use super::archived::ArchivedEntries;
 use super::beneath::{Locator, Root, changed, check_stamp};
+use super::patience::Pace;
 use super::walk::{Walked, walk};
 use super::{ByteStream, File, Listed, Listing, Opened, Source, What};
 use crate::archive::{About, Format};
@@ -59,6 +60,28 @@ impl DirectorySource {
         root.as_ref().is_some_and(|root| root.only.is_some())
     }
 
+    /// What opening does to the file system; blocks.
+    pub(super) fn look(&self) -> impl FnOnce(&Pace) -> Result<Looked> + Send + use<> {
+        let (find, kind, extract) = (self.find.clone(), self.kind, self.extract);
+        move |pace| {
+            let root = find()?;
+            pace.step()?;
+            let listing = list(&root, kind, pace)?;
+            let archive = if extract { open_archive(&root, &listing, kind)? } else { None };
+            Ok(Looked { root, listing, archive })
+        }
+    }
+
+    /// What it gives. Needs a runtime.
+    pub(super) fn opened(&self, looked: Looked) -> Result<Opened> {
+        let Looked { root, listing, archive } = looked;
+        if let Some(archive) = archive {
+            return Ok(Opened::Streamed(Box::new(archive.read()?)));
+        }
+        *self.root.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(root));
+        Ok(Opened::Listed(listing))
+    }
+
     /// The root as it was opened for listing, or opened now by a process that resumes without listing.
     fn root(&self) -> Result<Arc<Root>> {
         let known = self.root.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -69,19 +92,8 @@ impl DirectorySource {
 #[async_trait]
 impl Source for DirectorySource {
     async fn open(&self) -> Result<Opened> {
-        let (find, kind, extract) = (self.find.clone(), self.kind, self.extract);
-        let (root, listing, archive) = unblocked(move || {
-            let root = find()?;
-            let listing = list(&root, kind)?;
-            let archive = if extract { open_archive(&root, &listing, kind)? } else { None };
-            Ok((root, listing, archive))
-        })
-        .await?;
-        if let Some(archive) = archive {
-            return Ok(Opened::Streamed(Box::new(archive.read()?)));
-        }
-        *self.root.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(root));
-        Ok(Opened::Listed(listing))
+        let look = self.look();
+        self.opened(unblocked(move || look(&Pace::default())).await?)
     }
 
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream> {
@@ -149,6 +161,13 @@ impl Reading {
     }
 }
 
+/// What was found at a root.
+pub(super) struct Looked {
+    root: Root,
+    listing: Listing,
+    archive: Option<Archive>,
+}
+
 /// A root that is an archive, opened.
 struct Archive {
     opened: OpenFile,
@@ -183,7 +202,7 @@ fn open_archive(root: &Root, listing: &Listing, kind: &str) -> Result<Option<Arc
 }
 
 /// Everything below `root`, as a revision.
-fn list(root: &Root, kind: &str) -> Result<Listing> {
-    let Walked { entries, skipped, digest } = walk(root)?;
+fn list(root: &Root, kind: &str, pace: &Pace) -> Result<Listing> {
+    let Walked { entries, skipped, digest } = walk(root, pace)?;
     Ok(Listing { skipped, ..Listing::new(format!("{kind}:{digest}"), entries) })
 }

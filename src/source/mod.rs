@@ -27,8 +27,10 @@ mod huggingface;
 mod kaggle;
 pub mod local;
 mod objects;
+mod patience;
 mod regional;
 mod spec;
+mod stated;
 mod walk;
 mod web;
 
@@ -39,16 +41,20 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::Stream;
 
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
-pub use connect::{SourceContext, check_uri, connect, shown_uri, split_signature, split_user_information};
+pub use connect::{
+    SourceContext, check_options, check_uri, connect, shown_uri, split_signature, split_user_information,
+};
 pub use credentials::{Credentials, CredentialsDirectory};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
 pub use spec::{SourceKind, SourceSpec};
+pub use stated::{Expected, Verifier};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -175,26 +181,6 @@ impl File {
     }
 }
 
-/// Digests stated by a source, all verified where present.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expected {
-    /// SHA-256 of the bytes (LFS, Hugging Face).
-    pub sha256: Option<[u8; 32]>,
-    /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
-    pub git_sha1: Option<[u8; 20]>,
-    /// MD5 of the bytes (`Content-MD5`, the ETag of an object put in one piece).
-    pub md5: Option<[u8; 16]>,
-    /// CRC-32C (Castagnoli) of the bytes (object stores).
-    pub crc32c: Option<u32>,
-}
-
-impl Expected {
-    /// Whether there is nothing to verify.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
 /// Entries that arrive one after the other, each file's bytes right behind its entry.
 #[async_trait]
 pub trait EntryStream: Send {
@@ -204,6 +190,11 @@ pub trait EntryStream: Send {
 
     /// The next bytes of the present file; `None` at its end.
     async fn next_bytes(&mut self) -> Result<Option<Bytes>>;
+
+    /// Size and digest of the present file where its bytes do not follow: an earlier attempt has sealed them.
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        None
+    }
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
     fn revision(&self) -> String;

@@ -3,17 +3,20 @@
 //! In place the listing says where the bytes stay, and the ingest only takes digests. A path that names one archive is then
 //! served as the file it is; only a copy is extracted. `path` is absolute within the datastore, `/` the whole of it; it may not
 //! climb, and resolving it follows no link, so that nothing outside of the datastore can be named or reached.
+//!
+//! Listing is given up ([`patience`](super::patience)) when the datastore says nothing for as long as a server of the network may (`sources.inactivity_timeout_s`).
 
 use std::fs::File as OpenFile;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::Semaphore;
 
 use super::beneath::Root;
 use super::connect::SourceContext;
 use super::directory::DirectorySource;
+use super::patience::Turns;
 use super::{ByteStream, File, Opened, Source, SourceSpec};
 use crate::error::{Error, Result};
 use crate::names::{EntryPath, show_bytes};
@@ -24,7 +27,11 @@ struct RegionalSource {
     tree: DirectorySource,
     /// Set where the bytes stay: what was asked for, a directory or a file.
     in_place: Option<Place>,
-    listings: Arc<Semaphore>,
+    turns: Arc<Turns>,
+    /// How long the datastore may say nothing while it is listed.
+    patience: Duration,
+    /// For errors.
+    datastore: String,
 }
 
 /// # Errors
@@ -45,7 +52,21 @@ pub(super) fn connect(spec: &SourceSpec, context: &SourceContext) -> Result<Arc<
     };
     let tree = DirectorySource::found_by("regional", Arc::new(find), extract);
     let in_place = (!copy).then(|| Place { datastore: spec.uri.clone(), below: path });
-    Ok(Arc::new(RegionalSource { tree, in_place, listings: context.listings.clone() }))
+    let turns = context.turns.get(&spec.uri).ok_or_else(|| Error::internal("a datastore has no turns"))?;
+    let patience = context.settings.inactivity_timeout;
+    Ok(Arc::new(RegionalSource { tree, in_place, turns, patience, datastore: spec.uri.clone() }))
+}
+
+impl RegionalSource {
+    fn silent(&self) -> Error {
+        let (name, seconds) = (&self.datastore, self.patience.as_secs_f64());
+        Error::unavailable(
+            "DATASTORE_SILENT",
+            format!("listing the datastore `{name}`: it gave no answer within {seconds} s"),
+        )
+        .fact("datastore", name)
+        .remedy("see to whoever serves it, then retry")
+    }
 }
 
 /// The options of a regional source: where below the datastore's root, and whether to copy.
@@ -76,8 +97,8 @@ pub(super) fn options(spec: &SourceSpec) -> Result<(EntryPath, bool)> {
 #[async_trait]
 impl Source for RegionalSource {
     async fn open(&self) -> Result<Opened> {
-        let _turn = self.listings.acquire().await.map_err(|_| Error::internal("listing is over"))?;
-        let mut opened = self.tree.open().await?;
+        let looked = self.turns.run(self.patience, || self.silent(), self.tree.look()).await?;
+        let mut opened = self.tree.opened(looked)?;
         if let (Opened::Listed(listing), Some(asked)) = (&mut opened, &self.in_place) {
             listing.in_place = Some(if self.tree.is_one_file() { asked.above() } else { asked.clone() });
         }

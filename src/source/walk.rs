@@ -12,6 +12,7 @@ use nix::fcntl::{AtFlags, OFlag, readlinkat};
 use nix::sys::stat::{SFlag, fstatat};
 
 use super::beneath::{Locator, Root, stamp_of};
+use super::patience::Pace;
 use super::{Expected, File, Listed, What};
 use crate::digest::{Digest, Digester};
 use crate::error::{Error, Result};
@@ -27,12 +28,13 @@ pub(super) struct Walked {
     pub(super) digest: Digest,
 }
 
-/// Everything below `root`. Blocks.
+/// Everything below `root`, with a step of `pace` for each entry. Blocks.
 ///
 /// # Errors
 /// `SOURCE_CHANGED`, `TOO_MANY_ENTRIES`, names and paths beyond the limits, the I/O error.
-pub(super) fn walk(root: &Root) -> Result<Walked> {
-    let mut walk = Walk { root, entries: Vec::new(), skipped: Vec::new(), digester: Digester::new(), open: Vec::new() };
+pub(super) fn walk(root: &Root, pace: &Pace) -> Result<Walked> {
+    let mut walk =
+        Walk { root, pace, entries: Vec::new(), skipped: Vec::new(), digester: Digester::new(), open: Vec::new() };
     match &root.only {
         Some(name) => walk.enter(&EntryPath::root(), &root.directory, name, None)?,
         None => {
@@ -47,6 +49,7 @@ pub(super) fn walk(root: &Root) -> Result<Walked> {
 
 struct Walk<'a> {
     root: &'a Root,
+    pace: &'a Pace,
     entries: Vec<Listed>,
     skipped: Vec<(String, String)>,
     digester: Digester,
@@ -63,6 +66,7 @@ impl Walk<'_> {
         let mut names = Vec::new();
         for entry in directory.iter() {
             let entry = entry.map_err(fault)?;
+            self.pace.step()?;
             let name = entry.file_name().to_bytes();
             if matches!(name, b"." | b"..") {
                 continue;
@@ -82,6 +86,7 @@ impl Walk<'_> {
     /// Lists the one entry `name` of the directory `at`; `kind` where reading the directory told it.
     fn enter(&mut self, at: &EntryPath, directory: impl AsFd, name: &EntryName, kind: Option<Type>) -> Result<()> {
         let path = at.join(name)?;
+        self.pace.step()?;
         let kind = match kind {
             Some(Type::Directory) => SFlag::S_IFDIR,
             Some(Type::Symlink) => SFlag::S_IFLNK,

@@ -83,6 +83,9 @@ struct Fill {
 struct Rows {
     /// Name, state, manifest.
     checkpoints: Vec<(String, String, Option<Sum>)>,
+    /// Names of those that fill and are shown to a job, and whether what it was shown is known.
+    shown: Vec<(String, bool)>,
+    listings: Vec<String>,
     named: Vec<(Sum, i64)>,
     blobs: Vec<Blob>,
     chunks: Vec<Chunk>,
@@ -102,13 +105,23 @@ pub(crate) struct Law {
     pub(crate) units_seen: u64,
     /// Ranges that were borrowed and not here.
     pub(crate) borrows_seen: u64,
+    /// Checkpoints that filled under a job's eyes.
+    pub(crate) shown_seen: u64,
 }
 
 type Fault = Result<(), String>;
 
 impl Law {
     pub(crate) fn new(truth: Arc<Truth>) -> Self {
-        Self { truth, place: Place::new(), rows: None, sums: HashMap::new(), units_seen: 0, borrows_seen: 0 }
+        Self {
+            truth,
+            place: Place::new(),
+            rows: None,
+            sums: HashMap::new(),
+            units_seen: 0,
+            borrows_seen: 0,
+            shown_seen: 0,
+        }
     }
 
     /// What of the law is broken, if anything.
@@ -118,6 +131,7 @@ impl Law {
             Some((of, rows)) if of == numbers => rows,
             _ => self.read(image)?,
         };
+        self.shown_seen += rows.shown.len() as u64;
         let fault = promised(&self.truth, &rows, promises)
             .and_then(|()| self.units(image, &rows))
             .and_then(|()| self.chunks(image, &rows))
@@ -133,6 +147,7 @@ impl Law {
         let rows = &self.rows.as_ref().unwrap().1;
         ensure(rows.publishing.is_empty(), || "something is still being published".into())?;
         ensure(rows.fills.is_empty(), || "something is still filling".into())?;
+        ensure(rows.listings.is_empty(), || format!("the listing of {} is left", rows.listings[0]))?;
         for blob in &rows.blobs {
             ensure(blob.state != "doomed", || format!("{} is still doomed", hex(&blob.digest)))?;
             let needed =
@@ -259,6 +274,9 @@ fn promised(truth: &Truth, rows: &Rows, promises: &Promises) -> Fault {
             format!("`{name}` is ready and not all its files are sealed")
         })?;
     }
+    for (name, known) in &rows.shown {
+        ensure(*known, || format!("a job sees `{name}` while it fills, and what it was shown is not known"))?;
+    }
     for fill in &rows.fills {
         let lost = fill.blob.is_some_and(|blob| !sealed.contains_key(&blob));
         ensure(!lost, || format!("`{}` is sealed by its flight's row and by no blob's", fill.path))?;
@@ -306,6 +324,13 @@ fn read_rows(catalog: &Connection) -> rusqlite::Result<Rows> {
                 blob: row.get(5)?,
             })
         })?,
+        shown: all(
+            catalog,
+            "SELECT name, flight IN (SELECT flight FROM listings) FROM checkpoints WHERE state = 'filling' AND id IN \
+             (SELECT checkpoint FROM leases JOIN jobs USING (job) WHERE jobs.state = 'attached')",
+            |row| Ok((text(row, 0)?, row.get(1)?)),
+        )?,
+        listings: all(catalog, "SELECT flight FROM listings", |row| text(row, 0))?,
         publishing: all(catalog, "SELECT digest FROM publishing", |row| row.get(0))?.into_iter().collect(),
     })
 }

@@ -131,7 +131,8 @@ fn the_law_holds_after_every_step() {
         false
     });
     eprintln!("{count} crashes, {} units and {} borrowed ranges looked at", law.units_seen, law.borrows_seen);
-    assert!(law.units_seen > 0 && law.borrows_seen > 0, "the story has become too simple");
+    let seen = law.units_seen.min(law.borrows_seen).min(law.shown_seen);
+    assert!(seen > 0, "the story has become too simple");
 }
 
 #[test]

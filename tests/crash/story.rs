@@ -4,7 +4,8 @@
 //! a crash in the middle of an earlier one leaves.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -150,10 +151,14 @@ fn keep_and_share(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     daemon.stop();
 }
 
-/// A slow source, and the end while it sends.
+/// A slow source, a job that reads what it sends, and the end in the middle.
 fn interrupt(daemon: &mut Daemon, marks: &mut Marks, url: &str) {
     marks.say("begin w");
     daemon.ctl(&["create", "w", "--type", "web", "--uri", url]).ok();
+    let target = daemon.place().dir("at-hasty");
+    daemon.ctl(&["attach", "hasty", "w", "--lazy", "--at", target.to_str().unwrap()]).ok();
+    let mut found = [0; 10];
+    File::open(target.join("w.bin")).unwrap().read_exact_at(&mut found, 18 * MIB as u64).unwrap();
     wait_until("half of it is here", LIMIT, || daemon.bytes_done("w") >= 12 * MIB as u64);
     daemon.kill9();
 }
@@ -162,6 +167,7 @@ fn interrupt(daemon: &mut Daemon, marks: &mut Marks, url: &str) {
 fn resume_and_remove(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     daemon.wait_state("w", "ready", LIMIT);
     marks.say("ready w");
+    daemon.ctl(&["release", "hasty"]).ok();
     remove(daemon, marks, "a");
     marks.say("begin a2");
     daemon.capture("a2", &place.join("a"));

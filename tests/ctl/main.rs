@@ -99,7 +99,29 @@ fn people_get_tables() {
     assert!(list.contains("downloading 43 %") && list.contains("3.00 GiB"), "{list}");
     assert!(stdout(&host.run("jobs")).contains("attached"));
     assert!(stdout(&host.run("status")).contains("passthrough  yes"));
-    assert_eq!(stdout(&host.run("events --follow --after 1")).lines().count(), 1);
+    assert_eq!(stdout(&host.run("events --after 1")).lines().count(), 1);
+}
+
+/// Ends `child` and gives what it had said so far.
+fn stopped(mut child: Child) -> Output {
+    child.kill().unwrap();
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn following_goes_on_after_the_daemon_and_repeats_nothing() {
+    let host = Host::new();
+    let child = host.spawn("events --follow --after 1");
+    // Each stream of the stub ends: the second is asked for from where the first ended.
+    host.stub.await_call("WatchEventsRequest { after_id: 2, follow: true }");
+    let output = stopped(child);
+    assert_eq!(stdout(&output).lines().count(), 1);
+    assert!(stderr(&output).contains("waiting for it to come back"), "{}", stderr(&output));
+
+    let child = host.spawn("watch --json");
+    host.stub.await_calls(2, "WatchCheckpointsRequest");
+    let lines = stdout(&stopped(child));
+    assert!(lines.lines().count() >= 3, "{lines}");
 }
 
 #[test]

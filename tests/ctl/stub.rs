@@ -84,8 +84,13 @@ impl Stub {
 
     /// Waits until a call that contains `text` has come.
     pub(crate) fn await_call(&self, text: &str) {
-        while !self.asked().calls.iter().any(|call| call.contains(text)) {
-            std::thread::yield_now();
+        self.await_calls(1, text);
+    }
+
+    /// Waits for so many calls that say `text`.
+    pub(crate) fn await_calls(&self, count: usize, text: &str) {
+        while self.asked().calls.iter().filter(|call| call.contains(text)).count() < count {
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
     }
 }
@@ -244,13 +249,24 @@ impl Checkpoints for Answers {
         Ok(Response::new(record(&request.get_ref().name, wire::CheckpointState::Ready)))
     }
 
+    async fn pin_checkpoint(&self, request: Request<wire::PinCheckpointRequest>) -> Answer<wire::Checkpoint> {
+        self.note(request.get_ref());
+        let pinned = named(&request.get_ref().checkpoint)?;
+        Ok(Response::new(wire::Checkpoint { pinned: true, ..pinned }))
+    }
+
+    async fn unpin_checkpoint(&self, request: Request<wire::UnpinCheckpointRequest>) -> Answer<wire::Checkpoint> {
+        self.note(request.get_ref());
+        named(&request.get_ref().checkpoint).map(Response::new)
+    }
+
     async fn remove_checkpoint(
         &self,
         request: Request<wire::RemoveCheckpointRequest>,
     ) -> Answer<wire::RemoveCheckpointResponse> {
         self.note(request.get_ref());
         named(&request.get_ref().checkpoint)?;
-        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20 }))
+        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20, going_on: false }))
     }
 
     async fn upload_checkpoint(
@@ -362,7 +378,17 @@ impl Node for Answers {
         Ok(Response::new(wire::Usage { logical_bytes: 10, unique_bytes: 5, ..Default::default() }))
     }
 
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Answer<wire::EvictCheckpointsResponse> {
+        self.note(request.get_ref());
+        let evicted = request.into_inner().checkpoints;
+        Ok(Response::new(wire::EvictCheckpointsResponse { evicted, freed_bytes: 1 << 20 }))
+    }
+
     async fn watch_events(&self, request: Request<wire::WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {
+        self.note(request.get_ref());
         let event = |id| wire::Event {
             id,
             kind: "CHECKPOINT_READY".into(),

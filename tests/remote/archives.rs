@@ -103,6 +103,45 @@ fn a_kill_in_the_middle_of_an_archive_is_made_good() {
 }
 
 #[test]
+fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
+    let (place, site, mut daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = place.dir("tree");
+    let each = 1 << 20;
+    (0..16).for_each(|number| random_file(&tree.join(format!("{number:02}.bin")), seed() ^ number, each));
+    fs::create_dir(tree.join("empty directory")).unwrap();
+    let zip = packed(&tree, "zip-deflated");
+    let whole = u64::try_from(zip.len()).unwrap();
+    let ranged = site.put("/a.zip", Page::Ranged(zip.clone()));
+    site.limit(4 << 20);
+    daemon.ctl(&["create", "zip", "--uri", &ranged]).ok();
+    wait_until("some members are sealed", PATIENCE, || daemon.files_done("zip") >= 5);
+    let sealed = daemon.files_done("zip");
+    daemon.kill9();
+    site.limit(0);
+    site.take_sent();
+    daemon.restart();
+    daemon.wait_state("zip", "ready", PATIENCE);
+    let sent = site.take_sent();
+    assert!(
+        sent <= whole - sealed * each + each / 2,
+        "{sent} of {whole} bytes were sent again, {sealed} members were here"
+    );
+    assert_same_tree(&tree, &daemon.attach("job", "zip"));
+
+    // Of another revision nothing is kept, though names and sizes are the same.
+    site.limit(4 << 20);
+    daemon.ctl(&["create", "other", "--uri", &ranged, "--owner", "somebody"]).ok();
+    wait_until("some members are sealed", PATIENCE, || daemon.files_done("other") >= 5);
+    daemon.kill9();
+    (0..16).for_each(|number| random_file(&tree.join(format!("{number:02}.bin")), !seed() ^ number, each));
+    site.put("/a.zip", Page::Ranged(packed(&tree, "zip-deflated")));
+    site.limit(0);
+    daemon.restart();
+    daemon.wait_state("other", "ready", PATIENCE);
+    assert_same_tree(&tree, &daemon.attach("job2", "other"));
+}
+
+#[test]
 fn what_is_hostile_or_no_archive_fails_by_name_and_leaves_nothing() {
     let (place, site, daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
     let tree = tree(&place);

@@ -1,13 +1,14 @@
 //! Azure Blob Storage against azurite, which verifies keys and signatures.
 
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
@@ -41,14 +42,48 @@ for hours in (1, -1):
                                  start=now - datetime.timedelta(days=1), expiry=now + datetime.timedelta(hours=hours)))
 "#;
 
+/// Multiplies the one blob that azurite has saved in its database. Every twentieth has bytes of its own; the others are empty, since
+/// azurite takes 7 ms of its one thread for each that is read.
+const SEED: &str = r#"
+import copy, hashlib, json, sys
+folder, count = sys.argv[1], int(sys.argv[2])
+blobs = json.load(open(f'{folder}/__azurite_db_blob__.json'))
+extents = json.load(open(f'{folder}/__azurite_db_blob_extent__.json'))
+table = next(c for c in blobs['collections'] if c['name'] == '$BLOBS_COLLECTION$')
+extent = extents['collections'][0]['data'][0]
+first, rows, at = table['data'][0], [], 0
+with open(f'{folder}/__blobstorage__/{extent["path"]}', 'wb') as out:
+    for number in range(count):
+        blob, body = copy.deepcopy(first), b'' if number % 20 else f'{number}\n'.encode()
+        blob['name'] = f'many/{number // 1000:02}/{number:05} %+#\u00fc'
+        blob['properties'].update(etag='"0x%015X"' % (0x200000000000000 + number), contentLength=len(body))
+        blob['properties']['contentMD5']['data'] = list(hashlib.md5(body).digest())
+        blob['persistency'] = {'id': extent['id'], 'offset': at, 'count': len(body)}
+        blob['$loki'] = number + 1
+        out.write(body)
+        at += len(body)
+        rows.append(blob)
+extent['size'] = at
+table['data'], table['maxId'] = rows, count
+for index in table['binaryIndices'].values():
+    index['values'] = list(range(count))
+json.dump(blobs, open(f'{folder}/__azurite_db_blob__.json', 'w'))
+json.dump(extents, open(f'{folder}/__azurite_db_blob_extent__.json', 'w'))
+"#;
+
 struct Azurite {
     server: Server,
-    _place: Place,
+    place: Place,
 }
 
 impl Azurite {
     fn start() -> Self {
-        let (port, place) = (free_port(), Place::new());
+        Self::start_at(Place::new())
+    }
+
+    /// With what is saved at `place`.
+    fn start_at(place: Place) -> Self {
+        let port = free_port();
         let mut command = Command::new("node");
         command
             .arg(tool("azurite/node_modules/azurite/dist/src/blob/main.js"))
@@ -56,7 +91,24 @@ impl Azurite {
             .arg(place.path())
             .args(["--silent", "--disableTelemetry", "--skipApiVersionCheck"])
             .env("AZURITE_ACCOUNTS", format!("{ACCOUNT}:{KEY}"));
-        Self { server: Server::start(&mut command, port), _place: place }
+        Self { server: Server::start(&mut command, port), place }
+    }
+
+    /// The same with `count` blobs below `many/` of the container `open`, which anybody may read.
+    fn start_with_many(count: usize) -> Self {
+        let azurite = Self::start();
+        azurite.fill(&json!({"containers": [["open", true]], "put": [["open", "first", "x"]]}));
+        let saved = |name: &str, word: &str| {
+            std::fs::read_to_string(azurite.place.join(name)).is_ok_and(|text| text.contains(word))
+        };
+        wait_until("azurite has saved what it has", Duration::from_secs(60), || {
+            saved("__azurite_db_blob__.json", "\"name\":\"first\"")
+                && saved("__azurite_db_blob_extent__.json", "\"locationId\"")
+        });
+        let Self { server, place } = azurite;
+        drop(server);
+        python(SEED, &[place.path().to_str().unwrap(), &count.to_string()]);
+        Self::start_at(place)
     }
 
     /// Fills containers; a signature that holds and one that has expired.
@@ -203,4 +255,37 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn jobs_that_read_a_container_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let azurite = Azurite::start();
+    azurite.fill(&json!({"containers": [["open", true]], "trees": [["open", "lazy/", tree]]}));
+    let network = faltering::before(azurite.server.port);
+    let daemon = Daemon::start_with(HASTY);
+    let endpoint = format!("endpoint={}", network.url(&format!("/{ACCOUNT}")));
+    start(&daemon, "azure", "k", &uri("open/lazy/"), &[&endpoint]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
+}
+
+#[test]
+fn twenty_thousand_blobs_are_listed_and_come() {
+    let azurite = Azurite::start_with_many(20_000);
+    let faults = Faults::before(azurite.server.port);
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let began = Instant::now();
+    create(&daemon, "azure", "many", &uri("open/many"), &[&endpoint(&faults)]).ok();
+    eprintln!("20,000 blobs in {:?}", began.elapsed());
+    assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
+    let at = daemon.attach("job", "many");
+    for number in 0..20_000 {
+        let bytes = std::fs::read(at.join(format!("{:02}/{number:05} %+#ü", number / 1000))).unwrap();
+        assert_eq!(bytes, if number % 20 == 0 { format!("{number}\n").into_bytes() } else { vec![] });
+    }
+    let heads = faults.heads();
+    let pages = heads.iter().filter(|head| head.contains("comp=list")).count();
+    assert!((20..40).contains(&pages), "{pages} pages");
 }

@@ -124,3 +124,28 @@ fn a_fill_that_was_killed_has_its_named_secrets_again() {
     assert_eq!(daemon.json(&["get", "p"])["source"]["options"]["credentials"], "team");
     assert_hidden(&daemon, &[TOKEN]);
 }
+
+#[test]
+fn an_endpoint_with_a_secret_in_it_is_refused_before_there_is_a_record() {
+    let daemon = Daemon::start_with(&[LOCALHOST]);
+    for (kind, uri) in [
+        ("aws", "s3://bucket/x"),
+        ("wasabi", "s3://bucket/x"),
+        ("azure", "https://account.blob.core.windows.net/container/x"),
+        ("gcp", "gs://bucket/x"),
+        ("huggingface", "acme/model"),
+        ("kaggle", "acme"),
+        ("web", "https://127.0.0.1:1/x"),
+    ] {
+        for endpoint in
+            ["http://reader:hunter22@127.0.0.1:1", "hunter22@127.0.0.1:1", "http://127.0.0.1:1/?sig=hunter22"]
+        {
+            let option = format!("endpoint={endpoint}");
+            let ran = daemon.ctl(&["create", "refused", "--type", kind, "--uri", uri, "--option", &option, "--wait"]);
+            let ran = ran.refused(&[2], &["the option `endpoint` holds user information", "--credential"]);
+            assert!(!(ran.stdout.clone() + &ran.stderr).contains("hunter22"), "{ran}");
+        }
+    }
+    assert!(daemon.rows("list").is_empty(), "nothing is recorded of them");
+    assert_hidden(&daemon, &["hunter22"]);
+}

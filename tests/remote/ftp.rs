@@ -17,7 +17,7 @@ const ONE_ATTEMPT: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "1");
 #[test]
 fn the_listings_of_every_server_are_the_tree_they_are_of() {
     let place = Place::new();
-    let (tree, made) = (odd_tree(&place), certificates(&place));
+    let (tree, made) = (odd_tree(&place), certificates(&place, &[]));
     fs::write(tree.join(".hidden"), "seen").unwrap();
     let authority = made.join("ca.pem").display().to_string();
     let good = made.join("good.pem");
@@ -140,7 +140,7 @@ fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
 #[test]
 fn what_is_refused_says_why() {
     let place = Place::new();
-    let (tree, made) = (odd_tree(&place), certificates(&place));
+    let (tree, made) = (odd_tree(&place), certificates(&place, &[]));
     let authority = made.join("ca.pem").display().to_string();
     let plain = pyftpdlib(&tree, None);
     let expired = pyftpdlib(&tree, Some(&made.join("expired.pem")));

@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
@@ -60,16 +61,43 @@ key.verify(plain(signature), f'{head}.{claims}'.encode(), padding.PKCS1v15(), ha
 print(json.dumps({**json.loads(plain(head)), **json.loads(plain(claims))}))
 "#;
 
+/// Writes objects below `many/` of the bucket `many` as fake-gcs-server keeps them on disk: told by HTTP, each would cost more than the one
+/// before.
+const SEED: &str = r#"
+import base64, hashlib, json, os, sys
+import google_crc32c
+root, count = sys.argv[1], int(sys.argv[2])
+os.makedirs(root)
+open(f'{root}/many.bucketMetadata', 'w').write('{"DefaultEventBasedHold":false,"VersioningEnabled":false}')
+for number in range(count):
+    folder, body = f'{root}/many/many/{number // 1000}', f'{number}\n'.encode()
+    os.makedirs(folder, exist_ok=True)
+    path = f'{folder}/{number} %+#\u00fc'
+    open(path, 'wb').write(body)
+    md5 = base64.b64encode(hashlib.md5(body).digest()).decode()
+    crc = base64.b64encode(google_crc32c.Checksum(body).digest()).decode()
+    time = '2026-01-01T00:00:00Z'
+    os.setxattr(path, 'user.metadata', json.dumps({'Crc32c': crc, 'Md5Hash': md5, 'Etag': md5, 'Created': time, 'Updated': time,
+                                                   'Generation': 1700000000000000 + number}).encode())
+"#;
+
 struct FakeGcs(Server);
 
 impl FakeGcs {
     fn start() -> Self {
+        Self::start_on(&["-backend", "memory"])
+    }
+
+    fn start_on(backend: &[&str]) -> Self {
         let port = free_port();
         let at = format!("127.0.0.1:{port}");
         let mut command = Command::new(tool("fake-gcs-server"));
-        command
-            .args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string(), "-backend", "memory"])
-            .args(["-public-host", &at, "-external-url", &format!("http://{at}")]);
+        command.args(["-scheme", "http", "-host", "127.0.0.1", "-port", &port.to_string()]).args(backend).args([
+            "-public-host",
+            &at,
+            "-external-url",
+            &format!("http://{at}"),
+        ]);
         Self(Server::start(&mut command, port))
     }
 
@@ -214,4 +242,35 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn jobs_that_read_a_bucket_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "lazy/", tree]]}));
+    let network = faltering::before(server.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    start(&daemon, "gcp", "k", "gs://ckpt/lazy/", &[&format!("endpoint={}", network.url(""))]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
+}
+
+#[test]
+fn twenty_thousand_objects_are_listed_and_come() {
+    let place = Place::new();
+    let root = place.join("root").display().to_string();
+    python(SEED, &[&root, "20000"]);
+    let server = FakeGcs::start_on(&["-backend", "filesystem", "-filesystem-root", &root, "-log-level", "error"]);
+    let faults = Faults::before(server.0.port);
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let began = Instant::now();
+    create(&daemon, "gcp", "many", "gs://many/many", &[&endpoint(&faults)]).ok();
+    eprintln!("20,000 objects in {:?}", began.elapsed());
+    assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
+    assert_same_tree(&place.join("root/many/many"), &daemon.attach("job", "many"));
+    let heads = faults.heads();
+    let pages = heads.iter().filter(|head| head.contains("maxResults")).count();
+    assert!((20..40).contains(&pages), "{pages} pages");
 }

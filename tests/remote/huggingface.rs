@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::faltering;
 use crate::support::daemon::{Daemon, LOCALHOST, clean};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::assert_same_tree;
@@ -261,4 +262,15 @@ fn olah(place: &Place) -> Server {
     let mut command = Command::new(tool("olah/bin/olah-cli"));
     command.arg("-c").arg(config).args(["--host", "127.0.0.1", "--port", &port.to_string()]).current_dir(place.path());
     Server::start(&mut command, port)
+}
+
+#[test]
+fn jobs_that_read_a_repository_lazily_see_nothing_of_a_network_that_falters() {
+    let hub = Standin::start();
+    let network = faltering::before(hub.port);
+    let daemon = Daemon::start_with(&[LOCALHOST, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")]);
+    let expected = daemon.place().join("expected");
+    bring(&hub.url(""), "acme/big", &expected);
+    create(&daemon, &network.url(""), "k", "acme/big", &[]).ok();
+    faltering::assert_read_lazily(&daemon, &network, "k", &expected);
 }

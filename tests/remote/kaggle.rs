@@ -169,7 +169,7 @@ fn a_competition_of_twenty_thousand_files_is_listed_over_its_pages() {
 }
 
 #[test]
-fn a_bundle_that_was_killed_half_way_comes_whole() {
+fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
     let (mut daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
     let faults = Faults::before(service.port);
     faults.slow_down(4 * MIB);
@@ -177,11 +177,17 @@ fn a_bundle_that_was_killed_half_way_comes_whole() {
     let line = ["create", "big", "--type", "kaggle", "--uri", "acme/big", "--option", &endpoint];
     daemon.ctl(&[&line[..], &["--option", "type=dataset"]].concat()).ok();
     let limit = Duration::from_secs(60);
-    wait_until("some of it is here", limit, || daemon.bytes_done("big") >= 12 * MIB);
+    wait_until("some of it is sealed", limit, || daemon.files_done("big") >= 2);
+    let (sealed, before) = (daemon.files_done("big"), faults.body_bytes());
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();
     daemon.wait_state("big", "ready", limit);
+    let again = faults.body_bytes() - before;
+    assert!(
+        again < (6 - sealed) * 6 * MIB + 2 * MIB,
+        "{again} bytes were fetched again, {sealed} of six files were here"
+    );
     let expected = place.join("expected");
     let arguments = ["hub", "dataset", "acme/big", expected.to_str().unwrap()];
     client(&service.url(""), &arguments, &place.join("home"));

@@ -132,3 +132,17 @@ fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
     run(&mut client("go-on", &transfer)).ok();
     assert_eq!(daemon.json(&["get", "killed"])["state"], "ready");
 }
+
+#[test]
+fn a_drained_daemon_takes_no_uploads_and_its_successor_does() {
+    let mut daemon = Daemon::start_with(&[ANY_PORT]);
+    run(&mut client("half", &create(&daemon, "k", &[]))).ok();
+    daemon.ctl(&["drain"]).ok();
+    run(&mut client("drained", &daemon.json(&["get", "k"])["transfer"])).ok();
+    assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
+    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0, "nothing of it is left");
+    daemon.stop();
+    daemon.restart();
+    run(&mut client("go-on", &daemon.json(&["get", "k"])["transfer"])).ok();
+    assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
+}

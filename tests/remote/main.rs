@@ -12,6 +12,7 @@ mod azure;
 mod buckets;
 mod catalogue;
 mod credentials;
+mod faltering;
 mod ftp;
 mod gcs;
 mod git;

@@ -263,6 +263,59 @@ fn a_file_that_hangs_leaves_the_others_alone() {
     }
 }
 
+/// Threads of the daemon that wait for a FUSE file system.
+fn held_up(daemon: &Daemon) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.server())).unwrap().flatten();
+    let waits = |task: &fs::DirEntry| fs::read_to_string(task.path().join("stack")).unwrap_or_default();
+    tasks.filter(|task| waits(task).contains("request_wait_answer")).count()
+}
+
+#[test]
+fn a_datastore_that_does_not_answer_is_told_of_and_holds_up_few_threads() {
+    let (store, place) = (FaultFs::mount(vec![("w".to_owned(), noise(1, 1 << 20))]), Place::new());
+    fs::write(place.dir("other").join("x"), b"x").unwrap();
+    let other = place.join("other");
+    let daemon = Daemon::start_with(&[
+        (MODELS, store.root().to_str().unwrap()),
+        ("CKPTD_DATASTORES__OTHER__PATH", other.to_str().unwrap()),
+        ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "1"),
+        ("CKPTD_SOURCES__ATTEMPTS", "2"),
+    ]);
+    store.freeze();
+    let names: Vec<_> = (0..12).map(|number| format!("w{number}")).collect();
+    for name in &names[1..] {
+        daemon.ctl(&["create", name, "--type", "regional", "--uri", "models"]).ok();
+    }
+    create_with(&daemon, "w0", "/", &[]).refused(&[7], &["listing the datastore `models`", "no answer within 1 s"]);
+    for name in &names {
+        daemon.wait_state(name, "failed", PATIENCE);
+        assert_eq!(daemon.json(&["get", name])["error"]["reason"], "DATASTORE_SILENT");
+        assert!((1..=4).contains(&held_up(&daemon)), "{} threads wait", held_up(&daemon));
+    }
+    daemon.ctl(&["create", "x", "--type", "regional", "--uri", "other", "--wait"]).ok();
+    assert_eq!(fs::read(daemon.attach("job", "x").join("x")).unwrap(), b"x");
+
+    store.let_go();
+    wait_until("nothing is held up", PATIENCE, || held_up(&daemon) == 0);
+    for name in &names {
+        daemon.ctl(&["retry", name]).ok();
+        daemon.wait_state(name, "ready", PATIENCE);
+    }
+    assert!(fs::read(daemon.attach("job2", "w11").join("w")).unwrap() == noise(1, 1 << 20));
+}
+
+#[test]
+fn a_datastore_that_answers_again_is_listed_without_being_told_to() {
+    let store = FaultFs::mount(vec![("w".to_owned(), noise(1, 1 << 20))]);
+    let daemon =
+        Daemon::start_with(&[(MODELS, store.root().to_str().unwrap()), ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "1")]);
+    store.freeze();
+    daemon.ctl(&["create", "w", "--type", "regional", "--uri", "models"]).ok();
+    wait_until("it was given up once", PATIENCE, || daemon.stderr().contains("no answer within 1 s"));
+    store.let_go();
+    daemon.wait_state("w", "ready", PATIENCE);
+}
+
 #[test]
 fn an_interrupted_ingest_keeps_the_digests_it_had_and_a_restart_serves_again() {
     let files: Vec<_> = (0..60).map(|number| (format!("f{number:02}"), noise(number, 512 << 10))).collect();

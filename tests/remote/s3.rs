@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::buckets::{HASTY, LARGE, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
@@ -23,10 +24,22 @@ const SECRET: &str = "s3cr3t/of+the/te5ts";
 
 /// Fills buckets as the plan says: `buckets`, `versioned`, `put` [bucket, key, text], `trees` [bucket, prefix, folder].
 const FILL: &str = r#"
-import base64, json, os, sys
+import base64, json, os, sys, zlib
 import boto3, google_crc32c
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+def crc64nvme(body):
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x9a6c9329ac4bc9b5 if crc & 1 else 0)
+        table.append(crc)
+    crc = 0xffffffffffffffff
+    for byte in body:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+    return (crc ^ 0xffffffffffffffff).to_bytes(8, 'big')
+CHECKSUMS = {'CRC32C': lambda body: google_crc32c.Checksum(body).digest(),
+             'CRC32': lambda body: zlib.crc32(body).to_bytes(4, 'big'), 'CRC64NVME': crc64nvme}
 plan = json.loads(sys.argv[2])
 s3 = boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1', aws_access_key_id=plan.get('id', 'x'),
                   aws_secret_access_key=plan.get('secret', 'y'), config=Config(s3={'addressing_style': 'path'}))
@@ -41,10 +54,15 @@ for bucket, prefix, folder in plan.get('trees', []):
         for name in names:
             path = os.path.join(top, name)
             key = prefix + os.path.relpath(path, folder)
-            if plan.get('crc32c'):
-                body = open(path, 'rb').read()
-                s3.put_object(Bucket=bucket, Key=key, Body=body, ChecksumCRC32C=base64.b64encode(
-                    google_crc32c.Checksum(body).digest()).decode())
+            if plan.get('checksum'):
+                # Under keys of its own, so that the ETag is no MD5 and this is the only digest that is stated.
+                algorithm, body = plan['checksum'], open(path, 'rb').read()
+                value = base64.b64encode(CHECKSUMS[algorithm](body)).decode()
+                # Without this header moto does not keep it.
+                name = lambda request, **_: request.headers.__setitem__('x-amz-sdk-checksum-algorithm', algorithm)
+                s3.meta.events.register('before-sign.s3.PutObject', name, unique_id='algorithm')
+                s3.put_object(Bucket=bucket, Key=key, Body=body, ServerSideEncryption='aws:kms',
+                              **{'Checksum' + algorithm: value})
                 continue
             s3.upload_file(path, bucket, key, Config=TransferConfig(multipart_threshold=16 << 20),
                            ExtraArgs=plan.get('extra'))
@@ -225,22 +243,24 @@ fn digests_that_the_store_states_are_verified() {
     random_file(&place.join("tree/large"), 3, 9 << 20);
     let moto = Moto::start();
     let folder = place.join("tree");
-    for (bucket, extra) in [
-        ("md5", json!(null)),
-        ("crc", json!(null)),
-        ("sha", json!({"ChecksumAlgorithm": "SHA256"})),
-        ("kms", json!({"ServerSideEncryption": "aws:kms"})),
+    for (bucket, extra, checksum) in [
+        ("md5", json!(null), json!(null)),
+        ("crc32c", json!(null), json!("CRC32C")),
+        ("crc32", json!(null), json!("CRC32")),
+        ("crc64", json!(null), json!("CRC64NVME")),
+        ("sha", json!({"ChecksumAlgorithm": "SHA256"}), json!(null)),
+        ("kms", json!({"ServerSideEncryption": "aws:kms"}), json!(null)),
     ] {
         let trees = json!([[bucket, "", folder]]);
-        moto.fill(&json!({"buckets": [bucket], "trees": trees, "extra": extra, "crc32c": bucket == "crc"}));
+        moto.fill(&json!({"buckets": [bucket], "trees": trees, "extra": extra, "checksum": checksum}));
     }
     let daemon = Daemon::start_with(&[LOOPBACK]);
     let faults = Faults::before(moto.0.port);
-    for bucket in ["md5", "crc", "sha", "kms"] {
+    for bucket in ["md5", "crc32c", "crc32", "crc64", "sha", "kms"] {
         create(&daemon, "aws", bucket, &format!("s3://{bucket}"), &[&endpoint(&faults), ANY_ID, ANY_SECRET]).ok();
         assert_same_tree(&folder, &daemon.attach(bucket, bucket));
     }
-    for bucket in ["md5", "crc", "sha"] {
+    for bucket in ["md5", "crc32c", "crc32", "crc64", "sha"] {
         for key in ["small", "large"] {
             faults.spoil(&format!("GET /{bucket}/{key} "), Fault::Damage(5), 9);
             let name = format!("{bucket}-{key}");
@@ -355,4 +375,18 @@ fn twenty_thousand_objects_and_the_environments_credentials() {
     let anonymous = ["anonymous=true".to_owned(), format!("endpoint={}", server.url(""))];
     create(&daemon, "aws", "nobody", "s3://ckpt/many", &[&anonymous[0], &anonymous[1]]).refused(&[2], &["key_id"]);
     assert_kept_nowhere(&daemon, &[SECRET, KEY_ID]);
+}
+
+#[test]
+fn jobs_that_read_a_bucket_lazily_see_nothing_of_a_network_that_falters() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    faltering::plain_tree(&tree);
+    let moto = Moto::start();
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "lazy/", tree]]}));
+    let network = faltering::before(moto.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    let endpoint = format!("endpoint={}", network.url(""));
+    start(&daemon, "aws", "k", "s3://ckpt/lazy/", &[&endpoint, ANY_ID, ANY_SECRET]);
+    faltering::assert_read_lazily(&daemon, &network, "k", &tree);
 }

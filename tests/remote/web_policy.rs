@@ -26,7 +26,7 @@ fn site(place: &Place) -> PathBuf {
 #[test]
 fn a_certificate_is_refused_unless_all_of_it_is_right() {
     let place = Place::new();
-    let (site, made) = (site(&place), certificates(&place));
+    let (site, made) = (site(&place), certificates(&place, &[]));
     let authority = made.join("ca.pem").display().to_string();
     let servers = ["good", "expired", "elsewhere", "foreign"]
         .map(|name| nginx_tls(&place, &site, &made.join(format!("{name}.pem"))));
@@ -48,7 +48,7 @@ fn a_certificate_is_refused_unless_all_of_it_is_right() {
 #[test]
 fn redirects_are_followed_where_the_policy_permits() {
     let place = Place::new();
-    let (site, made) = (site(&place), certificates(&place));
+    let (site, made) = (site(&place), certificates(&place, &[]));
     let authority = made.join("ca.pem").display().to_string();
     let tls = nginx_tls(&place, &site, &made.join("good.pem"));
     let plain = nginx(&place, &site, "");
@@ -95,7 +95,7 @@ fn tinyproxy(place: &Place, log: &Path) -> Server {
 #[test]
 fn a_proxy_of_the_environment_carries_plain_and_protected_requests() {
     let place = Place::new();
-    let (site, made, log) = (site(&place), certificates(&place), place.join("proxy.log"));
+    let (site, made, log) = (site(&place), certificates(&place, &[]), place.join("proxy.log"));
     let authority = made.join("ca.pem").display().to_string();
     let tls = nginx_tls(&place, &site, &made.join("good.pem"));
     let plain = nginx(&place, &site, "");

@@ -121,8 +121,9 @@ impl OpenFile for DirectoryFile {
         !self.filling.load(Ordering::SeqCst)
     }
 
-    fn when_here(&self, _: u64, _: usize, resume: Resume) {
+    fn when_here(&self, _: u64, _: usize, resume: Resume) -> Option<u64> {
         self.waiting.lock().unwrap().push(resume);
+        None
     }
 }
 

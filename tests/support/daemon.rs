@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::place::{Place, unmount_below};
 use super::ran::{Ran, run, wait_for, wait_until};
+use super::seccomp;
 
 /// The daemon under test.
 pub(crate) const CKPTD: &str = env!("CARGO_BIN_EXE_ckptd");
@@ -37,6 +38,8 @@ pub(crate) struct Daemon {
     state: PathBuf,
     verb: &'static str,
     env: Vec<(&'static str, String)>,
+    /// A system call that it finds missing.
+    refused: Option<nix::libc::c_long>,
 }
 
 impl Daemon {
@@ -64,10 +67,20 @@ impl Daemon {
         Self::start_in(Place::new(), state, "serve", env)
     }
 
+    /// Starts one that finds the system call `call` missing, as under a filter.
+    pub(crate) fn start_without(call: nix::libc::c_long) -> Self {
+        let place = Place::new();
+        let state = place.dir("state");
+        place.dir("run");
+        let mut daemon = Self { child: None, place, state, verb: "serve", env: Vec::new(), refused: Some(call) };
+        daemon.launch();
+        daemon
+    }
+
     fn start_in(place: Place, state: PathBuf, verb: &'static str, env: &[(&'static str, &str)]) -> Self {
         place.dir("run");
         let env = env.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
-        let mut daemon = Self { child: None, place, state, verb, env };
+        let mut daemon = Self { child: None, place, state, verb, env, refused: None };
         daemon.launch();
         daemon
     }
@@ -166,6 +179,11 @@ impl Daemon {
         self.json(&["get", checkpoint])["fill"]["bytes_done"].as_u64().unwrap_or(0)
     }
 
+    /// Files of a checkpoint that are sealed while it fills.
+    pub(crate) fn files_done(&self, checkpoint: &str) -> u64 {
+        self.json(&["get", checkpoint])["fill"]["files_done"].as_u64().unwrap_or(0)
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("the daemon is there").id()
     }
@@ -197,7 +215,11 @@ impl Daemon {
 
     fn launch(&mut self) {
         let stderr = File::options().create(true).append(true).open(self.place.join("stderr")).unwrap();
-        let mut child = command(self.verb, &self.state, &self.place.join("run"))
+        let mut command = command(self.verb, &self.state, &self.place.join("run"));
+        if let Some(call) = self.refused {
+            seccomp::refuse(&mut command, call);
+        }
+        let mut child = command
             .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -118,10 +118,11 @@ pub(crate) fn vsftpd(place: &Place, root: &Path, certificate: Option<&Path>, lin
     Server::start(Command::new("vsftpd").arg(&config), port)
 }
 
-/// Makes `ca.pem` and the certificates `good`, `expired`, `elsewhere`, `foreign` (`.pem`) in a new directory.
-pub(crate) fn certificates(place: &Place) -> PathBuf {
+/// Makes `ca.pem` and the certificates `good`, `expired`, `elsewhere`, `foreign` (`.pem`), and one of each name, in a new directory.
+pub(crate) fn certificates(place: &Place, names: &[&str]) -> PathBuf {
     let directory = place.dir("certificates");
-    run(Command::new(tool("venv/bin/python")).arg(fixture("certificates.py")).arg(&directory)).ok();
+    let mut making = Command::new(tool("venv/bin/python"));
+    run(making.arg(fixture("certificates.py")).arg(&directory).args(names)).ok();
     directory
 }
 

@@ -69,8 +69,11 @@ impl<'a> Reading<'a> {
         if !record.is_type(0) && !record.is_type(libc::S_IFREG) {
             return Err(refused(format!("`{}` is a device, FIFO or socket", record.shown())));
         }
+        if !self.sink.file_if_missing(name, record.size, record.mode & 0o111 != 0)? {
+            // Its own header was looked at when it was read; this is what it takes at least.
+            return self.take(record, LOCAL_BYTES + count(record.raw_name.len()) + record.stored);
+        }
         let mut input = self.open(record)?;
-        self.sink.file(name, Some(record.size), record.mode & 0o111 != 0)?;
         let mut crc = flate2::Crc::new();
         input.pieces(record.size, |piece| {
             crc.update(&piece);
@@ -116,11 +119,19 @@ impl<'a> Reading<'a> {
         if name != record.raw_name {
             return Err(damaged(format!("its own header calls it `{}`", show_bytes(&name))));
         }
-        self.taken = self.taken.saturating_add(end - record.header_at);
+        self.take(record, end - record.header_at)?;
+        Input::range(self.file, start, record.stored, coding, self.meter.clone())
+    }
+}
+
+impl Reading<'_> {
+    /// Counts what a member takes of the file.
+    fn take(&mut self, record: &Record, bytes: u64) -> Result<()> {
+        self.taken = self.taken.saturating_add(bytes);
         if self.taken > self.until {
             return Err(refused(format!("`{}` shares its bytes with other members", record.shown())));
         }
-        Input::range(self.file, start, record.stored, coding, self.meter.clone())
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ use comfy_table::{Table, presets};
 use super::config::Config;
 use super::holder::Inherited;
 use super::{Instance, stop_signal};
-use crate::cli::connect::{Daemon, connect};
+use crate::cli::connect::{Daemon, Way, connect};
 use crate::cli::progress::Progress;
 use crate::control::wire;
 use crate::error::{Error, Kind, Result};
@@ -76,7 +76,7 @@ async fn show(
     home: &Path,
     targets: &mut Vec<PathBuf>,
 ) -> Result<()> {
-    let daemon = connect(endpoint).await?;
+    let daemon = connect(&Way { endpoint: endpoint.to_owned(), ..Way::default() }).await?;
     let began = Instant::now();
     let record = create(&daemon, arguments.source.as_deref(), home).await?;
     let record = follow(&daemon, record).await?;

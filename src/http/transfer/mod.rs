@@ -27,6 +27,10 @@
 //! An upload without a byte for `http.upload_idle_s` is dropped: its bytes go, the record waits on. An archive that breaks the rules, or a
 //! full disk, fails the record; then every request gets its sentence until the record is retried.
 //!
+//! # Draining
+//! A daemon that is drained takes no new upload (503: the client tries until there is another daemon). One that is under way ends with a
+//! sentence (410) and the record waits for another, unless all of it was here; then it becomes ready.
+//!
 //! # Cost
 //! A piece costs one keyed hash, one look-up in memory and one queue: no row is read, no thread is changed, and the bytes are not
 //! copied between the socket's buffer and the reader of the tar.

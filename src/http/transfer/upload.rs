@@ -152,12 +152,20 @@ impl Upload {
 
     /// Gives it up for the sake of another, unless all of it is here; whether it was.
     pub(super) fn give_up(&self) -> bool {
+        let given_up = self.close("another upload of this checkpoint took the place of this one");
+        if given_up {
+            self.given_up.notify_one();
+        }
+        given_up
+    }
+
+    /// Takes nothing any more because of `why`, unless all of it is here; whether it was not.
+    pub(super) fn close(&self, why: &'static str) -> bool {
         let mut position = self.lock();
         if position.ended.is_some() {
             return false;
         }
-        position.closed = Some("another upload of this checkpoint took the place of this one");
-        self.given_up.notify_one();
+        position.closed.get_or_insert(why);
         true
     }
 

@@ -14,7 +14,7 @@ use super::upload::Upload;
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Kind, Result};
-use crate::ingest::Ingests;
+use crate::ingest::{Ingests, draining};
 use crate::source::SourceKind;
 use crate::source::local::{self, Bearer, SentTar, StreamDigest, Tokens};
 use crate::store::Store;
@@ -129,6 +129,9 @@ impl Transfers {
         present: Option<Arc<Upload>>,
     ) -> Result<Arc<Upload>, Refusal> {
         let record = self.awaited(bearer).await?;
+        if self.ingests.is_paused() {
+            return Err(Refusal::Busy("ckptd is being drained and takes no uploads until it has been restarted"));
+        }
         let extract = record.origin.options.get("extract").is_none_or(|value| value != "false");
         let (feed, entries) = local::stream(extract)?;
         let before = present.as_ref().map(|upload| upload.id().to_owned()).filter(|before| before != id);
@@ -177,9 +180,22 @@ impl Transfers {
                 }
                 Err(Error::new(Kind::Cancelled, "UPLOAD_DROPPED", "the upload was dropped").remedy("start it again"))
             }
+            () = self.drained(&upload) => {
+                self.ingests.start_over(&record).await;
+                Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
+            }
         };
         self.forget(&record.id, &upload);
         upload.conclude(outcome);
+    }
+
+    /// Resolves when the daemon is drained before all of `upload` is here; then it takes nothing any more.
+    async fn drained(&self, upload: &Upload) {
+        self.ingests.until_paused().await;
+        if !upload.close("ckptd is being drained: start the upload again when it has been restarted") {
+            // What is here is sealed.
+            std::future::pending().await
+        }
     }
 
     fn forget(&self, checkpoint: &str, upload: &Arc<Upload>) {

@@ -81,6 +81,8 @@ struct State {
     holds: Vec<Hold>,
     waiting: HashMap<u32, Vec<Waiting>>,
     waits: usize,
+    /// Reads that ever waited: the number of the last.
+    waited: u64,
     failed: Option<Arc<Error>>,
 }
 
@@ -97,6 +99,7 @@ enum At {
 }
 
 struct Waiting {
+    number: u64,
     range: Range<u64>,
     resume: Resume,
 }

@@ -7,8 +7,11 @@
 //! takes short ranges in few streams, so that a wanted unit never queues behind much.
 //!
 //! A unit is missing, claimed by one step, or here. A step may lose units it has not come to; it asks before each ([`Queue::go_on`]).
+//!
+//! What may be next is kept in order (files that were started, files whose first unit is missing), so that a step costs the same however many files
+//! wait to be started.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
 /// Units asked for in one range while nobody reads: few requests, yet several in flight for one file.
@@ -105,8 +108,10 @@ pub(in crate::ingest) struct Queue {
     cautious: u32,
     learned: VecDeque<(u32, u64)>,
     follows: VecDeque<Follow>,
-    /// Files before it have nothing missing.
-    first: usize,
+    /// Files that were started and may have something missing: the background's, in its order.
+    open: BTreeSet<usize>,
+    /// Files with ranges whose first unit is missing.
+    headers: BTreeSet<usize>,
 }
 
 impl Queue {
@@ -119,8 +124,12 @@ impl Queue {
 
     /// Adds a file of units, of which those in `here` need not come. Background order is the order of adding.
     pub(in crate::ingest) fn add(&mut self, entry: u32, units: u64, ranges: bool, here: impl Fn(u64) -> bool) {
-        let units = (0..units).map(|unit| if here(unit) { Unit::Here } else { Unit::Missing }).collect();
-        self.rank.insert(entry, self.files.len());
+        let units: Vec<_> = (0..units).map(|unit| if here(unit) { Unit::Here } else { Unit::Missing }).collect();
+        let at = self.files.len();
+        if ranges && units.first() == Some(&Unit::Missing) {
+            self.headers.insert(at);
+        }
+        self.rank.insert(entry, at);
         self.files.push(Queued { entry, units, ranges, started: false, streams: 0, cursor: 0 });
     }
 
@@ -141,7 +150,7 @@ impl Queue {
     pub(in crate::ingest) fn start(&mut self, entry: u32) {
         if let Some(&at) = self.rank.get(&entry) {
             self.files[at].started = true;
-            self.first = self.first.min(at);
+            self.open.insert(at);
         }
     }
 
@@ -162,19 +171,31 @@ impl Queue {
 
     /// Whether the unit is to be fetched by itself: missing, or claimed by a stream that comes to it only later.
     fn take_away(&mut self, at: usize, unit: u64) -> bool {
-        let file = &mut self.files[at];
-        let Some(state) = index(unit).and_then(|unit| file.units.get_mut(unit)) else { return false };
+        let file = &self.files[at];
+        let Some(state) = index(unit).and_then(|unit| file.units.get(unit)) else { return false };
         match *state {
             Unit::Here => false,
             Unit::Missing => file.ranges,
             Unit::Claimed(token) => {
                 let far = self.running.get(&token).is_some_and(|running| !running.wanted && running.next + NEAR < unit);
                 if far && file.ranges {
-                    *state = Unit::Missing;
+                    self.set(at, unit, Unit::Missing);
                     return true;
                 }
                 false
             }
+        }
+    }
+
+    /// Notes what becomes of a unit. One that is missing again and behind the background is for whoever made it so.
+    fn set(&mut self, at: usize, unit: u64, state: Unit) {
+        let file = &mut self.files[at];
+        let Some(present) = index(unit).and_then(|unit| file.units.get_mut(unit)) else { return };
+        *present = state;
+        match state {
+            Unit::Missing if unit == 0 && file.ranges => drop(self.headers.insert(at)),
+            Unit::Claimed(_) | Unit::Here if unit == 0 => drop(self.headers.remove(&at)),
+            _ => {}
         }
     }
 
@@ -237,12 +258,12 @@ impl Queue {
             }
         }
         let most = self.background_units();
-        while self.files.get(self.first).is_some_and(|file| file.started && file.first_missing() == file.units.len()) {
-            self.first += 1;
-        }
-        for at in self.first..self.files.len() {
+        let mut behind = 0;
+        // Those that are passed over have all their streams, of which there are few, or are passed over for the last time.
+        while let Some(at) = self.open.range(behind..).next().copied() {
+            behind = at + 1;
             let file = &mut self.files[at];
-            if !file.started || file.streams >= RANGES_PER_FILE {
+            if file.streams >= RANGES_PER_FILE {
                 continue;
             }
             file.cursor = file.first_missing();
@@ -251,14 +272,14 @@ impl Queue {
                 let units = self.run(at, start, most);
                 return Some(self.claim(at, units, false));
             }
+            self.open.remove(&at);
         }
         None
     }
 
     /// What readers will want soon: headers, what was learned, what comes next.
     fn next_for_readers(&mut self) -> Option<Step> {
-        let headers = (0..self.files.len()).find(|at| self.files[*at].ranges && self.missing(*at, 0));
-        if let Some(at) = headers {
+        if let Some(at) = self.headers.first().copied() {
             return Some(self.claim(at, 0..1, false));
         }
         while let Some((entry, unit)) = self.learned.pop_front() {
@@ -307,20 +328,18 @@ impl Queue {
     fn claim(&mut self, at: usize, units: Range<u64>, wanted: bool) -> Step {
         self.tokens = self.tokens.wrapping_add(1);
         let token = self.tokens;
-        let file = &mut self.files[at];
         for unit in units.clone() {
-            if let Some(state) = index(unit).and_then(|unit| file.units.get_mut(unit))
-                && *state != Unit::Here
-            {
-                *state = Unit::Claimed(token);
+            if index(unit).and_then(|unit| self.files[at].units.get(unit)) != Some(&Unit::Here) {
+                self.set(at, unit, Unit::Claimed(token));
             }
         }
+        let file = &mut self.files[at];
         file.streams += usize::from(!wanted);
         if wanted {
             self.cautious = CAUTIOUS_FOR;
         }
         self.running.insert(token, Running { at, next: units.start, wanted });
-        Step { entry: file.entry, units, wanted, token }
+        Step { entry: self.files[at].entry, units, wanted, token }
     }
 
     /// Whether a step comes to `unit` next: it may have been taken away.
@@ -341,25 +360,26 @@ impl Queue {
 
     /// Notes a unit that arrived.
     pub(in crate::ingest) fn here(&mut self, entry: u32, unit: u64) {
-        if let Some(&at) = self.rank.get(&entry)
-            && let Some(state) = index(unit).and_then(|unit| self.files[at].units.get_mut(unit))
-        {
-            *state = Unit::Here;
+        if let Some(&at) = self.rank.get(&entry) {
+            self.set(at, unit, Unit::Here);
         }
     }
 
     /// Ends a step; what it had claimed and not brought is missing again.
     pub(in crate::ingest) fn end(&mut self, step: &Step) {
         let Some(running) = self.running.remove(&step.token) else { return };
-        let file = &mut self.files[running.at];
-        file.streams -= usize::from(!running.wanted);
+        let at = running.at;
+        self.files[at].streams -= usize::from(!running.wanted);
         for unit in step.units.clone() {
-            if let Some(unit) = index(unit)
-                && file.units.get(unit) == Some(&Unit::Claimed(step.token))
+            if let Some(place) = index(unit)
+                && self.files[at].units.get(place) == Some(&Unit::Claimed(step.token))
             {
-                file.units[unit] = Unit::Missing;
-                file.cursor = file.cursor.min(unit);
-                self.first = self.first.min(running.at);
+                self.set(at, unit, Unit::Missing);
+                let file = &mut self.files[at];
+                file.cursor = file.cursor.min(place);
+                if file.started {
+                    self.open.insert(at);
+                }
             }
         }
     }
@@ -377,132 +397,4 @@ fn index(unit: u64) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn queue(files: &[u64]) -> Queue {
-        let mut queue = Queue::default();
-        for (entry, units) in (0..).zip(files) {
-            queue.add(entry, *units, true, |_| false);
-            queue.start(entry);
-        }
-        queue
-    }
-
-    fn background(queue: &mut Queue) -> Option<(u32, Range<u64>)> {
-        queue.next_background().map(|step| (step.entry, step.units))
-    }
-
-    #[test]
-    fn the_background_goes_in_file_order_and_long_ranges() {
-        let mut queue = queue(&[10, 40]);
-        assert_eq!(background(&mut queue), Some((0, 0..8)));
-        assert_eq!(background(&mut queue), Some((0, 8..10)));
-        let of_second: Vec<_> = std::iter::from_fn(|| background(&mut queue)).collect();
-        assert_eq!(of_second, [(1, 0..8), (1, 8..16), (1, 16..24), (1, 24..32)]);
-    }
-
-    #[test]
-    fn what_is_here_is_not_asked_for_and_what_was_not_started_waits() {
-        let mut queue = Queue::default();
-        queue.add(7, 4, true, |unit| unit == 1);
-        assert_eq!(background(&mut queue), None);
-        queue.start(7);
-        assert_eq!(background(&mut queue), Some((7, 0..1)));
-        assert_eq!(background(&mut queue), Some((7, 2..4)));
-    }
-
-    #[test]
-    fn a_wanted_unit_comes_first_and_is_taken_from_a_stream_that_is_far_from_it() {
-        let mut queue = queue(&[20]);
-        let stream = queue.next_background().unwrap();
-        queue.want(0, 6..7);
-        queue.want(0, 15..16);
-        let steps: Vec<_> = std::iter::from_fn(|| queue.next_wanted()).collect();
-        let ranges: Vec<_> = steps
-            .iter()
-            .map(|step| match step {
-                Wanted::Units(step) => step.units.clone(),
-                Wanted::Small(_) => 0..0,
-            })
-            .collect();
-        assert_eq!(ranges, [6..7, 15..16]);
-        assert!((0..6).all(|unit| queue.go_on(&stream, unit)));
-        assert!(!queue.go_on(&stream, 6), "the unit was taken away");
-        queue.end(&stream);
-        assert_eq!(background(&mut queue), Some((0, 0..6)));
-    }
-
-    #[test]
-    fn a_unit_that_is_about_to_come_is_left_to_its_stream() {
-        let mut queue = queue(&[20]);
-        let stream = queue.next_background().unwrap();
-        assert!(queue.go_on(&stream, 3));
-        queue.want(0, 3..5);
-        assert_eq!(queue.next_wanted(), None);
-    }
-
-    #[test]
-    fn readers_get_headers_first_then_what_was_learned_and_few_short_streams() {
-        let mut queue = queue(&[20, 20]);
-        queue.set_read(true);
-        queue.learn([(1, 9), (0, 0)]);
-        let streams: Vec<_> = std::iter::from_fn(|| queue.next_background()).collect();
-        let shown: Vec<_> = streams.iter().map(|step| (step.entry, step.units.clone())).collect();
-        assert_eq!(shown, [(0, 0..1), (1, 0..1), (1, 9..10), (0, 1..3)]);
-        queue.want(0, 12..13);
-        let Some(Wanted::Units(wanted)) = queue.next_wanted() else { panic!("nothing is wanted") };
-        assert!(queue.must_pause(&streams[0]) && !queue.must_pause(&wanted));
-        streams.iter().for_each(|step| queue.end(step));
-        assert_eq!(background(&mut queue), None, "the background began while something was wanted");
-        queue.end(&wanted);
-        assert!(queue.next_background().is_some());
-    }
-
-    #[test]
-    fn long_ranges_end_early_once_somebody_reads() {
-        let mut queue = queue(&[20]);
-        let stream = queue.next_background().unwrap();
-        assert!(queue.go_on(&stream, 4));
-        queue.set_read(true);
-        assert!(queue.go_on(&stream, 1) && !queue.go_on(&stream, 5));
-        queue.end(&stream);
-        assert_eq!(background(&mut queue), Some((0, 0..1)));
-    }
-
-    #[test]
-    fn a_reader_that_goes_straight_on_is_followed() {
-        let mut queue = queue(&[9, 60]);
-        queue.set_read(true);
-        for entry in 0..2 {
-            queue.here(entry, 0);
-        }
-        for unit in 30..33 {
-            queue.want(1, unit..unit + 1);
-            let Some(Wanted::Units(step)) = queue.next_wanted() else { panic!("nothing is wanted") };
-            queue.here(1, unit);
-            queue.end(&step);
-        }
-        assert_eq!(background(&mut queue), Some((1, 33..34)));
-    }
-
-    #[test]
-    fn small_files_are_taken_once_and_wanted_ones_first() {
-        let mut queue = Queue::default();
-        (0..3).for_each(|entry| queue.add_small(entry));
-        queue.want(2, 0..1);
-        assert_eq!(queue.next_wanted(), Some(Wanted::Small(2)));
-        let rest: Vec<_> = std::iter::from_fn(|| queue.next_small()).collect();
-        assert_eq!(rest, [0, 1]);
-    }
-
-    #[test]
-    fn a_file_without_ranges_is_one_stream() {
-        let mut queue = Queue::default();
-        queue.add(0, 30, false, |unit| unit < 3);
-        queue.start(0);
-        assert_eq!(background(&mut queue), Some((0, 0..30)));
-        queue.want(0, 20..21);
-        assert_eq!(queue.next_wanted(), None);
-    }
-}
+mod tests;

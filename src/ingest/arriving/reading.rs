@@ -121,8 +121,8 @@ impl Arriving {
     }
 
     /// Runs `resume` when `range` of a file is here or cannot come; at once where that is so now. The bytes are wanted: they are fetched
-    /// before anything that nobody waits for.
-    pub fn when_here(&self, entry: u32, range: Range<u64>, resume: Resume) {
+    /// before anything that nobody waits for. What waits has the number that is returned.
+    pub fn when_here(&self, entry: u32, range: Range<u64>, resume: Resume) -> Option<u64> {
         let mut state = self.lock();
         let outcome = match state.ready(entry, &range) {
             Ready::Now => Ok(()),
@@ -131,14 +131,32 @@ impl Arriving {
             Ready::Later => {
                 state.queue.want(entry, range.start / UNIT_BYTES..range.end.div_ceil(UNIT_BYTES));
                 state.waits += 1;
-                state.waiting.entry(entry).or_default().push(Waiting { range, resume });
+                state.waited += 1;
+                let number = state.waited;
+                state.waiting.entry(entry).or_default().push(Waiting { number, range, resume });
                 drop(state);
                 self.work.notify_waiters();
-                return;
+                return Some(number);
             }
         };
         drop(state);
         resume(outcome);
+        None
+    }
+
+    /// Drops what waits for bytes of a file under `number`, if it still does: nobody is there any more.
+    pub fn give_up(&self, entry: u32, number: u64) {
+        let mut state = self.lock();
+        let Some(waiting) = state.waiting.get_mut(&entry) else { return };
+        // In the order of asking, so by number.
+        let Ok(at) = waiting.binary_search_by_key(&number, |waiting| waiting.number) else { return };
+        let given_up = waiting.remove(at);
+        if waiting.is_empty() {
+            state.waiting.remove(&entry);
+        }
+        state.waits = state.waits.saturating_sub(1);
+        drop(state);
+        drop(given_up);
     }
 }
 

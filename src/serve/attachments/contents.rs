@@ -25,7 +25,7 @@ impl Attachments {
         &self,
         record: &Record,
     ) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
-        let Some(digest) = record.manifest else {
+        let Some(digest) = record.ready_manifest() else {
             return self.partial_content_of(record).await;
         };
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
@@ -44,7 +44,7 @@ impl Attachments {
         let Some(arriving) = self.0.ingests.shown_before(record).await? else {
             let id = record.id.clone();
             let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
-            let ready = now.filter(|now| now.manifest.is_some()).ok_or_else(|| not_readable(record))?;
+            let ready = now.filter(|now| now.ready_manifest().is_some()).ok_or_else(|| not_readable(record))?;
             return Box::pin(self.content_of(&ready)).await;
         };
         arriving.keep_listing().await?;
@@ -76,7 +76,7 @@ impl Attachments {
             while arriving.strong_count() > 0 {
                 let asked = id.clone();
                 let record = attachments.0.store.catalog().read(move |tx| checkpoints::get(tx, &asked)).await;
-                if let Ok(Some(Record { manifest: Some(digest), .. })) = record {
+                if let Ok(Some(digest)) = record.map(|record| record.and_then(|record| record.ready_manifest())) {
                     if let Some(reader) = arriving.upgrade().and_then(|arriving| arriving.reader()) {
                         attachments.hydrate(id, digest, reader);
                     }

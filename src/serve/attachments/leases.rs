@@ -116,7 +116,8 @@ impl Attachments {
             rfc3339(end)
         );
         tracing::info!(job = job.as_str(), "{message}");
-        let event = NewEvent { kind: "LEASE_EXPIRED", job: job.to_string(), checkpoint, message };
+        let owner = row.owner.clone();
+        let event = NewEvent { kind: "LEASE_EXPIRED", job: job.to_string(), checkpoint, owner, message };
         let job = job.to_string();
         let forget = move |tx: &rusqlite::Connection| {
             jobs::delete(tx, &job)?;
@@ -164,7 +165,9 @@ fn timer(wall_ms: i64) -> std::io::Result<AsyncFd<OwnedFd>> {
     let at = TimeSpec::new(wall_ms / 1000, wall_ms % 1000 * 1_000_000);
     let flags = TimerSetTimeFlags::TFD_TIMER_ABSTIME | TimerSetTimeFlags::TFD_TIMER_CANCEL_ON_SET;
     timer.set(Expiration::OneShot(at), flags)?;
-    AsyncFd::with_interest(OwnedFd::from(timer), Interest::READABLE)
+    // SAFETY: the descriptor is owned by what is made of it, and is neither replaced nor given away as long as that is there.
+    let watched = unsafe { AsyncFd::register_with_interest(OwnedFd::from(timer), Interest::READABLE) };
+    watched.map_err(|error| error.into_parts().1)
 }
 
 #[cfg(test)]

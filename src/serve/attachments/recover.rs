@@ -139,9 +139,11 @@ impl Attachments {
     pub(super) fn session_config(&self, record: &Record) -> SessionConfig {
         SessionConfig {
             created: SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(record.created_ms).unwrap_or(0)),
-            passthrough: self.0.passthrough,
+            passthrough: self.0.wishes.passthrough,
+            resend: self.0.wishes.resend,
             stack_depth: self.0.stack_depth,
             outlive: self.0.outlive.clone(),
+            waits: self.0.waits.clone(),
             ..SessionConfig::new(self.0.sessions_dir.join(&record.id), record.id.clone(), self.0.buffers.clone())
         }
     }
@@ -217,8 +219,8 @@ impl Attachments {
         let event = NewEvent {
             kind: "ATTACHMENT_LOST",
             job: row.job.clone(),
-            checkpoint: String::new(),
             message: format!("the view of job {} at {} was lost: {}", row.job, row.target, error.report()),
+            ..Default::default()
         };
         let row = JobRow { state: JobState::Lost, mounted: None, ..row };
         self.0

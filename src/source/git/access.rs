@@ -1,8 +1,9 @@
 //! Who asks: the credentials of one request, and how each program gets them without anybody seeing them.
 //!
 //! User name, password and token are for the origin that they were given for and go to no other, whatever a submodule says. git
-//! gets them in a variable of its environment. The ssh key is offered to every ssh host (which learns nothing by it but the
-//! public key); it lies in memory alone, as a file without a name that ssh opens below `/proc`.
+//! gets them in a variable of its environment. The ssh key likewise is offered to the host that it was given for alone: another would learn
+//! whose key it is, and could have it let itself in where only this key may. It lies in memory alone, as a file without a name that
+//! ssh opens below `/proc`.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -41,7 +42,8 @@ const REDACTED_FROM: usize = 4;
 #[derive(Clone, Default)]
 pub(super) struct Access {
     basic: Option<(Remote, String, String)>,
-    key: Option<Arc<File>>,
+    /// The ssh key, and the address that it was given for.
+    key: Option<(Remote, Arc<File>)>,
     known_hosts: Option<String>,
     /// Whether `known_hosts` is the request's own and all that counts.
     own_known_hosts: bool,
@@ -71,7 +73,7 @@ impl Access {
         let known_hosts = if own_known_hosts { own } else { host_file(host, HOST_KNOWN)? };
         Ok(Self {
             basic: basic.map(|(name, word)| (remote.clone(), name, word)),
-            key: credentials.get("ssh_key").map(|key| unnamed(key).map(Arc::new)).transpose()?,
+            key: credentials.get("ssh_key").map(unnamed).transpose()?.map(|file| (remote.clone(), Arc::new(file))),
             known_hosts,
             own_known_hosts,
         })
@@ -81,8 +83,21 @@ impl Access {
     pub(super) fn is_for(&self, remote: &Remote) -> bool {
         match remote {
             Remote::Http(_) => self.authorization(remote).is_some(),
-            Remote::Ssh(_) => self.key.is_some(),
+            Remote::Ssh(address) => self.key_for(address).is_some(),
         }
+    }
+
+    /// Whether there is something of the kind that `remote` takes, but for another host.
+    pub(super) fn is_for_another(&self, remote: &Remote) -> bool {
+        let any = match remote {
+            Remote::Http(_) => self.basic.is_some(),
+            Remote::Ssh(_) => self.key.is_some(),
+        };
+        any && !self.is_for(remote)
+    }
+
+    fn key_for(&self, address: &SshAddress) -> Option<&File> {
+        self.key.as_ref().filter(|(given_for, _)| given_for.shares_key_with(address)).map(|(_, key)| key.as_ref())
     }
 
     /// For our own requests to `remote`.
@@ -121,8 +136,7 @@ impl Access {
     ) -> String {
         let seconds = patience.as_secs().max(1);
         let key = self
-            .key
-            .as_ref()
+            .key_for(address)
             .map_or_else(|| "none".to_owned(), |key| format!("/proc/{}/fd/{}", std::process::id(), key.as_raw_fd()));
         let own = if self.known_hosts.is_some() { known_hosts } else { "none" };
         let global = if self.own_known_hosts { "none" } else { KNOWN_HOSTS };
@@ -196,6 +210,17 @@ mod tests {
     fn what_would_break_a_header_is_refused() {
         for secrets in [&[("token", "a\nb")][..], &[("username", "a:b"), ("password", "c")]] {
             assert_eq!(access(secrets, "https://h/r").unwrap_err().reason(), "BAD_CREDENTIALS");
+        }
+    }
+    #[test]
+    fn a_key_is_in_the_configuration_for_its_own_host_alone() {
+        let access = access(&[("ssh_key", "a key")], "git@h:r").unwrap();
+        for (remote, offered) in [("git@h:s", true), ("git@k:s", false), ("ssh://git@h:2222/s", false)] {
+            let remote = Remote::parse(remote).unwrap();
+            assert_eq!(access.is_for(&remote), offered);
+            let Remote::Ssh(address) = remote else { unreachable!() };
+            let text = access.ssh_configuration(&address, [127, 0, 0, 1].into(), "known", Duration::from_secs(1));
+            assert_eq!(!text.contains("IdentityFile none\n"), offered, "{text}");
         }
     }
 }

@@ -16,6 +16,9 @@ use crate::names::show_bytes;
 /// The user that git hosts log in.
 const SSH_USER: &str = "git";
 
+/// Where ssh listens unless the address says otherwise.
+const SSH_PORT: u16 = 22;
+
 /// An address that was checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Remote {
@@ -98,8 +101,20 @@ impl Remote {
     pub(super) fn same_origin(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Http(one), Self::Http(other)) => one.origin() == other.origin(),
-            (Self::Ssh(one), Self::Ssh(other)) => one.host == other.host && one.port() == other.port(),
+            (Self::Ssh(one), Self::Ssh(other)) => one.is_at(other),
             _ => false,
+        }
+    }
+
+    /// Whether an ssh key that came with this address may be offered at `other`: to the very server, or, where this is an http(s)
+    /// address, to the ssh server that the same host has beside.
+    pub(super) fn shares_key_with(&self, other: &SshAddress) -> bool {
+        match self {
+            Self::Ssh(one) => one.is_at(other),
+            Self::Http(url) => {
+                let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+                host.eq_ignore_ascii_case(&other.host) && other.port() == SSH_PORT
+            }
         }
     }
 }
@@ -158,13 +173,18 @@ impl SshAddress {
 
     /// Where it listens.
     pub(super) fn port(&self) -> u16 {
-        self.port.unwrap_or(22)
+        self.port.unwrap_or(SSH_PORT)
+    }
+
+    /// Whether both are of one server.
+    fn is_at(&self, other: &Self) -> bool {
+        self.host.eq_ignore_ascii_case(&other.host) && self.port() == other.port()
     }
 
     /// The host as known_hosts files name it.
     pub(super) fn known_as(&self) -> String {
         match self.port() {
-            22 => self.host.clone(),
+            SSH_PORT => self.host.clone(),
             port => format!("[{}]:{port}", self.host),
         }
     }
@@ -276,10 +296,25 @@ mod tests {
     fn credentials_are_for_one_origin() {
         let remote = |text| Remote::parse(text).unwrap();
         assert!(remote("https://h/a").same_origin(&remote("https://h:443/b")));
-        assert!(remote("git@h:a").same_origin(&remote("ssh://x@h/b")));
+        assert!(remote("git@h:a").same_origin(&remote("ssh://x@H/b")));
         for (one, other) in [("https://h/a", "http://h/a"), ("https://h/a", "https://k/a"), ("https://h/a", "git@h:a")]
         {
             assert!(!remote(one).same_origin(&remote(other)));
+        }
+    }
+    #[test]
+    fn a_key_is_for_one_host() {
+        for (given_for, asked, goes) in [
+            ("git@h:a", "ssh://x@H/b", true),
+            ("https://h/a", "git@h:b", true),
+            ("https://[::1]/a", "git@[::1]:b", true),
+            ("https://h/a", "ssh://git@h:2222/b", false),
+            ("ssh://git@h:2222/a", "git@h:b", false),
+            ("git@h:a", "git@k:a", false),
+            ("https://h/a", "git@k:a", false),
+        ] {
+            let Remote::Ssh(address) = Remote::parse(asked).unwrap() else { unreachable!() };
+            assert_eq!(Remote::parse(given_for).unwrap().shares_key_with(&address), goes, "{given_for} {asked}");
         }
     }
 }

@@ -160,6 +160,9 @@ pub(super) fn explain(said: &str, remote: &Remote, access: &Access) -> Error {
                 .remedy("check the credentials, and that they have not expired")
         } else {
             error(Kind::Denied, "CREDENTIALS_REQUIRED", "credentials are asked for").remedy(match remote {
+                _ if access.is_for_another(remote) => {
+                    "those given are for another host and go nowhere else: only submodules of the repository's own host may need some"
+                }
                 Remote::Http(_) => "give the credential `token`, or `username` and `password`",
                 Remote::Ssh(_) => "give the credential `ssh_key`",
             })

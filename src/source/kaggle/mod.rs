@@ -3,8 +3,8 @@
 //! All files of one come as the bundle that the site's own button and `kagglehub` fetch: one archive, behind a redirect to a signed URL of a
 //! storage service. The bundle is opened as *one file that is an archive*, so the ingest extracts it while it arrives and the
 //! checkpoint is the tree that the site shows. Fetching file by file was looked at and left: single files come as `<name>.zip` or as they are,
-//! which the listing does not say, and 20,000 files would be 20,000 requests to an interface that counts them. The price is that what
-//! broke off is extracted anew after a restart (what was sealed before is found again by its digest).
+//! which the listing does not say, and 20,000 files would be 20,000 requests to an interface that counts them. What
+//! broke off goes on where it was as far as the bundle is a zip that is given in ranges; else it is extracted anew.
 //! A zip *inside* the bundle is a file of the data and stays one.
 //!
 //! The revision is the version's number, for competitions, which have none, a digest over all pages of the file list; and the

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::super::faltering;
 use super::servers::{GitSite, USER, Work};
 use super::{TWICE, assert_no_scratch, create, ready};
 use crate::support::daemon::{Daemon, LOOPBACK};
@@ -183,4 +184,19 @@ fn secrets_show_nowhere() {
     }
     assert!(texts.iter().all(|text| !text.contains(USER.1) && !text.contains(encoded)));
     assert_no_scratch(&daemon);
+}
+
+#[test]
+fn jobs_that_read_large_files_lazily_see_nothing_of_a_network_that_falters() {
+    let site = GitSite::start_with_lfs();
+    let network = faltering::before(site.port());
+    let work = with_attributes(&site, "org/model");
+    let bytes = noise(11, 48 << 20);
+    work.large("w.bin", &bytes);
+    work.publish();
+    let expected = work.expected("expected");
+    fs::write(expected.join("w.bin"), &bytes).unwrap();
+    let daemon = Daemon::start_with(&[LOOPBACK, super::IMPATIENT]);
+    daemon.ctl(&["create", "k", "--type", "git", "--uri", &network.url("/org/model.git")]).ok();
+    faltering::assert_read_lazily(&daemon, &network, "k", &expected);
 }

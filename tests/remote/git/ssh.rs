@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use super::servers::{GitSite, git};
+use super::servers::{GitSite, USER, Work, git};
 use super::{TWICE, assert_no_scratch, create, ready};
 use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::faults::Faults;
 use crate::support::files::assert_same_tree;
 use crate::support::place::Place;
 use crate::support::ran::run;
@@ -32,13 +33,13 @@ impl Sshd {
         let configuration = format!(
             "Port {port}\nListenAddress 127.0.0.1\nHostKey {directory}/host\nPidFile none\nUsePAM no\nStrictModes no\n\
              PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n\
-             AuthorizedKeysFile {directory}/authorized\nSetEnv PATH={directory}/bin:{}\n",
+             AuthorizedKeysFile {directory}/authorized\nLogLevel DEBUG\nSetEnv PATH={directory}/bin:{}\n",
             std::env::var("PATH").unwrap()
         );
         fs::write(place.join("sshd_config"), configuration).unwrap();
-        let server =
-            Server::start(Command::new("/usr/sbin/sshd").args(["-D", "-e", "-f"]).arg(place.join("sshd_config")), port);
-        Self { server, place }
+        let mut command = Command::new("/usr/sbin/sshd");
+        command.arg("-D").arg("-f").arg(place.join("sshd_config")).arg("-E").arg(place.join("log"));
+        Self { server: Server::start(&mut command, port), place }
     }
 
     /// `ssh://`, with the path of a repository on this host.
@@ -56,6 +57,14 @@ impl Sshd {
         let public = fs::read_to_string(self.place.join(&format!("{key}.pub"))).unwrap();
         format!("known_hosts=[127.0.0.1]:{} {public}", self.server.port)
     }
+}
+
+/// A working tree whose `sub` is the commit `commit` at `url`.
+fn with_submodule(work: &Work, url: &str, commit: &str) {
+    work.write(".gitmodules", format!("[submodule \"sub\"]\n\tpath = sub\n\turl = {url}\n")).write("a", "a");
+    git(&work.tree, &["add", "--all"]);
+    git(&work.tree, &["update-index", "--add", "--cacheinfo", &format!("160000,{commit},sub")]);
+    work.publish_index();
 }
 
 fn keygen(path: &Path) {
@@ -96,6 +105,55 @@ fn a_repository_comes_by_ssh_for_the_right_key_from_the_right_host() {
         assert_same_tree(&work.expected(&format!("expected-{name}")), &daemon.attach(&job, name));
     }
     assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_key_is_not_offered_to_another_host_that_a_submodule_names() {
+    let (site, sshd, other) = (GitSite::start(), Sshd::start(), Sshd::start());
+    // It would let this very key in.
+    fs::copy(sshd.place.join("authorized"), other.place.join("authorized")).unwrap();
+    let module = site.work("org/module");
+    let commit = module.write("m", "m").publish();
+    let known = format!("{}\n{}", sshd.known("host"), other.known("host").trim_start_matches("known_hosts="));
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
+    let secrets = ["--credential", &sshd.key("user"), "--credential", &known];
+
+    let work = site.work("org/greedy");
+    with_submodule(&work, &other.url(&site.published("org/module")), &commit);
+    create(&daemon, "greedy", &sshd.url(&site.published("org/greedy")), &secrets)
+        .refused(&[2], &["the submodule `sub`", "credentials are asked for", "for another host"]);
+    let log = fs::read_to_string(other.place.join("log")).unwrap();
+    assert!(log.contains("userauth-request for user root"), "it was reached: {log}");
+    assert!(!log.contains("method publickey"), "the key was offered: {log}");
+    assert!(fs::read_to_string(sshd.place.join("log")).unwrap().contains("method publickey"), "the log tells of keys");
+
+    // Where none is needed the submodule comes.
+    let work = site.work("org/modest");
+    with_submodule(&work, &site.url("org/module.git"), &commit);
+    create(&daemon, "modest", &sshd.url(&site.published("org/modest")), &secrets).ok();
+    assert_eq!(fs::read(daemon.attach("job", "modest").join("sub/m")).unwrap(), b"m");
+}
+
+#[test]
+fn a_password_is_not_shown_to_another_host_that_a_submodule_names() {
+    let (site, elsewhere) = (GitSite::start(), GitSite::start());
+    let watched = Faults::before(elsewhere.port());
+    let open = elsewhere.work("org/module").write("m", "m").publish();
+    let hidden = elsewhere.work("private/module").write("m", "m").publish();
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
+    let given = [format!("username={}", USER.0), format!("password={}", USER.1)];
+    let secrets = ["--credential", &given[0], "--credential", &given[1]];
+
+    with_submodule(&site.work("private/modest"), &watched.url("/org/module.git"), &open);
+    create(&daemon, "modest", &site.url("private/modest.git"), &secrets).ok();
+    assert_eq!(fs::read(daemon.attach("job", "modest").join("sub/m")).unwrap(), b"m");
+
+    with_submodule(&site.work("private/greedy"), &watched.url("/private/module.git"), &hidden);
+    create(&daemon, "greedy", &site.url("private/greedy.git"), &secrets)
+        .refused(&[2], &["the submodule `sub`", "credentials are asked for"]);
+    let heads = watched.heads();
+    assert!(heads.iter().any(|head| head.contains("/private/module.git")), "it was reached: {heads:?}");
+    assert!(!heads.iter().any(|head| head.to_ascii_lowercase().contains("authorization")), "{heads:?}");
 }
 
 #[test]

@@ -10,8 +10,9 @@
 //!
 //! **Digests.** A listing gives `ETag`s, and an `ETag` of 32 hexadecimal digits is the MD5 of the bytes, unless the object is
 //! encrypted with keys of its own (SSE-KMS, SSE-C), which the listing does not tell. So the listing's are not believed. Large files are asked for their head
-//! when the source is opened: it tells the checksums (SHA-256 and CRC-32C, of the whole object and not of pieces), the encryption, and the
-//! version to pin. Small files are checked against the head of the answer that brings them ([`verified`]).
+//! when the source is opened: it tells the checksums, the encryption, and the version to pin. SHA-256, CRC-64/NVME, CRC-32C
+//! and CRC-32 are verified where they are of the whole object; one that is composed of those of the pieces that it was put in (`COMPOSITE`) is
+//! not, since nothing says where the pieces begin: such an object without another digest comes unverified, but for its length and pin. Small files are checked against the head of the answer that brings them ([`verified`]).
 //! Stores that are not AWS's may mean anything by an `ETag`: theirs are believed after one small object was read whose MD5 it is.
 
 mod refusal;
@@ -369,7 +370,7 @@ impl Bucket for S3 {
         }
         let expected = head.expected(self.etags_are_md5.load(Ordering::Relaxed));
         let bytes = wanted.accept(reply, &self.http)?;
-        Ok(if wanted.header().is_none() && small { verified(bytes, expected, what) } else { bytes })
+        Ok(if wanted.header().is_none() && small { verified(bytes, &expected, what) } else { bytes })
     }
 }
 
@@ -379,7 +380,9 @@ struct Head {
     size: u64,
     pin: Pin,
     sha256: Option<[u8; 32]>,
+    crc64nvme: Option<u64>,
     crc32c: Option<u32>,
+    crc32: Option<u32>,
     md5: Option<[u8; 16]>,
 }
 
@@ -395,7 +398,9 @@ impl Head {
         Self {
             size: size.unwrap_or(0),
             sha256: checksum("x-amz-checksum-sha256").and_then(decoded),
+            crc64nvme: checksum("x-amz-checksum-crc64nvme").and_then(decoded).map(u64::from_be_bytes),
             crc32c: checksum("x-amz-checksum-crc32c").and_then(decoded).map(u32::from_be_bytes),
+            crc32: checksum("x-amz-checksum-crc32").and_then(decoded).map(u32::from_be_bytes),
             md5: md5_of_etag(&etag).filter(|_| !own_keys),
             pin: Pin {
                 version: text("x-amz-version-id").filter(|id| *id != "null").unwrap_or_default().to_owned(),
@@ -404,12 +409,14 @@ impl Head {
         }
     }
 
-    /// The one digest to verify: the strongest; an MD5 only where ETags are known to be that.
+    /// The one digest to verify: a SHA-256, else the longest checksum, which costs a tenth of an MD5; an MD5 only where ETags are known to be that.
     fn expected(&self, etags_are_md5: bool) -> Expected {
         let none = Expected::default();
         match self {
             Self { sha256: Some(_), .. } => Expected { sha256: self.sha256, ..none },
+            Self { crc64nvme: Some(_), .. } => Expected { crc64nvme: self.crc64nvme, ..none },
             Self { crc32c: Some(_), .. } => Expected { crc32c: self.crc32c, ..none },
+            Self { crc32: Some(_), .. } => Expected { crc32: self.crc32, ..none },
             _ if etags_are_md5 => Expected { md5: self.md5, ..none },
             _ => none,
         }

@@ -1,0 +1,202 @@
+//! The tasks of checkpoints: begun, cancelled, and paused when the daemon is drained.
+//!
+//! One task for each checkpoint that is being brought in; whoever begins another for the same one waits for the end of the one before.
+//! A task that panics fails its checkpoint like any other fault: the record must not stay `filling` with nobody at work.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use futures_util::FutureExt as _;
+use tokio::task::JoinHandle;
+
+use super::progress::Progress;
+use super::{Ingests, lock};
+use crate::catalog::checkpoints::Record;
+use crate::error::{Error, Result};
+
+/// What fills one checkpoint.
+pub(super) struct Task {
+    /// Whether the next start of the daemon can go on with it.
+    resumes: bool,
+    pub(super) progress: Arc<Progress>,
+    join: JoinHandle<()>,
+}
+
+/// A daemon that is being drained begins nothing.
+pub fn draining() -> Error {
+    Error::unavailable("DRAINING", "ckptd takes no new work: it is being drained")
+        .remedy("try again when it has been restarted")
+}
+
+impl Ingests {
+    /// Stops filling a checkpoint; returns when nothing of it runs any more. Bytes stay until the flight is removed.
+    pub async fn cancel(&self, id: &str) {
+        let task = lock(&self.0.tasks).remove(id);
+        if let Some(task) = task {
+            task.join.abort();
+            let _ = task.join.await;
+        }
+    }
+
+    /// Begins no filling any more and stops what can be resumed: records stay `filling` with their durable units, as after a
+    /// crash, and the next start of the daemon goes on with them. Whoever receives from a sender ends that himself
+    /// ([`Ingests::until_paused`]): only he can say so to the sender.
+    pub async fn pause(&self) {
+        self.0.paused.send_replace(true);
+        let stopped: Vec<_> = lock(&self.0.tasks).extract_if(|_, task| task.resumes).collect();
+        stopped.iter().for_each(|(_, task)| task.join.abort());
+        for (_, task) in stopped {
+            let _ = task.join.await;
+        }
+    }
+
+    /// Whether nothing is begun any more.
+    pub fn is_paused(&self) -> bool {
+        *self.0.paused.borrow()
+    }
+
+    /// Resolves when nothing is begun any more.
+    pub async fn until_paused(&self) {
+        // Cannot fail: the sender is ours.
+        let _ = self.0.paused.subscribe().wait_for(|paused| *paused).await;
+    }
+
+    /// Whether new work may begin.
+    ///
+    /// # Errors
+    /// `DRAINING`.
+    pub fn admit(&self) -> Result<()> {
+        if self.is_paused() { Err(draining()) } else { Ok(()) }
+    }
+
+    /// Makes a checkpoint that was being filled by a sender as if nothing had been sent: it waits, and nothing of it is on disk.
+    pub async fn start_over(&self, record: &Record) {
+        self.cancel(&record.id).await;
+        self.0.give_back(record).await;
+        self.note_change(&record.id);
+    }
+
+    pub(super) fn spawn<F, W>(&self, record: &Record, resumes: bool, work: W)
+    where
+        W: FnOnce(Arc<Progress>) -> F,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let progress = Arc::new(Progress::default());
+        let work = work(progress.clone());
+        let (shared, own) = (self.0.clone(), record.clone());
+        let mut tasks = lock(&self.0.tasks);
+        // One after the other: a task that finds its record decided already has nothing to do.
+        let before = tasks.remove(&record.id).map(|task| task.join);
+        let present = progress.clone();
+        let join = tokio::spawn(async move {
+            if let Some(before) = before {
+                let _ = AbortOnDrop(before).await;
+            }
+            if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+                shared.conclude_panic(&own, resumes).await;
+            }
+            lock(&shared.tasks).retain(|id, task| *id != own.id || !Arc::ptr_eq(&task.progress, &present));
+            let _ = shared.changes.send(own.id);
+        });
+        tasks.insert(record.id.clone(), Task { resumes, progress, join });
+    }
+}
+
+/// A task that another waits for and that ends with it.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Future for AbortOnDrop {
+    type Output = ();
+
+    fn poll(mut self: std::pin::Pin<&mut Self>, context: &mut std::task::Context<'_>) -> std::task::Poll<()> {
+        std::pin::Pin::new(&mut self.0).poll(context).map(|_| ())
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::catalog::checkpoints::{self, Origin, State};
+    use crate::catalog::events;
+    use crate::ingest::Settings;
+    use crate::source::{Credentials, SourceKind};
+    use crate::store::Store;
+    use crate::units::now_unix_ms;
+
+    fn record(id: &str) -> Record {
+        let uri = "https://example.org/x".to_owned();
+        Record {
+            id: id.to_owned(),
+            name: id.to_owned(),
+            owner: String::new(),
+            public: false,
+            state: State::New,
+            origin: Origin { kind: SourceKind::Web.to_string(), uri, options: std::collections::BTreeMap::new() },
+            revision: String::new(),
+            manifest: None,
+            files: 0,
+            logical_bytes: 0,
+            failure: None,
+            created_ms: now_unix_ms(),
+            in_place: None,
+            pinned: false,
+            secrets_given: false,
+            used_ms: 0,
+        }
+    }
+
+    /// A store on a real disk: tmpfs has no holes.
+    async fn opened() -> (tempfile::TempDir, Store) {
+        let directory = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+        let path = directory.path().to_owned();
+        let store = tokio::task::spawn_blocking(move || Store::open(&path)).await.unwrap().unwrap();
+        (directory, store)
+    }
+
+    async fn decided(store: &Store, id: &'static str) -> Record {
+        for _ in 0..500 {
+            let found = store.catalog().read(move |tx| checkpoints::get(tx, id)).await.unwrap().unwrap();
+            if !matches!(found.state, State::New | State::Filling) {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("`{id}` is still not decided");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_panic_fails_the_checkpoint_and_an_event_says_so() {
+        let (_directory, store) = opened().await;
+        let ingests = Ingests::new(store.clone(), Arc::new(|_, _, _| panic!("on purpose")), Settings::default());
+        let new = record("a");
+        let row = new.clone();
+        store.catalog().write(move |tx| checkpoints::insert(tx, &row)).await.unwrap();
+        ingests.start(&new, Credentials::default());
+        let failed = decided(&store, "a").await;
+        assert_eq!(failed.state, State::Failed);
+        assert!(failed.failure.unwrap().message.contains("a bug of ours"));
+        let events = store.catalog().read(|tx| events::after(tx, 0, 100)).await.unwrap();
+        assert!(events.iter().any(|event| event.kind == "CHECKPOINT_FAILED" && event.checkpoint == "a"), "{events:?}");
+        assert!(ingests.progress("a").is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_paused_admits_nothing() {
+        let (_directory, store) = opened().await;
+        let ingests = Ingests::new(store, Arc::new(|_, _, _| panic!("nothing is begun")), Settings::default());
+        ingests.admit().unwrap();
+        ingests.pause().await;
+        ingests.until_paused().await;
+        assert_eq!(ingests.admit().unwrap_err().reason(), "DRAINING");
+        ingests.start(&record("a"), Credentials::default());
+        assert!(ingests.progress("a").is_none());
+    }
+}

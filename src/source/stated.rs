@@ -1,0 +1,156 @@
+//! Digests that a source states, and bytes held to them.
+
+use sha1::Digest as _;
+
+use crate::error::{Error, Result};
+
+/// Digests stated by a source, all verified where present.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// SHA-256 of the bytes (LFS, Hugging Face).
+    pub sha256: Option<[u8; 32]>,
+    /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
+    pub git_sha1: Option<[u8; 20]>,
+    /// MD5 of the bytes (`Content-MD5`, the ETag of an object put in one piece).
+    pub md5: Option<[u8; 16]>,
+    /// CRC-64/NVME of the bytes (S3).
+    pub crc64nvme: Option<u64>,
+    /// CRC-32C (Castagnoli) of the bytes (object stores).
+    pub crc32c: Option<u32>,
+    /// CRC-32 as zip and Ethernet have it (S3).
+    pub crc32: Option<u32>,
+}
+
+impl Expected {
+    /// Whether there is nothing to verify.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Takes the digests that are expected of one file, as its bytes come.
+pub struct Verifier(Vec<(Taken, Vec<u8>)>);
+
+/// A digest under way.
+enum Taken {
+    Sha256(sha2::Sha256),
+    GitSha1(sha1::Sha1),
+    Md5(md5::Md5),
+    Crc64Nvme(crc64fast_nvme::Digest),
+    Crc32c(u32),
+    Crc32(crc32fast::Hasher),
+}
+
+impl Verifier {
+    /// For a file of `size` bytes.
+    pub fn new(expected: &Expected, size: u64) -> Self {
+        let Expected { sha256, git_sha1, md5, crc64nvme, crc32c, crc32 } = expected;
+        let git = || sha1::Sha1::new_with_prefix(format!("blob {size}\0"));
+        let all = [
+            sha256.map(|stated| (Taken::Sha256(sha2::Sha256::new()), stated.to_vec())),
+            git_sha1.map(|stated| (Taken::GitSha1(git()), stated.to_vec())),
+            md5.map(|stated| (Taken::Md5(md5::Md5::new()), stated.to_vec())),
+            crc64nvme.map(|stated| (Taken::Crc64Nvme(crc64fast_nvme::Digest::new()), stated.to_be_bytes().to_vec())),
+            crc32c.map(|stated| (Taken::Crc32c(0), stated.to_be_bytes().to_vec())),
+            crc32.map(|stated| (Taken::Crc32(crc32fast::Hasher::new()), stated.to_be_bytes().to_vec())),
+        ];
+        Self(all.into_iter().flatten().collect())
+    }
+
+    /// The next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        for (taken, _) in &mut self.0 {
+            match taken {
+                Taken::Sha256(state) => state.update(bytes),
+                Taken::GitSha1(state) => state.update(bytes),
+                Taken::Md5(state) => state.update(bytes),
+                Taken::Crc64Nvme(state) => state.write(bytes),
+                Taken::Crc32c(state) => *state = crc32c::crc32c_append(*state, bytes),
+                Taken::Crc32(state) => state.update(bytes),
+            }
+        }
+    }
+
+    /// All bytes of `what` came.
+    ///
+    /// # Errors
+    /// `DIGEST_MISMATCH`, naming it.
+    pub fn finish(self, what: &str) -> Result<()> {
+        self.0.into_iter().try_for_each(|(taken, stated)| {
+            let (name, found) = taken.finish();
+            if found == stated {
+                return Ok(());
+            }
+            let message = format!("`{what}` arrived with {name} {}, the source states {}", hex(&found), hex(&stated));
+            Err(Error::corrupt("DIGEST_MISMATCH", message)
+                .fact("path", what)
+                .remedy("retry; if it stays so, the file is damaged at the source"))
+        })
+    }
+}
+
+impl Taken {
+    /// Its name, and its bytes, the most significant first.
+    fn finish(self) -> (&'static str, Vec<u8>) {
+        match self {
+            Self::Sha256(state) => ("SHA-256", state.finalize().to_vec()),
+            Self::GitSha1(state) => ("git object id", state.finalize().to_vec()),
+            Self::Md5(state) => ("MD5", state.finalize().to_vec()),
+            Self::Crc64Nvme(state) => ("CRC-64/NVME", state.sum64().to_be_bytes().to_vec()),
+            Self::Crc32c(state) => ("CRC-32C", state.to_be_bytes().to_vec()),
+            Self::Crc32(state) => ("CRC-32", state.finalize().to_be_bytes().to_vec()),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verify(expected: &Expected, bytes: &[u8]) -> Result<()> {
+        let mut verifier = Verifier::new(expected, bytes.len() as u64);
+        bytes.chunks(2).for_each(|piece| verifier.update(piece));
+        verifier.finish("a")
+    }
+
+    #[test]
+    fn stated_digests_are_verified() {
+        let sha256 = sha2::Sha256::digest(b"hello").into();
+        // git hash-object of a file with the bytes `hello`.
+        let git: [u8; 20] = [
+            0xb6, 0xfc, 0x4c, 0x62, 0x0b, 0x67, 0xd9, 0x5f, 0x95, 0x3a, 0x5c, 0x1c, 0x12, 0x30, 0xaa, 0xab, 0x5d, 0xb5,
+            0xa1, 0xb0,
+        ];
+        let none = Expected::default();
+        for alone in [
+            Expected { sha256: Some(sha256), ..none.clone() },
+            Expected { git_sha1: Some(git), ..none.clone() },
+            Expected { md5: Some(md5::Md5::digest(b"hello").into()), ..none.clone() },
+            // What `gsutil hash` prints for `hello`, and what zip keeps of it.
+            Expected { crc32c: Some(0x9a71_bb4c), ..none.clone() },
+            Expected { crc32: Some(0x3610_a686), ..none.clone() },
+        ] {
+            verify(&alone, b"hello").unwrap();
+            assert_eq!(verify(&alone, b"hellO").unwrap_err().reason(), "DIGEST_MISMATCH", "{alone:?}");
+        }
+        assert!(none.is_empty() && verify(&none, b"x").is_ok());
+    }
+
+    #[test]
+    fn checksums_are_those_of_their_names() {
+        // The check values of the catalogue of parametrised CRC algorithms (reveng.sourceforge.io), all of these nine digits.
+        let check = Expected {
+            crc64nvme: Some(0xae8b_1486_0a79_9888),
+            crc32c: Some(0xe306_9283),
+            crc32: Some(0xcbf4_3926),
+            ..Expected::default()
+        };
+        verify(&check, b"123456789").unwrap();
+        let two = Expected { crc32: Some(0), ..check };
+        assert!(verify(&two, b"123456789").unwrap_err().to_string().contains("CRC-32 cbf43926"));
+    }
+}
