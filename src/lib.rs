@@ -21,6 +21,7 @@
 //! * nothing that answers the kernel waits for network, SQLite or a lock of unknown length ([`serve`]).
 
 // 0: words.
+pub mod certificates;
 pub mod digest;
 pub mod error;
 pub mod limits;

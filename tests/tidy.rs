@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// The rooms of `src/`, lowest floor first. A room imports from lower floors only.
 const FLOORS: &[(&str, &[&str])] = &[
-    ("0 words", &["digest", "units", "names", "places", "limits", "error"]),
+    ("0 words", &["digest", "units", "names", "places", "certificates", "limits", "error"]),
     ("1 model", &["manifest", "layout"]),
     ("2 disk", &["disk"]),
     ("3 state and sources", &["catalog", "store", "source", "archive"]),
@@ -23,6 +23,7 @@ const FLOORS: &[(&str, &[&str])] = &[
 
 /// Who may know a neighbour on its own floor, and why. One direction each.
 const NEIGHBOURS: &[(&str, &str, &str)] = &[
+    ("certificates", "error", "parsing a certificate fails with the one error"),
     ("digest", "error", "parsing a digest fails with the one error"),
     ("names", "error", "parsing a name fails with the one error"),
     ("names", "limits", "names are bounded"),

@@ -23,8 +23,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Request, Response, Status};
 
 use super::refusal;
-use crate::control::caller::OWNER_METADATA;
-use crate::control::tls::{self, CertificateFiles};
+use crate::certificates::{self, CertificateFiles};
+use crate::control::wire::OWNER_METADATA;
 use crate::control::wire::checkpoints_client::CheckpointsClient;
 use crate::control::wire::jobs_client::JobsClient;
 use crate::control::wire::node_client::NodeClient;
@@ -174,7 +174,7 @@ impl Place {
             };
         }
         let (address, name) = host_of(endpoint).ok_or_else(|| bad_endpoint(endpoint))?;
-        Ok(Self::Host { address, name, config: tls::client(certificates)? })
+        Ok(Self::Host { address, name, config: tls_config(certificates)? })
     }
 
     async fn connect(&self) -> io::Result<Box<dyn Stream>> {
@@ -206,6 +206,20 @@ impl Place {
                 .because(error),
         }
     }
+}
+
+/// What we show and whom we believe.
+fn tls_config(files: &CertificateFiles) -> Result<Arc<rustls::ClientConfig>> {
+    let credentials = files
+        .credentials(|path| std::fs::read(path).map_err(|error| Error::io("reading the certificate", path, error)))?;
+    let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| Error::internal("choosing the versions of TLS").because(error))?
+        .with_root_certificates(credentials.authorities)
+        .with_client_auth_cert(credentials.chain, credentials.key)
+        .map_err(|error| certificates::bad(&files.certificate).because(error))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
 }
 
 /// Address and name of `https://HOST:PORT`.

@@ -54,7 +54,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::control::tls::CertificateFiles;
+use crate::certificates::CertificateFiles;
 use crate::error::Error;
 use connect::Way;
 use console::Console;

@@ -15,8 +15,9 @@ use http_body_util::BodyExt as _;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::caller::{Caller, OWNER_METADATA, Peer, Right, Role, Roles, right_of};
+use super::caller::{Caller, Peer, Right, Role, Roles, right_of};
 use super::refusal::status;
+use super::wire::OWNER_METADATA;
 use crate::error::{Error, Result};
 use crate::limits;
 

@@ -22,9 +22,6 @@ use crate::catalog::checkpoints::{Record, Seen};
 use crate::error::{Error, Result};
 use crate::names::OwnerId;
 
-/// Metadata in which a scheduler says for whom it asks.
-pub const OWNER_METADATA: &str = "ckptd-owner";
-
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {

@@ -9,3 +9,6 @@ pub use generated::*;
 
 /// Encoded `FileDescriptorSet` of the package, for the reflection service.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Metadata in which a scheduler says for whom it asks: percent-encoded UTF-8.
+pub const OWNER_METADATA: &str = "ckptd-owner";

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use toml::{Table, Value};
 
+use crate::certificates::CertificateFiles;
 use crate::control::caller::Roles;
-use crate::control::tls::CertificateFiles;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::source::egress::Cidr;

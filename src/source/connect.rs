@@ -352,12 +352,16 @@ mod tests {
         for good in ["", "https://h:1/x", "minio.example:9000", "http://[::1]:80/a%40b"] {
             assert!(check(good).is_ok(), "{good}");
         }
-        for bad in
-            ["https://u:secret@h", "u:secret@h", "https://secret@h/", "https://u:p/secret@h", "https://h?sig=secret"]
-        {
+        for bad in [
+            "https://u:hunter2@h",
+            "u:hunter2@h",
+            "https://hunter2@h/",
+            "https://u:p/hunter2@h",
+            "https://h?sig=hunter2",
+        ] {
             let error = check(bad).unwrap_err();
             assert_eq!((error.kind(), error.reason()), (Kind::Invalid, "ENDPOINT_WITH_CREDENTIALS"), "{bad}");
-            assert!(!format!("{error:?}{}", error.report()).contains("secret"));
+            assert!(!format!("{error:?}{}", error.report()).contains("hunter2"));
         }
     }
 

@@ -294,7 +294,8 @@ fn strays(image: &Image, rows: &Rows) -> Fault {
 }
 
 fn read_rows(catalog: &Connection) -> rusqlite::Result<Rows> {
-    if catalog.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? == 0 {
+    // Nothing is promised before the catalog has its tables, these included.
+    if catalog.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? < 3 {
         return Ok(Rows::default());
     }
     let text = |row: &Row<'_>, at| row.get::<_, String>(at);

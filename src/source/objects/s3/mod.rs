@@ -392,9 +392,13 @@ impl Head {
         let text = |name: &str| header(headers, name);
         let own_keys = text("x-amz-server-side-encryption").is_some_and(|kind| kind != "AES256")
             || text("x-amz-server-side-encryption-customer-algorithm").is_some();
-        let whole = text("x-amz-checksum-type") != Some("COMPOSITE");
-        let checksum = |name: &str| text(name).filter(|_| whole);
         let etag = text(ETAG.as_str()).unwrap_or_default().to_owned();
+        // An object that was put in several pieces, as its ETag tells, may have a checksum of their checksums.
+        let whole = match text("x-amz-checksum-type") {
+            Some(kind) => kind == "FULL_OBJECT",
+            None => !etag.contains('-'),
+        };
+        let checksum = |name: &str| text(name).filter(|_| whole);
         Self {
             size: size.unwrap_or(0),
             sha256: checksum("x-amz-checksum-sha256").and_then(decoded),
