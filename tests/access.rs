@@ -77,7 +77,12 @@ fn users_and_groups_of_the_host_may_do_what_their_role_may() {
     let supplementary = format!("4242,{GROUP}");
     ctl_as(&daemon, 4242, &supplementary, &attach).ok();
     ctl_as(&daemon, 4242, &supplementary, &["drain"]).refused(&[2], &["a scheduler"]);
+    ctl_as(&daemon, 4242, &supplementary, &["pin", "k"]).refused(&[2], &["a scheduler"]);
     ctl_as(&daemon, 4242, &supplementary, &["release", "job"]).ok();
+    daemon.ctl(&["pin", "k"]).ok();
+    ctl_as(&daemon, 4242, &supplementary, &["remove", "k", "--yes"]).refused(&[4], &["pinned", "unpin"]);
+    assert_eq!(daemon.json(&["unpin", "k"])["pinned"], false);
+    ctl_as(&daemon, 4242, &supplementary, &["remove", "k", "--yes"]).ok();
     daemon.ctl(&["drain"]).ok();
 }
 

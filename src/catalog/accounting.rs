@@ -136,18 +136,6 @@ pub fn own_figures(tx: &Connection, owner: &str) -> Result<OwnerFigures> {
     Ok(own)
 }
 
-/// Logical bytes of all records of an owner but `except`: what counts against its quota.
-///
-/// # Errors
-/// Those of the catalog.
-pub fn logical_bytes_of(tx: &Connection, owner: &str, except: &str) -> Result<u64> {
-    tx.prepare_cached(
-        "SELECT COALESCE(SUM(logical_bytes), 0) FROM checkpoints WHERE owner = ? AND id <> ? AND state <> 'removing'",
-    )
-    .and_then(|mut query| query.query_row([owner, except], |row| Ok(from_sql(row.get(0)?))))
-    .map_err(catalog_error)
-}
-
 /// Figures of the store.
 ///
 /// # Errors

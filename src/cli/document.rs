@@ -12,7 +12,7 @@ use crate::error::Kind;
 use crate::units;
 
 mod space;
-pub(super) use space::{Evicted, Usage};
+pub(super) use space::Usage;
 
 /// A state of a checkpoint in the word of its wire name.
 pub(super) fn checkpoint_state(state: wire::CheckpointState) -> &'static str {
@@ -488,7 +488,7 @@ mod tests {
         );
         assert_eq!(
             keys(&value["owners"][0]),
-            "checkpoints logical_bytes owner physical_bytes quota_bytes shared_bytes unique_bytes"
+            "checkpoints logical_bytes owner physical_bytes shared_bytes unique_bytes"
         );
         let value = serde_json::to_value(Status::from(&wire::Status::default())).unwrap();
         assert_eq!(

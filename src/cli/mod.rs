@@ -27,7 +27,6 @@ mod create;
 mod document;
 mod drain;
 mod events;
-mod evict;
 mod exit;
 mod expires;
 mod follow;
@@ -120,7 +119,6 @@ enum Verb {
     Rename(rename::Rename),
     Pin(pin::Pin),
     Unpin(pin::Unpin),
-    Evict(evict::Evict),
     Remove(remove::Remove),
     Attach(attach::Attach),
     Detach(attach::Detach),
@@ -150,7 +148,6 @@ impl Verb {
             Self::Rename(verb) => verb.run(console).await,
             Self::Pin(verb) => verb.run(console).await,
             Self::Unpin(verb) => verb.run(console).await,
-            Self::Evict(verb) => verb.run(console).await,
             Self::Remove(verb) => verb.run(console).await,
             Self::Attach(verb) => verb.run(console).await,
             Self::Detach(verb) => verb.run(console).await,
@@ -224,7 +221,6 @@ mod tests {
             "ckptctl remove m --yes",
             "ckptctl pin m",
             "ckptctl unpin m",
-            "ckptctl evict m n --json",
             "ckptctl attach job a b --public-checkpoint c --public-checkpoint d --at /x --pid 7 --lazy --owner me",
             "ckptctl attach job",
             "ckptctl detach job",

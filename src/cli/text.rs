@@ -168,14 +168,13 @@ pub(super) fn usage(usage: &wire::Usage) -> String {
     if !usage.owners.is_empty() {
         let rows = usage.owners.iter().map(|owner| {
             let name = if owner.owner.is_empty() { "(public)".to_owned() } else { plain(&owner.owner) };
-            let quota = if owner.quota_bytes == 0 { "-".to_owned() } else { show_bytes(owner.quota_bytes) };
             let [logical, unique, shared, physical] =
                 [owner.logical_bytes, owner.unique_bytes, owner.shared_bytes, owner.physical_bytes].map(show_bytes);
-            [name, owner.checkpoints.to_string(), logical, quota, unique, shared, physical]
+            [name, owner.checkpoints.to_string(), logical, unique, shared, physical]
         });
         text.push('\n');
-        let heads = ["OWNER", "CHECKPOINTS", "SIZE", "QUOTA", "UNIQUE", "SHARED", "ON DISK"];
-        text.push_str(&table(heads, rows, &[1, 2, 3, 4, 5, 6]));
+        let heads = ["OWNER", "CHECKPOINTS", "SIZE", "UNIQUE", "SHARED", "ON DISK"];
+        text.push_str(&table(heads, rows, &[1, 2, 3, 4, 5]));
     }
     text
 }

@@ -190,6 +190,9 @@ impl Service {
                 if !holders.is_empty() {
                     return Err(in_use(&record, &holders));
                 }
+                if record.pinned {
+                    return Err(pinned(&record));
+                }
                 rows::set_state(tx, &record.id, State::Removing, None)?;
                 let flight = rows::flight_of(tx, &record.id)?;
                 Ok((record, flight))
@@ -209,7 +212,7 @@ impl Service {
                 ..Default::default()
             })
             .await;
-        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes, going_on: false })
+        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
     }
 
     async fn watch(
@@ -282,6 +285,12 @@ fn mark_for_retry(tx: &rusqlite::Connection, reference: &str, caller: &Caller) -
         }
         State::New | State::Filling | State::Ready | State::Removing => Ok(record),
     }
+}
+
+fn pinned(record: &Record) -> Error {
+    Error::wrong_state("CHECKPOINT_PINNED", format!("the checkpoint `{}` is pinned", record.name))
+        .fact("checkpoint", &record.id)
+        .remedy(format!("`ckptctl unpin {}`, then remove it", record.id))
 }
 
 fn in_use(record: &Record, holders: &[String]) -> Error {

@@ -1,4 +1,4 @@
-//! What is kept and where every byte is: pins, eviction by hand, usage.
+//! What is kept and where every byte is: pins, usage.
 
 use super::caller::Caller;
 use super::{Floors, wire};
@@ -58,7 +58,6 @@ impl Floors {
             unique_bytes: usage.figures.unique_bytes,
             shared_bytes: usage.figures.shared_bytes,
             physical_bytes: usage.figures.physical_bytes,
-            quota_bytes: 0,
         });
         Ok(wire::Usage {
             logical_bytes: owners.values().map(|usage| usage.figures.logical_bytes).sum(),
@@ -76,12 +75,5 @@ impl Floors {
             free_bytes: filesystem.free_bytes,
             owners: shown.collect(),
         })
-    }
-
-    pub(super) async fn evict(
-        &self,
-        _request: wire::EvictCheckpointsRequest,
-    ) -> Result<wire::EvictCheckpointsResponse> {
-        Err(Error::internal("not yet"))
     }
 }

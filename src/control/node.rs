@@ -138,13 +138,6 @@ impl wire::node_server::Node for Service {
         self.floors.usage(&caller).await.map(Response::new).map_err(status)
     }
 
-    async fn evict_checkpoints(
-        &self,
-        request: Request<wire::EvictCheckpointsRequest>,
-    ) -> Result<Response<wire::EvictCheckpointsResponse>, Status> {
-        self.floors.evict(request.into_inner()).await.map(Response::new).map_err(status)
-    }
-
     async fn watch_events(
         &self,
         request: Request<wire::WatchEventsRequest>,

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use tokio::task::{JoinError, JoinSet};
 
 use super::Shared;
 use super::fetch::blocking;
@@ -28,6 +29,9 @@ use crate::store::filling::{Filling, UnitMap};
 /// Space that must be left before a file of unknown size grows by as much.
 pub(super) const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
 
+/// Large files that are sealed at a time while others come: they wait for one thread, so this bounds what waits.
+const LARGE_AT_A_TIME: usize = 8;
+
 /// Takes everything into the directory of a flight, which is begun; returns the revision and the manifest.
 pub(super) async fn fill(
     shared: &Arc<Shared>,
@@ -38,7 +42,9 @@ pub(super) async fn fill(
     let taker = Taker { shared, flight, progress };
     let mut entries = Vec::new();
     let mut links = Vec::new();
+    // Small files wait until there are many, which costs one flush; a large one is sealed while the next arrives, so that a crash keeps it.
     let mut sealing = FuturesUnordered::new();
+    let mut large = JoinSet::new();
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
         if entries.len() + links.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
@@ -74,7 +80,15 @@ pub(super) async fn fill(
         let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
         let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
         bytes += taken.size;
-        sealing.push(publish(shared, flight, progress, taken));
+        if taken.size > UNIT_BYTES {
+            let (shared, flight, progress) = (Arc::clone(shared), flight.to_owned(), Arc::clone(progress));
+            large.spawn(async move { publish(&shared, &flight, &progress, taken).await });
+        } else {
+            sealing.push(publish(shared, flight, progress, taken));
+        }
+        while large.len() > LARGE_AT_A_TIME {
+            entries.extend(published(large.join_next().await)?);
+        }
         while sealing.len() >= limits::PUBLISH_BATCH_FILES {
             entries.extend(sealing.next().await.transpose()?);
         }
@@ -82,8 +96,17 @@ pub(super) async fn fill(
     while let Some(entry) = sealing.next().await {
         entries.push(entry?);
     }
+    while let Some(entry) = published(large.join_next().await)? {
+        entries.push(entry);
+    }
     resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?;
     Ok((stream.revision(), Manifest::new(entries)?))
+}
+
+/// The outcome of a task that publishes.
+fn published(joined: Option<std::result::Result<Result<Entry>, JoinError>>) -> Result<Option<Entry>> {
+    let ended = |error| Error::internal("publishing a file ended early").because(error);
+    joined.map(|joined| joined.map_err(ended)?).transpose()
 }
 
 /// Makes files of hard links, in the order they came, so that one may lead to another. `bytes` came before.

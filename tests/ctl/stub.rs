@@ -266,7 +266,7 @@ impl Checkpoints for Answers {
     ) -> Answer<wire::RemoveCheckpointResponse> {
         self.note(request.get_ref());
         named(&request.get_ref().checkpoint)?;
-        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20, going_on: false }))
+        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20 }))
     }
 
     async fn upload_checkpoint(
@@ -376,15 +376,6 @@ impl Node for Answers {
 
     async fn get_usage(&self, _: Request<wire::GetUsageRequest>) -> Answer<wire::Usage> {
         Ok(Response::new(wire::Usage { logical_bytes: 10, unique_bytes: 5, ..Default::default() }))
-    }
-
-    async fn evict_checkpoints(
-        &self,
-        request: Request<wire::EvictCheckpointsRequest>,
-    ) -> Answer<wire::EvictCheckpointsResponse> {
-        self.note(request.get_ref());
-        let evicted = request.into_inner().checkpoints;
-        Ok(Response::new(wire::EvictCheckpointsResponse { evicted, freed_bytes: 1 << 20 }))
     }
 
     async fn watch_events(&self, request: Request<wire::WatchEventsRequest>) -> Answer<Self::WatchEventsStream> {

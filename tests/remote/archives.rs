@@ -106,13 +106,14 @@ fn a_kill_in_the_middle_of_an_archive_is_made_good() {
 fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
     let (place, site, mut daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
     let tree = place.dir("tree");
-    let each = 1 << 20;
+    // Above a fill unit: each is sealed as it is whole.
+    let each = 5 << 20;
     (0..16).for_each(|number| random_file(&tree.join(format!("{number:02}.bin")), seed() ^ number, each));
     fs::create_dir(tree.join("empty directory")).unwrap();
     let zip = packed(&tree, "zip-deflated");
     let whole = u64::try_from(zip.len()).unwrap();
     let ranged = site.put("/a.zip", Page::Ranged(zip.clone()));
-    site.limit(4 << 20);
+    site.limit(16 << 20);
     daemon.ctl(&["create", "zip", "--uri", &ranged]).ok();
     wait_until("some members are sealed", PATIENCE, || daemon.files_done("zip") >= 5);
     let sealed = daemon.files_done("zip");
@@ -123,13 +124,14 @@ fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
     daemon.wait_state("zip", "ready", PATIENCE);
     let sent = site.take_sent();
     assert!(
-        sent <= whole - sealed * each + each / 2,
+        // The range that the first missing member begins in may begin before it.
+        sent <= whole - sealed * each + each / 2 + (4 << 20),
         "{sent} of {whole} bytes were sent again, {sealed} members were here"
     );
     assert_same_tree(&tree, &daemon.attach("job", "zip"));
 
     // Of another revision nothing is kept, though names and sizes are the same.
-    site.limit(4 << 20);
+    site.limit(16 << 20);
     daemon.ctl(&["create", "other", "--uri", &ranged, "--owner", "somebody"]).ok();
     wait_until("some members are sealed", PATIENCE, || daemon.files_done("other") >= 5);
     daemon.kill9();

@@ -185,7 +185,8 @@ fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
     daemon.wait_state("big", "ready", limit);
     let again = faults.body_bytes() - before;
     assert!(
-        again < (6 - sealed) * 6 * MIB + 2 * MIB,
+        // The range that the first missing file begins in may begin before it.
+        again < (6 - sealed) * 6 * MIB + (2 + 4) * MIB,
         "{again} bytes were fetched again, {sealed} of six files were here"
     );
     let expected = place.join("expected");

@@ -112,9 +112,13 @@ impl Shared {
         (troubles.0.pop_front(), bytes)
     }
 
+    /// Whether the next trouble is silence, which then is met.
+    fn draw_silence(&self) -> bool {
+        self.troubles.lock().unwrap().0.pop_front_if(|next| *next == Trouble::Silence).is_some()
+    }
+
     fn connect(&self, client: TcpStream, port: u16) -> std::io::Result<()> {
-        let drawn = self.draw();
-        if drawn.0 == Some(Trouble::Silence) {
+        if self.draw_silence() {
             return until_gone(&client);
         }
         let server = TcpStream::connect(("127.0.0.1", port))?;
@@ -123,22 +127,26 @@ impl Shared {
             let _ = std::io::copy(&mut asking, &mut asked);
             let _ = asked.shutdown(Shutdown::Write);
         });
-        let answered = self.answer(&server, &client, drawn);
+        let answered = self.answer(&server, &client);
         let _ = server.shutdown(Shutdown::Both);
         answered
     }
 
     /// Passes on what comes, through one trouble after the other, until one ends it.
-    fn answer(&self, server: &TcpStream, client: &TcpStream, mut drawn: (Option<Trouble>, u64)) -> std::io::Result<()> {
+    fn answer(&self, server: &TcpStream, client: &TcpStream) -> std::io::Result<()> {
         while !self.closed.load(Ordering::Relaxed) {
-            let (trouble, bytes) = drawn;
+            // Connections that are idle keep no trouble from those that are not.
+            if server.peek(&mut [0])? == 0 {
+                return client.shutdown(Shutdown::Both);
+            }
+            let (trouble, bytes) = self.draw();
             if pass(server, client, trouble, bytes).ok() != Some(bytes) {
                 // It ended before: the trouble is for another.
                 self.troubles.lock().unwrap().0.extend(trouble);
                 return client.shutdown(Shutdown::Both);
             }
             match trouble {
-                None | Some(Trouble::Latency(_) | Trouble::Throttle(_)) => drawn = self.draw(),
+                None | Some(Trouble::Latency(_) | Trouble::Throttle(_)) => {}
                 Some(Trouble::Truncate) => return client.shutdown(Shutdown::Both),
                 Some(Trouble::Stop | Trouble::Silence) => return until_gone(client),
                 Some(Trouble::Reset) => {

@@ -31,7 +31,6 @@ struct OwnerUsage<'a> {
     unique_bytes: u64,
     shared_bytes: u64,
     physical_bytes: u64,
-    quota_bytes: u64,
 }
 
 impl<'a> From<&'a wire::Usage> for Usage<'a> {
@@ -43,7 +42,6 @@ impl<'a> From<&'a wire::Usage> for Usage<'a> {
             unique_bytes: owner.unique_bytes,
             shared_bytes: owner.shared_bytes,
             physical_bytes: owner.physical_bytes,
-            quota_bytes: owner.quota_bytes,
         });
         Self {
             logical_bytes: usage.logical_bytes,
@@ -62,13 +60,4 @@ impl<'a> From<&'a wire::Usage> for Usage<'a> {
             owners: owners.collect(),
         }
     }
-}
-
-/// The answer of `evict`.
-#[derive(Serialize)]
-pub(in crate::cli) struct Evicted<'a> {
-    /// Ids of those that went.
-    pub(in crate::cli) evicted: &'a [String],
-    /// Bytes given back.
-    pub(in crate::cli) freed_bytes: u64,
 }
