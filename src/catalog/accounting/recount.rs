@@ -163,7 +163,7 @@ fn make_ready(tx: &Connection, at: u8, owner: u8, files: Vec<u8>) {
     if checkpoints::get(tx, &id).unwrap().is_none() {
         checkpoints::insert(tx, &record(id.clone(), owner)).unwrap();
     }
-    let tree = manifest(&files, at % 2 == 0);
+    let tree = manifest(&files, at.is_multiple_of(2));
     checkpoints::set_ready(tx, &id, "r", &tree, &tree.digest(), &Bytes::Stored).unwrap();
 }
 

@@ -194,7 +194,7 @@ impl Transfers {
         self.ingests.until_paused().await;
         if !upload.close("ckptd is being drained: start the upload again when it has been restarted") {
             // What is here is sealed.
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
