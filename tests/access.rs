@@ -148,7 +148,9 @@ fn a_job_sees_its_owners_and_public_ones_and_is_seen_by_its_owner() {
     let at = target.to_str().unwrap();
     for owner in [&["--owner", "bob"][..], &[]] {
         for verb in [&["reserve", "job", &id][..], &["attach", "job", &id, "--at", at]] {
-            daemon.ctl(&[verb, owner].concat()).refused(&[3], &["there is no checkpoint"]);
+            // Who sees it is told whose it is; who does not, that it is not there.
+            daemon.ctl(&[verb, owner].concat()).refused(&[3], &["belongs to `alice`", "--owner alice"]);
+            ctl_for(&daemon, "bob", verb).refused(&[3], &["there is no checkpoint"]);
         }
     }
     daemon.ctl(&["attach", "job", "m", "--at", at, "--owner", "alice"]).ok();

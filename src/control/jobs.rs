@@ -27,12 +27,20 @@ impl Service {
     }
 
     /// Records of what a request names, with their directories: a job sees its owner's and public ones, and nothing else.
-    async fn named(&self, refs: Vec<wire::CheckpointRef>, owner: String) -> Result<Vec<(Record, String)>> {
-        let seen = Seen::By(owner);
+    async fn named(
+        &self,
+        refs: Vec<wire::CheckpointRef>,
+        owner: String,
+        caller: &Caller,
+    ) -> Result<Vec<(Record, String)>> {
+        let (seen, caller) = (Seen::By(owner), caller.sees());
         let find = move |tx: &rusqlite::Connection| {
-            refs.into_iter()
-                .map(|wanted| Ok((resolve::record(tx, &wanted.checkpoint, &seen, wanted.public)?, wanted.subdir)))
-                .collect()
+            let one = |wanted: wire::CheckpointRef| {
+                let found = resolve::record(tx, &wanted.checkpoint, &seen, wanted.public);
+                let found = found.map_err(|error| of_another(tx, &wanted, &caller).unwrap_or(error))?;
+                Ok((found, wanted.subdir))
+            };
+            refs.into_iter().map(one).collect()
         };
         self.floors.store.catalog().read(find).await
     }
@@ -65,7 +73,7 @@ impl Service {
         let expires_ms = end_of_right(request.expires_unix_ms)?;
         let owner = caller.owner_of_new(request.owner, false)?;
         self.check_sees(&job, caller).await?;
-        let named = self.named(request.checkpoints, owner.clone()).await?;
+        let named = self.named(request.checkpoints, owner.clone(), caller).await?;
         let row = self.floors.attachments.reserve(&job, &owner, named, expires_ms).await?;
         self.floors.show_job(row).await
     }
@@ -86,7 +94,7 @@ impl Service {
         let named = if request.checkpoints.is_empty() {
             self.reserved(&job).await?
         } else {
-            self.named(request.checkpoints, owner.clone()).await?
+            self.named(request.checkpoints, owner.clone(), caller).await?
         };
         let mut checkpoints = Vec::with_capacity(named.len());
         let mut waited_for = Vec::new();
@@ -177,6 +185,17 @@ fn end_of_right(expires_unix_ms: i64) -> Result<Option<i64>> {
         LAST_UNIX_MS.. => refused("EXPIRY_TOO_LATE", "the right would end after the year 9999".to_owned()),
         later => Ok(Some(later)),
     }
+}
+
+/// Why a job is not given what the caller sees: it belongs to somebody else than the job.
+fn of_another(tx: &rusqlite::Connection, wanted: &wire::CheckpointRef, seen: &Seen) -> Option<Error> {
+    let record = resolve::record(tx, &wanted.checkpoint, seen, wanted.public).ok()?;
+    let message = format!(
+        "the checkpoint `{}` belongs to `{}`, and a job is given its owner's and public ones only",
+        record.name, record.owner
+    );
+    let error = Error::not_found("NOT_THE_JOBS_OWNERS", message).fact("checkpoint", &record.id);
+    Some(error.remedy(format!("name the job's owner: `--owner {}`", record.owner)))
 }
 
 fn no_such_job(job: &str) -> Error {

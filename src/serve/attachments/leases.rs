@@ -2,7 +2,7 @@
 //!
 //! A right has an end if the scheduler gave it one; [`Attachments::renew`] sets another. Reserving or attaching what a job has already
 //! never makes it end earlier, so that a call that is repeated takes nothing back. When the end has passed the job is released, exactly as when that is asked for, with the event
-//! `LEASE_EXPIRED`. [`expiry`](super::expiry) decides when that is, and what a clock that is not to be trusted means.
+//! `LEASE_EXPIRED`. [`expiry`] decides when that is, and what a clock that is not to be trusted means.
 //!
 //! One task sees to it. It sleeps on a timer of the wall clock that the kernel also ends when the clock is set, until the earliest end or until it is told
 //! that a row has changed; without ends it has no timer. Whether a right is over is looked at again behind the
