@@ -6,6 +6,7 @@ use tokio::sync::mpsc::Sender;
 use super::gate::Gate;
 use super::{Here, Member, What};
 use crate::error::{Error, Kind, Result};
+use crate::names::EntryPath;
 
 /// What passes the channel.
 #[derive(Debug)]
@@ -44,12 +45,18 @@ impl Sink {
         self.member(path, What::File { size, executable, here: false })
     }
 
-    /// A regular file whose bytes are to follow if this gives true: they are wanted.
-    pub(super) fn file_if_missing(&mut self, name: &[u8], size: u64, executable: bool) -> Result<bool> {
+    /// Whether a regular file of this name and size is here, so that its bytes need not follow.
+    pub(super) fn is_here(&self, name: &[u8], size: u64) -> bool {
+        EntryPath::new(name).is_ok_and(|path| (self.here)(&path, size))
+    }
+
+    /// A regular file that [`Sink::is_here`]; no bytes are to follow.
+    pub(super) fn file_here(&mut self, name: &[u8], size: u64, executable: bool) -> Result<()> {
         let path = self.gate.file(name)?;
-        let here = (self.here)(&path, size);
-        self.member(path, What::File { size: Some(size), executable, here })?;
-        Ok(!here)
+        if !(self.here)(&path, size) {
+            return Err(Error::internal(format!("`{path}` was taken for one that is here")));
+        }
+        self.member(path, What::File { size: Some(size), executable, here: true })
     }
 
     /// A symbolic link.

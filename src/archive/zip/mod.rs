@@ -69,11 +69,14 @@ impl<'a> Reading<'a> {
         if !record.is_type(0) && !record.is_type(libc::S_IFREG) {
             return Err(refused(format!("`{}` is a device, FIFO or socket", record.shown())));
         }
-        if !self.sink.file_if_missing(name, record.size, record.mode & 0o111 != 0)? {
+        let executable = record.mode & 0o111 != 0;
+        if self.sink.is_here(name, record.size) {
             // Its own header was looked at when it was read; this is what it takes at least.
-            return self.take(record, LOCAL_BYTES + count(record.raw_name.len()) + record.stored);
+            self.take(record, LOCAL_BYTES + count(record.raw_name.len()) + record.stored)?;
+            return self.sink.file_here(name, record.size, executable);
         }
         let mut input = self.open(record)?;
+        self.sink.file(name, Some(record.size), executable)?;
         let mut crc = flate2::Crc::new();
         input.pieces(record.size, |piece| {
             crc.update(&piece);
