@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Result with the crate's error.
@@ -107,6 +108,32 @@ impl Kind {
     }
 }
 
+/// Reasons whose figures tell how full the host is, and so of what others have.
+const OF_THE_HOST: &[&str] = &["NO_SPACE", "DISK_FULL", "STORE_FULL"];
+
+/// What an owner is told instead.
+pub const NO_ROOM: &str = "this host has too little room for the checkpoint";
+
+/// What it may do about it.
+pub const NO_ROOM_REMEDY: &str = "make it smaller, or ask an operator of this host";
+
+/// What to do about a source that fails or falls silent, and may do better.
+pub const LATER: &str = "retry later; if it stays so, ask whoever runs the source";
+
+/// What to do about a source to which there is no connection.
+pub const OUT_OF_REACH: &str = "check the address, and that this host can reach it, then retry";
+
+/// What to do about a source that ends before what it announced.
+pub const CUT_SHORT: &str = "retry; if it stays so, ask whoever serves it to check the file";
+
+/// What to do about a source with more entries than a checkpoint may have.
+pub const TOO_MANY: &str = "bring it in by parts: what is below one of its directories, or an archive of it";
+
+/// Whether an error of this reason has figures that are not for owners.
+pub fn tells_of_the_host(reason: &str) -> bool {
+    OF_THE_HOST.contains(&reason)
+}
+
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 struct Body {
@@ -179,13 +206,14 @@ impl Error {
         let path = path.as_ref().display().to_string();
         let (kind, reason) = classify_io(&source);
         let error = Self::new(kind, reason, format!("{doing} {path}")).fact("path", path);
-        let error = if reason == CALL_REFUSED {
-            error.remedy(
+        let error = match reason {
+            CALL_REFUSED => error.remedy(
                 "use Linux 5.15 or later, and let no system call filter refuse it (a container's seccomp profile; of systemd \
                  RestrictSUIDSGID= refuses openat2, SystemCallFilter= what it is told to)",
-            )
-        } else {
-            error
+            ),
+            DISK_FULL => error.remedy("free space on its file system, then try again"),
+            NOT_PERMITTED => error.remedy("check the rights to it and to the directories above it"),
+            _ => error,
         };
         error.because(source)
     }
@@ -226,6 +254,11 @@ impl Error {
     /// The stable word for programs.
     pub fn reason(&self) -> &str {
         &self.0.reason
+    }
+
+    /// Whether its figures are not for owners.
+    pub fn tells_of_the_host(&self) -> bool {
+        tells_of_the_host(self.reason())
     }
 
     /// What to do, if known.
@@ -274,14 +307,35 @@ impl Error {
     }
 }
 
+/// Runs `work` on a thread that others depend on: a panic in it becomes its error, and the thread goes on. The caller sees to it that what
+/// `work` may have left half done is right or is put right.
+///
+/// # Errors
+/// Those of `work`; internal for a panic.
+pub fn guarded<R>(what: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
+        let said = payload.downcast_ref::<&str>().map(|said| (*said).to_owned());
+        let said = said.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_default();
+        let error = Error::internal(format!("a panic ended {what}")).because(said);
+        tracing::error!("{}", error.report());
+        Err(error)
+    })
+}
+
 /// Reason of a system call that this kernel does not have, or a filter hides.
 const CALL_REFUSED: &str = "CALL_REFUSED";
+
+/// Reason of a file system without room.
+const DISK_FULL: &str = "DISK_FULL";
+
+/// Reason of rights that are missing.
+pub const NOT_PERMITTED: &str = "NOT_PERMITTED";
 
 fn classify_io(error: &io::Error) -> (Kind, &'static str) {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => (Kind::NotFound, "NO_SUCH_FILE"),
-        Some(libc::EACCES | libc::EPERM) => (Kind::Denied, "NOT_PERMITTED"),
-        Some(libc::ENOSPC | libc::EDQUOT) => (Kind::NoSpace, "DISK_FULL"),
+        Some(libc::EACCES | libc::EPERM) => (Kind::Denied, NOT_PERMITTED),
+        Some(libc::ENOSPC | libc::EDQUOT) => (Kind::NoSpace, DISK_FULL),
         Some(libc::EMFILE | libc::ENFILE) => (Kind::NoSpace, "TOO_MANY_OPEN_FILES"),
         Some(libc::EEXIST) => (Kind::AlreadyExists, "FILE_EXISTS"),
         Some(libc::EBUSY) => (Kind::WrongState, "BUSY"),
@@ -321,6 +375,14 @@ mod tests {
         assert_eq!(error.to_string(), "reading /x/y");
         assert_eq!(error.report(), "reading /x/y: No space left on device (os error 28); free some space");
         assert_eq!((error.kind(), error.reason()), (Kind::NoSpace, "DISK_FULL"));
+    }
+
+    #[test]
+    fn what_a_file_system_refuses_has_a_remedy_of_its_own() {
+        for (errno, words) in [(libc::ENOSPC, "free space"), (libc::EACCES, "rights"), (libc::ENOSYS, "system call")] {
+            let error = Error::io("writing", "/x", io::Error::from_raw_os_error(errno));
+            assert!(error.remedy_text().is_some_and(|remedy| remedy.contains(words)), "{error:?}");
+        }
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! A scheduler asks over gRPC ([`control`]). A [`source`] says which revision is meant and gives bytes; [`ingest`] brings them in,
 //! in fill units and several at a time; [`layout`] says where to cut them, [`store`] seals them as blobs, deduplicated by
 //! chunk, with their rows in the [`catalog`]; the tree becomes a [`manifest`], whose digest is the checkpoint's identity. [`serve`]
-//! shows each checkpoint as one read-only FUSE file system, bound wherever jobs want it, with whole blobs handed to the kernel.
+//! shows each checkpoint as one read-only FUSE file system, bound wherever jobs want it, with whole blobs handed to the kernel. When the store is
+//! short of room, [`retain`] gives up what can be fetched again.
 //!
 //! # Floors
 //!
@@ -46,6 +47,7 @@ pub mod source;
 
 // 4: work.
 pub mod ingest;
+pub mod retain;
 
 // 5: serve.
 pub mod serve;

@@ -63,8 +63,11 @@ pub const FETCHES_PER_SOURCE: usize = 8;
 /// Streams from sources that all ingests together have open: several ranges of several files.
 pub const STREAMS: usize = FETCHES_PER_SOURCE * 4;
 
-/// Listings of one datastore at a time: what a server that does not answer can hold up in threads, which are gone until it does.
+/// Listings of one datastore, of one process or of one captured path at a time: what a server that does not answer can hold up in threads, which are gone until it does.
 pub const LISTINGS_PER_DATASTORE: usize = 4;
+
+/// Listings at a time for all captures through processes, and as many for all by path: an eighth of the runtime's 512 threads that may block.
+pub const LISTINGS_OF_CAPTURES: usize = 64;
 
 /// Ingests that move bytes at the same time; more wait their turn.
 pub const INGESTS_AT_A_TIME: usize = 8;
@@ -72,6 +75,9 @@ pub const INGESTS_AT_A_TIME: usize = 8;
 /// Uploads that move bytes at the same time, apart from other ingests, since a sender may be slow or silent for long. Each
 /// holds up to 25 MiB (a body, a queue, a file in memory), so together they stay near the memory budget.
 pub const SENDERS_AT_A_TIME: usize = 16;
+
+/// Uploads whose senders are gone and may come back: half of those at a time, so that the rest have their turn.
+pub const UPLOADS_LEFT: usize = SENDERS_AT_A_TIME / 2;
 
 /// Files published in one transaction.
 pub const PUBLISH_BATCH_FILES: usize = 512;
@@ -82,6 +88,25 @@ pub const SYNCFS_FROM_FILES: usize = 16;
 /// Commands waiting for a catalog or publisher thread; senders wait beyond.
 pub const QUEUE_COMMANDS: usize = 256;
 
+/// Links of a tree, or files of a flight, that one step of a removal takes: a few tens of milliseconds on the catalog's and the publisher's
+/// thread, between which everybody else has a turn.
+pub const REMOVAL_STEP: usize = 512;
+
+/// Chunks that one such step forgets: a blob of hundreds of gigabytes has hundreds of thousands.
+pub const REMOVAL_STEP_CHUNKS: usize = 8192;
+
+/// Blobs unlinked before their names are made durably gone together, which takes up to 256 syncs; a crash has so many to unlink again.
+pub const REMOVAL_UNSYNCED: usize = 4096;
+
+/// Removals, evictions and forgotten flights whose bytes are being given back; more wait before they begin.
+pub const REMOVALS_UNDER_WAY: usize = 256;
+
+/// Blobs that one step of a walk through all of them looks at: some milliseconds.
+pub const SWEEP_STEP: usize = 8192;
+
+/// Bytes a second that scrubbing reads by itself: a terabyte in nine hours, and a hundredth of what one core digests.
+pub const SCRUB_RATE_DEFAULT: u64 = 32 << 20;
+
 /// Blob descriptors kept open by the daemon for its own reads.
 pub const OPEN_BLOBS: usize = 1024;
 
@@ -91,6 +116,13 @@ pub const READ_AHEAD_DEFAULT: u64 = 4 << 20;
 
 /// Space that admission leaves free on the store's filesystem, so that the catalog can always commit.
 pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
+
+/// Looks at a tree that somebody still writes to, from the first on, before it is refused: 16 s of pauses in all. A job that has ended
+/// flushes in less, and one that goes on writing will not stop for us.
+pub const LOOKS_AT_A_CHANGING_TREE: u32 = 7;
+
+/// Names of what changed that an error lists, of however many.
+pub const CHANGED_NAMES_SHOWN: usize = 10;
 
 /// One gRPC message, either way.
 pub const MESSAGE_BYTES: usize = 16 << 20;
@@ -103,6 +135,19 @@ pub const FORECASTS_KEPT: u64 = 256;
 
 /// Steps of one order of reading: 16 GiB of fill units, beyond which going in file order is as good.
 pub const READ_ORDER_STEPS: usize = 4096;
+
+/// Least that a checkpoint of unknown size is charged to its owner's quota ahead of what has arrived: a transaction for each MiB is
+/// cheap beside fetching it.
+pub const QUOTA_STEP_MIN_BYTES: u64 = 1 << 20;
+
+/// Most of it: what one such checkpoint may keep from another of the same owner for want of knowing better.
+pub const QUOTA_STEP_MAX_BYTES: u64 = 64 << 20;
+
+/// Message of a gRPC status, longer ones are cut: statuses are headers, in which some three bytes may stand for one, and clients take 16 KiB of them.
+pub const STATUS_MESSAGE_BYTES: usize = 1536;
+
+/// One fact of a gRPC status, for the same reason.
+pub const STATUS_FACT_BYTES: usize = 1024;
 
 /// Events kept; older ones are dropped.
 pub const EVENTS_KEPT: u64 = 10_000;

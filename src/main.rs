@@ -111,8 +111,9 @@ fn run_keeper() -> Result<u8> {
 
 fn run_serve(arguments: Serve) -> Result<()> {
     // SAFETY: nothing before this has started a thread.
-    let inherited = unsafe { holder::take_over() };
+    let mut inherited = unsafe { holder::take_over() };
     logging::start("info");
+    inherited.count_start();
     let mut config = config::load(arguments.config.as_deref(), environment())?;
     let absolute = |path: PathBuf| std::path::absolute(&path).map_err(|error| Error::io("finding", &path, error));
     if let Some(state_dir) = arguments.state_dir {
@@ -142,7 +143,7 @@ async fn serve(config: Config, inherited: Inherited) -> Result<()> {
 
 fn run_quickstart(arguments: Quickstart) -> Result<()> {
     logging::start("warn");
-    let config = config::load(None, environment())?;
+    let config = quickstart::configuration(environment())?;
     let arguments = quickstart::Arguments { source: arguments.source, at: arguments.at, exit: arguments.exit };
     runtime()?.block_on(quickstart::run(arguments, config))
 }

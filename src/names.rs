@@ -5,10 +5,15 @@
 //! checkpoints, owners and jobs are text.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::limits;
+
+/// The kernel's random bytes.
+const RANDOM: &str = "/dev/urandom";
 
 /// One component of a path inside a checkpoint: 1 to 255 bytes, no `/`, no NUL, not `.` or `..`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -148,9 +153,26 @@ impl fmt::Debug for EntryPath {
 /// Bytes of a name for people: text as it is, anything else escaped.
 pub fn show_bytes(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
-        Ok(text) if !text.chars().any(char::is_control) => text.to_owned(),
+        Ok(text) if !text.chars().any(is_deceptive) => text.to_owned(),
         _ => bytes.escape_ascii().to_string(),
     }
+}
+
+/// `text`, cut at its end to at most `bytes` and a sign that it was.
+pub fn shorten(text: &str, bytes: usize) -> String {
+    if text.len() <= bytes {
+        return text.to_owned();
+    }
+    let end = (0..=bytes).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+    format!("{} [...]", &text[..end])
+}
+
+/// Whether a character is none to be seen, and changes what is seen around it: controls, line ends, and what turns or hides text, with which
+/// one name could be shown as another.
+fn is_deceptive(character: char) -> bool {
+    character.is_control()
+        || matches!(character,
+            '\u{200b}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 fn component_fault(bytes: &[u8]) -> Option<&'static str> {
@@ -212,7 +234,8 @@ macro_rules! text_name {
                 if valid(&text) {
                     Ok(Self(text))
                 } else {
-                    Err(Error::invalid($reason, format!(concat!("`{}` is not a valid ", $what), show_bytes(text.as_bytes())))
+                    let shown = shorten(&show_bytes(text.as_bytes()), limits::LABEL_BYTES);
+                    Err(Error::invalid($reason, format!(concat!("`{}` is not a valid ", $what), shown))
                         .remedy(concat!("use ", $rule)))
                 }
             }
@@ -246,7 +269,7 @@ fn is_id(text: &str) -> bool {
 }
 
 fn is_label(text: &str) -> bool {
-    (1..=limits::LABEL_BYTES).contains(&text.len()) && !text.chars().any(char::is_control) && text.trim() == text
+    (1..=limits::LABEL_BYTES).contains(&text.len()) && !text.chars().any(is_deceptive) && text.trim() == text
 }
 
 text_name!(
@@ -262,13 +285,30 @@ text_name!(
 text_name!(
     /// What people call a checkpoint; need not be unique.
     CheckpointName, "checkpoint name", "BAD_CHECKPOINT_NAME", is_label,
-    "1 to 255 bytes without control characters or surrounding spaces"
+    "1 to 255 bytes without control or invisible characters or surrounding spaces"
 );
 text_name!(
     /// Who a checkpoint belongs to.
     OwnerId, "owner", "BAD_OWNER", is_label,
-    "1 to 255 bytes without control characters or surrounding spaces"
+    "1 to 255 bytes without control or invisible characters or surrounding spaces"
 );
+
+impl CheckpointId {
+    /// An id that nobody else has: 122 random bits in the usual shape of a UUID (version 4).
+    ///
+    /// # Errors
+    /// The I/O error of the kernel's source of random bytes.
+    pub fn fresh() -> Result<Self> {
+        let mut bytes = [0_u8; 16];
+        File::open(RANDOM)
+            .and_then(|mut random| random.read_exact(&mut bytes))
+            .map_err(|error| Error::io("reading", RANDOM, error))?;
+        bytes[6] = bytes[6] & 0x0f | 0x40;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])))
+    }
+}
 
 impl CheckpointName {
     /// The name as a directory below a job's target: `/` and NUL become `_`, and so do `.` and `..` as a whole.
@@ -328,6 +368,38 @@ mod tests {
             assert!(JobId::new(bad).is_err(), "{bad}");
         }
         assert!(JobId::new("job-1_x.2").is_ok());
+    }
+
+    #[test]
+    fn what_is_too_long_is_cut_between_characters() {
+        assert_eq!(shorten("abc", 3), "abc");
+        assert_eq!(shorten("abcd", 3), "abc [...]");
+        assert_eq!(shorten("aüb", 2), "a [...]");
+    }
+
+    #[test]
+    fn a_name_is_what_is_seen_of_it() {
+        for bad in [
+            "a\nb",
+            "a\0b",
+            "\u{202e}gnp.exe",
+            "a\u{200b}b",
+            "\u{feff}a",
+            "a\u{2028}b",
+            "a\u{e0061}",
+            " a",
+            "a\u{a0}",
+            "",
+        ] {
+            assert!(CheckpointName::new(bad).is_err(), "{bad:?}");
+            assert!(!show_bytes(bad.as_bytes()).chars().any(is_deceptive), "{bad:?}");
+        }
+        for good in ["a/b", "..", "-rf", "%2e%2e", "Modell für Köln", "模型", "نموذج", "👩\u{200d}🔬", "a\u{301}"]
+        {
+            assert!(CheckpointName::new(good).is_ok(), "{good:?}");
+            assert_eq!(show_bytes(good.as_bytes()), good);
+        }
+        assert!(!show_bytes("a\u{202e}b".as_bytes()).contains('\u{202e}'));
     }
 
     #[test]

@@ -5,22 +5,31 @@
 mod support;
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::Duration;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use ckptd::control::wire;
+use ckptd::control::wire::checkpoints_client::CheckpointsClient;
+use ckptd::control::wire::upload_checkpoint_request::Message;
+use ckptd::limits::{CALLS_OF_A_TENANT, MESSAGE_BYTES};
+use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint, Uri};
 
 use support::corpus::{random_file, seed};
 use support::daemon::{CKPTCTL, Daemon, LOOPBACK};
 use support::place::Place;
 use support::ran::{Ran, run, wait_until};
+use support::server::free_port;
 use support::site::{Page, Site};
 use support::webserver::certificates;
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A user that is in no list, and a group.
 const NOBODY: u32 = 65_534;
@@ -38,6 +47,10 @@ fn upload(daemon: &Daemon, name: &str, owner: &str, from: &Path) -> Value {
 
 /// `ckptctl` as another user and group of this host, from a place that everybody may read.
 fn ctl_as(daemon: &Daemon, uid: u32, groups: &str, args: &[&str]) -> Ran {
+    run(&mut ctl_command_as(daemon, uid, groups, args))
+}
+
+fn ctl_command_as(daemon: &Daemon, uid: u32, groups: &str, args: &[&str]) -> Command {
     let program = daemon.place().join("ckptctl");
     if !program.exists() {
         fs::copy(CKPTCTL, &program).unwrap();
@@ -45,7 +58,9 @@ fn ctl_as(daemon: &Daemon, uid: u32, groups: &str, args: &[&str]) -> Ran {
     }
     let mut command = Command::new("setpriv");
     command.arg(format!("--reuid={uid}")).arg(format!("--regid={uid}")).arg(format!("--groups={groups}"));
-    run(command.arg(program).arg("--endpoint").arg(format!("unix:{}", daemon.socket().display())).args(args))
+    command.arg(program).arg("--endpoint").arg(format!("unix:{}", daemon.socket().display())).args(args);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
 }
 
 /// `ckptctl --as OWNER`.
@@ -61,7 +76,11 @@ fn json_for(daemon: &Daemon, owner: &str, args: &[&str]) -> Value {
 fn users_and_groups_of_the_host_may_do_what_their_role_may() {
     let groups = format!(r#"["gid:{GROUP}"]"#);
     let readers = format!(r#"["uid:{NOBODY}"]"#);
-    let daemon = Daemon::start_with(&[("CKPTD_ACCESS__SCHEDULERS", &groups), ("CKPTD_ACCESS__READERS", &readers)]);
+    let daemon = Daemon::start_with(&[
+        ("CKPTD_ACCESS__OPERATORS", r#"["uid:4243"]"#),
+        ("CKPTD_ACCESS__SCHEDULERS", &groups),
+        ("CKPTD_ACCESS__READERS", &readers),
+    ]);
     daemon.capture("k", &model(&daemon, 1));
     let target = daemon.place().dir("at");
     let attach = ["attach", "job", "k", "--at", target.to_str().unwrap()];
@@ -83,7 +102,8 @@ fn users_and_groups_of_the_host_may_do_what_their_role_may() {
     ctl_as(&daemon, 4242, &supplementary, &["remove", "k", "--yes"]).refused(&[4], &["pinned", "unpin"]);
     assert_eq!(daemon.json(&["unpin", "k"])["pinned"], false);
     ctl_as(&daemon, 4242, &supplementary, &["remove", "k", "--yes"]).ok();
-    daemon.ctl(&["drain"]).ok();
+    // An operator by uid commands the host.
+    ctl_as(&daemon, 4243, "4243", &["drain"]).ok();
 }
 
 #[test]
@@ -165,6 +185,75 @@ fn a_job_sees_its_owners_and_public_ones_and_is_seen_by_its_owner() {
 }
 
 #[test]
+fn a_job_keeps_its_owner_until_it_is_released() {
+    let daemon = Daemon::start();
+    upload(&daemon, "m", "alice", &model(&daemon, 1));
+    upload(&daemon, "m", "bob", &model(&daemon, 2));
+    let target = daemon.place().dir("at");
+    let at = target.to_str().unwrap();
+    let jobs_of = |owner| json_for(&daemon, owner, &["jobs"])["jobs"].as_array().unwrap().len();
+    daemon.ctl(&["reserve", "j", "m", "--owner", "alice"]).ok();
+    for args in [&["attach", "j", "--at", at][..], &["attach", "j", "m", "--at", at], &["reserve", "j", "m"]] {
+        daemon.ctl(&[args, &["--owner", "bob"]].concat()).refused(&[4], &["not one of `bob`"]);
+        ctl_for(&daemon, "bob", args).refused(&[3], &["no job"]);
+    }
+    // Who names no owner means the one that it has.
+    daemon.ctl(&["attach", "j", "--at", at]).ok();
+    assert_eq!((jobs_of("alice"), jobs_of("bob")), (1, 0));
+    daemon.ctl(&["attach", "j", "m", "--at", at]).ok();
+    ctl_for(&daemon, "bob", &["renew", "j", "--expires", "1s"]).refused(&[3], &["no job"]);
+    daemon.ctl(&["detach", "j"]).ok();
+    assert_eq!((jobs_of("alice"), jobs_of("bob")), (1, 0));
+    daemon.ctl(&["release", "j"]).ok();
+    daemon.ctl(&["attach", "j", "m", "--owner", "bob", "--at", at]).ok();
+    assert_eq!((jobs_of("alice"), jobs_of("bob")), (0, 1));
+}
+
+#[test]
+fn the_view_of_another_job_is_no_target() {
+    let daemon = Daemon::start();
+    daemon.capture("k", &model(&daemon, 1));
+    daemon.ctl(&["attach", "one", "k"]).ok();
+    let views = daemon.place().join("run/jobs");
+    let view = views.join("one/checkpoint");
+    assert!(view.join("w.bin").exists());
+    daemon.attach_at("two", &["k"], &view).refused(&[4], &["mounted"]);
+    daemon.attach_at("two", &["k"], &views.join("one")).refused(&[4], &["not empty"]);
+    daemon.attach_at("two", &["k"], &views).refused(&[2], &["ckptd's own"]);
+    assert!(view.join("w.bin").exists());
+}
+
+#[test]
+fn an_owner_cannot_find_out_which_ids_others_have() {
+    let site = Site::open();
+    let url = site.put("/w.bin", Page::Ranged(vec![7; 1000].into()));
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let create = |id: &'static str, url: &str| -> Vec<String> {
+        ["create", "m", "--type", "web", "--uri", url, "--id", id].map(str::to_owned).into()
+    };
+    let as_owner = |owner: &str, args: &[String]| run(daemon.ctl_command().args(["--as", owner]).args(args));
+    let of_alice = [create("alices", &url), vec!["--owner".into(), "alice".into(), "--wait".into()]].concat();
+    run(daemon.ctl_command().args(of_alice)).ok();
+    // One that is there and one that is not, whatever else is wrong with the request.
+    for (url, why) in [(url.as_str(), "UUID"), ("http://", "")] {
+        let [taken, free] = ["alices", "nobodys"].map(|id| as_owner("bob", &create(id, url)).refused(&[2], &[why]));
+        assert_eq!(taken.stderr.replace("alices", "nobodys"), free.stderr);
+    }
+    let source = model(&daemon, 1);
+    let [taken, free] = ["alices", "nobodys"].map(|id| {
+        ctl_for(&daemon, "bob", &["upload", "m", source.to_str().unwrap(), "--id", id]).refused(&[2], &["UUID"])
+    });
+    // How far it had sent by then is chance.
+    let last = |ran: &Ran| ran.stderr.lines().last().unwrap_or_default().replace("alices", "nobodys");
+    assert_eq!(last(&taken), last(&free));
+    // Its own is answered again, whoever chose it; a UUID is its to choose.
+    as_owner("alice", &create("alices", &url)).ok();
+    let own = create("0b5e7c1e-94a3-4f5c-8d8e-6f0c2b9a7d31", &url);
+    as_owner("bob", &own).ok();
+    as_owner("bob", &own).ok();
+}
+
+#[test]
 fn what_others_have_changes_nothing_that_an_owner_is_shown() {
     let daemon = Daemon::start();
     let source = model(&daemon, 1);
@@ -198,6 +287,132 @@ fn what_others_have_changes_nothing_that_an_owner_is_shown() {
     assert!(!events("carol").contains("CHECKPOINT"));
 }
 
+#[test]
+fn a_client_that_asks_too_much_is_told_to_try_again_and_others_do_not_suffer() {
+    let readers = format!(r#"["uid:{NOBODY}"]"#);
+    let daemon = Daemon::start_with(&[("CKPTD_ACCESS__READERS", &readers)]);
+    let mut looking: Vec<Follower> = Vec::new();
+    wait_until("the reader has as many calls under way as it may", LIMIT, || {
+        if looking.len() < CALLS_OF_A_TENANT {
+            looking.push(Follower(ctl_command_as(&daemon, NOBODY, "65534", &["events", "--follow"]).spawn().unwrap()));
+            return false;
+        }
+        let refused = ctl_as(&daemon, NOBODY, "65534", &["list"]);
+        refused.code == Some(7) && refused.stderr.contains("calls under way") && refused.stderr.contains("try again")
+    });
+    daemon.ctl(&["list"]).ok();
+    drop(looking);
+    wait_until("it may ask again", LIMIT, || ctl_as(&daemon, NOBODY, "65534", &["list"]).code == Some(0));
+}
+
+#[test]
+fn a_client_that_calls_too_often_is_told_to_try_again() {
+    let readers = format!(r#"["uid:{NOBODY}"]"#);
+    let daemon = Daemon::start_with(&[("CKPTD_ACCESS__READERS", &readers)]);
+    let (socket, stop) = (daemon.socket(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let calling = scope.spawn(|| {
+            // SAFETY: the plain system call changes the user of this thread alone, which ends with this closure.
+            let changed = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, -1, NOBODY, -1) };
+            assert_eq!(changed, 0);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let mut client = CheckpointsClient::new(connect(&socket).await);
+                let begun = Instant::now();
+                while !stop.load(Ordering::Relaxed) && begun.elapsed() < 2 * LIMIT {
+                    let _ = client.get_checkpoint(wire::GetCheckpointRequest { checkpoint: "x".into() }).await;
+                }
+            });
+        });
+        wait_until("it is told so", LIMIT, || {
+            let refused = ctl_as(&daemon, NOBODY, "65534", &["list"]);
+            calling.is_finished()
+                || refused.code == Some(7)
+                    && refused.stderr.contains("times a second")
+                    && refused.stderr.contains("try again")
+        });
+        daemon.ctl(&["list"]).ok();
+        stop.store(true, Ordering::Relaxed);
+        calling.join().unwrap();
+    });
+    wait_until("it may ask again", LIMIT, || ctl_as(&daemon, NOBODY, "65534", &["list"]).code == Some(0));
+}
+
+async fn connect(socket: &Path) -> Channel {
+    let socket = socket.to_owned();
+    let connector = tower::service_fn(move |_: Uri| {
+        let socket = socket.clone();
+        async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    Endpoint::from_static("http://localhost").connect_with_connector(connector).await.unwrap()
+}
+
+#[test]
+fn an_upload_is_seen_from_both_ends() {
+    // Two units: bytes count once a unit of theirs is written.
+    const HALF: usize = 8 << 20;
+    let daemon = Daemon::start();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let half = || vec![7_u8; HALF];
+    let of = |message| wire::UploadCheckpointRequest { message: Some(message) };
+    let (send, messages) = tokio::sync::mpsc::channel(8);
+    let say = |message| runtime.block_on(send.send(of(message))).unwrap();
+    let start = wire::UploadStart { name: "slow".into(), bytes_total: 2 * HALF as u64, ..Default::default() };
+    let file = wire::UploadFile { size_bytes: 2 * HALF as u64, ..Default::default() };
+    say(Message::Start(start));
+    say(Message::Entry(wire::UploadEntry {
+        path: b"w.bin".to_vec(),
+        kind: Some(wire::upload_entry::Kind::File(file)),
+    }));
+    say(Message::Data(half().into()));
+    let socket = daemon.socket();
+    let answer = runtime.spawn(async move {
+        let mut client = CheckpointsClient::new(connect(&socket).await);
+        client.upload_checkpoint(tokio_stream::wrappers::ReceiverStream::new(messages)).await
+    });
+    let total = 2 * HALF as u64;
+    wait_until("some of it is here", LIMIT, || {
+        let ran = daemon.ctl(&["--json", "get", "slow"]);
+        ran.code == Some(0) && ran.json()["fill"]["bytes_done"].as_u64() > Some(0)
+    });
+    let filling = daemon.json(&["get", "slow"]);
+    assert_eq!((&filling["state"], &filling["fill"]["bytes_total"]), (&"filling".into(), &total.into()), "{filling}");
+    assert!(filling["fill"]["bytes_done"].as_u64() < Some(total), "{filling}");
+    say(Message::Data(half().into()));
+    say(Message::Finish(wire::UploadFinish {}));
+    drop(send);
+    runtime.block_on(answer).unwrap().unwrap();
+    assert_eq!(daemon.json(&["get", "slow"])["state"], "ready");
+
+    // The one who sends.
+    let sent = daemon.ctl(&["upload", "m", model(&daemon, 1).to_str().unwrap()]).ok();
+    assert!(sent.stderr.contains("m: se") && sent.stderr.contains(" of 1.00 MiB"), "{sent}");
+}
+
+/// A `ckptctl` that goes on until it is killed.
+struct Follower(Child);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_message_that_is_too_large_is_refused_and_the_connection_goes_on() {
+    let daemon = Daemon::start();
+    let ask = |bytes: usize| wire::GetCheckpointRequest { checkpoint: "x".repeat(bytes) };
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let mut client = CheckpointsClient::new(connect(&daemon.socket()).await).max_encoding_message_size(usize::MAX);
+        for _ in 0..3 {
+            let refused = client.get_checkpoint(ask(MESSAGE_BYTES + 1)).await.unwrap_err();
+            assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
+            assert_eq!(client.get_checkpoint(ask(1)).await.unwrap_err().code(), Code::NotFound);
+        }
+    });
+}
+
 /// A daemon that listens by TCP, with the certificates of some names.
 struct Remote {
     daemon: Daemon,
@@ -210,10 +425,11 @@ impl Remote {
     fn start(names: &[&str], access: &[(&'static str, &str)]) -> Self {
         let place = Place::new();
         let certificates = certificates(&place, names);
-        // Nobody else binds it in between: the tests' ports are their own.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let file = |name: &str| format!("{:?}", certificates.join(name));
-        let (listen, good, authority) = (format!(r#""127.0.0.1:{port}""#), file("good.pem"), file("ca.pem"));
+        // Whom the daemon believes, and whom its clients believe, are two files.
+        fs::copy(certificates.join("ca.pem"), certificates.join("clients.pem")).unwrap();
+        let (listen, good, authority) = (format!(r#""127.0.0.1:{port}""#), file("good.pem"), file("clients.pem"));
         let mut env = vec![
             ("CKPTD_TLS__LISTEN", listen.as_str()),
             ("CKPTD_TLS__CERTIFICATE", &good),
@@ -264,6 +480,20 @@ fn by_tcp_a_certificate_is_needed_and_its_name_is_who_asks() {
     let authority = remote.certificates.join("ca.pem");
     let answer = run(Command::new("curl").args(["-sS", "--http2", "--cacert"]).arg(authority).arg(url));
     assert_ne!(answer.code, Some(0), "{answer}");
+}
+
+#[test]
+fn clients_of_an_authority_that_is_taken_away_are_let_in_no_more() {
+    let remote = Remote::start(&["ops"], &[("CKPTD_ACCESS__OPERATORS", r#"["name:ops"]"#)]);
+    remote.ctl("ops", &["list"]).ok();
+    let believed = remote.certificates.join("clients.pem");
+    let ours = fs::read(&believed).unwrap();
+    let others = certificates(remote.daemon.place(), &[]);
+    fs::copy(others.join("ca.pem"), &believed).unwrap();
+    wait_until("it is refused", LIMIT, || remote.ctl("ops", &["list"]).code != Some(0));
+    remote.ctl("ops", &["list"]).refused(&[2, 7], &["localhost"]);
+    fs::write(&believed, ours).unwrap();
+    wait_until("it is let in again", LIMIT, || remote.ctl("ops", &["list"]).code == Some(0));
 }
 
 #[test]

@@ -214,6 +214,16 @@ async fn ustar_splits_long_names() {
     std::fs::write(deep.join("f".repeat(80)), b"split").unwrap();
     let archive = place.gnu("u.tar", &["--format=ustar"]);
     assert!(extract(&archive).await.unwrap() == on_disk(&place.tree()));
+    assert!(extract(&place.python("tar-ustar", "p.tar")).await.unwrap() == on_disk(&place.tree()));
+    if has("bsdtar") {
+        let out = place.at("b.tar");
+        run(Command::new("bsdtar").args(["--format=ustar", "-cf"]).arg(&out).arg("-C").arg(place.tree()).arg("."));
+        assert!(extract(&out).await.unwrap() == on_disk(&place.tree()));
+    }
+    // The oldest dialect has no room for long names, nor a word that says what it is.
+    std::fs::remove_dir_all(&long).unwrap();
+    let archive = place.gnu("v7.tar", &["--format=v7"]);
+    assert!(extract(&archive).await.unwrap() == on_disk(&place.tree()));
 }
 
 #[tokio::test]
@@ -283,6 +293,20 @@ async fn a_zip_is_the_tree_that_was_packed() {
 }
 
 #[tokio::test]
+async fn a_zip_beyond_what_32_bits_and_16_bits_count_is_whole() {
+    let place = Place::new();
+    let tree =
+        extract(&place.python("zip-many", "many.zip")).await.unwrap_or_else(|error| panic!("{}", error.report()));
+    let empty = Found::File(Vec::new(), false);
+    assert_eq!(tree.values().filter(|found| **found == empty).count(), 70_000);
+    assert!(tree.contains_key("00/00000") && tree.contains_key("69/69999"));
+    let tree = extract(&place.python("zip-far", "far.zip")).await.unwrap_or_else(|error| panic!("{}", error.report()));
+    let expected: Tree =
+        ["near", "far"].map(|name| (name.to_owned(), Found::File(name.as_bytes().to_vec(), false))).into();
+    assert!(tree == expected, "{:?}", tree.keys());
+}
+
+#[tokio::test]
 async fn a_compressed_file_loses_its_ending() {
     let place = Place::new();
     let weights = std::fs::read(place.tree().join("weights.bin")).unwrap();
@@ -322,7 +346,13 @@ async fn what_is_hostile_is_refused_by_name() {
         ("twice", "t.tar", "ARCHIVE_REFUSED", "`a` occurs twice"),
         ("long-component", "t.tar", "ARCHIVE_REFUSED", "longer than 255"),
         ("long-name-bomb", "t.tar", "ARCHIVE_UNSUPPORTED", "extended header"),
+        ("below-file", "t.tar", "ARCHIVE_REFUSED", "`a/b` is below `a`"),
         ("bomb", "b.gz", "ARCHIVE_BOMB", "over 1000 for each"),
+        ("bomb-bz2", "b.bz2", "ARCHIVE_BOMB", "over 1000 for each"),
+        ("bomb-xz", "b.xz", "ARCHIVE_BOMB", "over 1000 for each"),
+        ("bomb-zst", "b.zst", "ARCHIVE_BOMB", "over 1000 for each"),
+        ("bomb-zip", "b.zip", "ARCHIVE_BOMB", "over 1000 for each"),
+        ("long-window", "w.zst", "ARCHIVE_UNSUPPORTED", "more than 128 MiB of memory"),
         ("zip-climbing", "z.zip", "ARCHIVE_REFUSED", "`../a` climbs"),
         ("zip-link-out", "z.zip", "ARCHIVE_REFUSED", "`l` leads out"),
         ("zip-socket", "z.zip", "ARCHIVE_REFUSED", "`s` is a device"),
@@ -337,7 +367,7 @@ async fn what_is_hostile_is_refused_by_name() {
         ("text", "x.zst", "NOT_AN_ARCHIVE", "not zstd"),
     ] {
         let archive = place.python(kind, name);
-        let error = if kind == "bomb" { drain(&archive).await } else { refused(&archive).await };
+        let error = if kind.starts_with("bomb") { drain(&archive).await } else { refused(&archive).await };
         assert_eq!(error.reason(), reason, "{kind}: {}", error.report());
         assert!(error.report().contains(said), "{kind}: {}", error.report());
         assert!(error.to_string().starts_with(&format!("extracting `{name}`: ")), "{kind}: {error}");

@@ -6,18 +6,21 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use nix::unistd::Pid;
 use support::corpus::{Random, random_file, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::{assert_same_file, assert_same_tree, b3sum, xattr};
 use support::place::mounts_at;
 use support::ran::{Ran, run, wait_until};
 use support::site::{Page, Site};
+use support::still::Still;
 
 const MIB: u64 = 1 << 20;
 
@@ -268,4 +271,45 @@ fn views_of_files_are_of_the_right_checkpoint_after_many_came_and_went() {
         daemon.ctl(&["remove", "k", "--yes"]).ok();
     }
     assert_eq!(daemon.json(&["status"])["attachments"], 0);
+}
+
+/// Checkpoints do not change: what a job has been told once is true for as long as the kernel remembers it.
+#[test]
+fn what_was_looked_at_once_is_answered_by_the_kernel_alone() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    random_file(&source.join("w.bin"), seed(), 2 * MIB);
+    fs::create_dir(source.join("deep")).unwrap();
+    fs::write(source.join("deep/config.json"), "{}").unwrap();
+    std::os::unix::fs::symlink("deep/config.json", source.join("link")).unwrap();
+    daemon.capture("k", &source);
+    let target = daemon.attach("job", "k");
+    let held = File::open(target.join("w.bin")).unwrap();
+    let look = {
+        let target = target.clone();
+        move || {
+            let mut seen: Vec<_> = ["", "w.bin", "deep", "deep/config.json", "link", "no-such", "deep/no-such"]
+                .map(|path| {
+                    format!("{:?}", target.join(path).symlink_metadata().map(|found| (found.ino(), found.len())))
+                })
+                .into();
+            seen.push(format!("{:?}", fs::read_link(target.join("link"))));
+            let names = fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().file_name());
+            seen.extend(names.map(|name| format!("{name:?}")));
+            seen
+        }
+    };
+    let expected = look();
+    let (say, said) = mpsc::channel();
+    let stopped = Still::of(Pid::from_raw(i32::try_from(daemon.pid()).unwrap()));
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        (&held).read_to_end(&mut bytes).unwrap();
+        let _ = say.send((look(), bytes));
+    });
+    let answered = said.recv_timeout(Duration::from_secs(60));
+    drop(stopped);
+    let (seen, bytes) = answered.expect("a question reached the daemon, which is stopped");
+    assert_eq!(seen, expected);
+    assert!(bytes == fs::read(source.join("w.bin")).unwrap());
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use support::corpus::{Tensors, seed};
 use support::daemon::Daemon;
-use support::files::{assert_same_tree, disk_bytes};
+use support::files::{assert_same_tree, disk_bytes, regular_files, xattr};
 use support::loopfs::LoopFs;
 use support::place::Place;
 
@@ -104,6 +104,12 @@ fn on_xfs(place: &Place, names: &[&str], ideal: u64) {
         daemon.capture(name, &place.join(name));
     }
     assert_near(disk.used_bytes() - before, ideal, CATALOG_BYTES);
+    // The file system shares the extents, so that each is a file of its own to the kernel.
+    for name in names {
+        for file in regular_files(&daemon.attach(&format!("looks-at-{name}"), name)) {
+            assert_eq!(xattr(&file, "user.ckptd.state"), "passthrough", "{}", file.display());
+        }
+    }
     same_before_and_after_a_restart(&mut daemon, place, names);
     drop(daemon);
 }

@@ -5,6 +5,7 @@
 mod support;
 
 use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use support::corpus::{Random, random_file, seed};
 use support::daemon::{CKPTD, Daemon, LOOPBACK, clean, serve_command};
-use support::files::{assert_same_tree, disk_bytes, regular_files};
+use support::files::{assert_same_tree, b3sum, disk_bytes, regular_files};
 use support::loopfs::LoopFs;
 use support::place::{Place, mounts_at};
 use support::ran::{Ran, run, run_for, shell, wait_until};
@@ -38,6 +39,9 @@ fn an_unknown_checkpoint_or_job_is_not_found() {
         [&["get", "nope"][..], &["remove", "nope", "--yes"], &["rename", "nope", "x"], &["reserve", "j", "nope"]]
     {
         daemon.ctl(args).refused(&[3], &["nope"]);
+    }
+    for verb in ["retry", "pin", "unpin", "watch", "detach"] {
+        daemon.ctl(&[verb, "nope"]).refused(&[3], &["nope"]);
     }
     daemon.attach_at("j", &["nope"], &target).refused(&[3], &["nope"]);
     assert!(mounts_at(&target).is_empty() && daemon.rows("jobs").is_empty());
@@ -121,11 +125,12 @@ fn a_source_that_refuses_is_named_with_its_status() {
         assert_nothing_half_made(&daemon, &name);
     }
     let bytes = Arc::new(Random::new(seed()).bytes(100_000));
-    let url = site.put("/404/w.bin", Page::Ranged(bytes));
-    daemon.ctl(&["retry", "s404"]).ok();
-    wait_until(&format!("s404 is ready from {url}"), Duration::from_secs(60), || {
-        daemon.json(&["get", "s404"])["state"] == "ready"
-    });
+    for status in [404, 401, 403] {
+        site.put(&format!("/{status}/w.bin"), Page::Ranged(Arc::clone(&bytes)));
+        let name = format!("s{status}");
+        daemon.ctl(&["retry", &name, "--wait"]).ok();
+        assert_holds(&daemon, &name, &bytes);
+    }
 }
 
 #[test]
@@ -135,8 +140,24 @@ fn a_body_shorter_than_announced_is_fetched_again() {
     let bytes = Arc::new(Random::new(seed()).bytes(9 << 20));
     let url = site.put("/w.bin", Page::Short(Arc::clone(&bytes), 2));
     daemon.ctl(&["create", "x", "--type", "web", "--uri", &url, "--wait"]).ok();
-    let target = daemon.attach("job", "x");
-    assert_eq!(support::files::b3sum(&target.join("w.bin")), blake3::hash(&bytes).to_hex().to_string());
+    assert_holds(&daemon, "x", &bytes);
+}
+
+#[test]
+fn a_body_that_stays_short_is_given_up_by_name_and_a_retry_works_once_it_is_mended() {
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    let site = Site::open();
+    let bytes = Arc::new(Random::new(seed()).bytes(9 << 20));
+    let url = site.put("/w.bin", Page::Short(Arc::clone(&bytes), u64::MAX));
+    daemon
+        .ctl(&["create", "x", "--type", "web", "--uri", &url, "--wait"])
+        .refused(&[7], &[&url, "the body is shorter than announced", "ask whoever serves it"]);
+    let record = daemon.json(&["get", "x"]);
+    assert_eq!((&record["state"], &record["error"]["reason"]), (&"failed".into(), &"BODY_TOO_SHORT".into()));
+    assert_nothing_half_made(&daemon, "x");
+    site.put("/w.bin", Page::Ranged(Arc::clone(&bytes)));
+    daemon.ctl(&["retry", "x", "--wait"]).ok();
+    assert_holds(&daemon, "x", &bytes);
 }
 
 #[test]
@@ -154,7 +175,7 @@ fn a_body_that_is_always_short_never_becomes_ready_and_can_be_removed() {
     ran.ok();
     daemon.ctl(&["get", "x"]).refused(&[3], &["x"]);
     assert!(mounts_at(&target).is_empty());
-    assert!(regular_files(&daemon.state().join("filling")).is_empty());
+    daemon.wait_empty("filling");
 }
 
 #[test]
@@ -174,6 +195,8 @@ fn a_checkpoint_larger_than_the_disk_is_refused_and_a_smaller_one_fits() {
 #[test]
 fn a_disk_that_fills_stops_that_ingest_and_nothing_else() {
     let disk = LoopFs::ext4(200);
+    let ballast = disk.root().join("ballast");
+    shell("fallocate -l 70M \"$1\"", &[&ballast]).ok();
     let daemon = Daemon::start_on(disk.dir("state"), &[LOOPBACK]);
     let small = daemon.place().dir("small");
     random_file(&small.join("w.bin"), seed() + 1, 8 * MIB);
@@ -181,10 +204,18 @@ fn a_disk_that_fills_stops_that_ingest_and_nothing_else() {
     let target = daemon.attach("reader", "before");
     let site = Site::open();
     // Its size is not stated, so that nobody can refuse it beforehand.
-    let url = site.put("/w.bin", Page::Unsized(Arc::new(Random::new(seed()).bytes(250 << 20))));
-    daemon.ctl(&["create", "big", "--type", "web", "--uri", &url, "--wait"]).refused(&[5], &[]);
+    let bytes = Arc::new(Random::new(seed()).bytes(80 << 20));
+    let url = site.put("/w.bin", Page::Unsized(Arc::clone(&bytes)));
+    daemon
+        .ctl(&["create", "big", "--type", "web", "--uri", &url, "--wait"])
+        .refused(&[5], &["`w.bin`", "the store has", "8.00 MiB is in use by jobs", "remove checkpoints; then retry"]);
+    assert!(regular_files(&daemon.state().join("filling")).is_empty(), "what did not fit is in nobody's way");
     assert_same_tree(&small, &target);
-    daemon.ctl(&["remove", "big", "--yes"]).ok();
+
+    fs::remove_file(&ballast).unwrap();
+    daemon.ctl(&["retry", "big", "--wait"]).ok();
+    assert_holds(&daemon, "big", &bytes);
+    assert_same_tree(&small, &target);
 
     let other = daemon.place().dir("other");
     random_file(&other.join("w.bin"), seed() + 2, 8 * MIB);
@@ -231,12 +262,23 @@ fn a_state_directory_has_one_owner() {
 
 #[test]
 fn a_socket_path_that_is_something_else_is_not_removed() {
-    let place = Place::new();
-    let (state, run_dir) = (place.dir("state"), place.dir("run"));
-    let socket = run_dir.join("ckptd.sock");
+    let (mut daemon, source) = daemon_with_k();
+    daemon.stop();
+    let socket = daemon.socket();
+    let serve = || serve_fails(&mut serve_command(daemon.state(), socket.parent().unwrap()));
     fs::write(&socket, "precious").unwrap();
-    serve_fails(&mut serve_command(&state, &run_dir)).refused(&[2, 4], &[socket.to_str().unwrap()]);
+    serve().refused(&[4], &[socket.to_str().unwrap(), "not a socket", "remove it or give another --runtime-dir"]);
     assert_eq!(fs::read_to_string(&socket).unwrap(), "precious");
+    fs::remove_file(&socket).unwrap();
+
+    let listening = UnixListener::bind(&socket).unwrap();
+    serve().refused(&[4], &[socket.to_str().unwrap(), "another process listens", "stop it"]);
+    assert!(UnixStream::connect(&socket).is_ok(), "who listens was not disturbed");
+    // What is left where nobody listens any more is in nobody's way.
+    drop(listening);
+    assert!(socket.exists());
+    daemon.restart();
+    assert_same_tree(&source, &daemon.attach("job", "k"));
 }
 
 #[test]
@@ -276,7 +318,7 @@ fn without_the_fuse_device_it_says_so() {
     let mut command = clean("unshare");
     command.args(["-m", "--propagation", "private", "sh", "-euc", script, "sh", CKPTD, "serve"]);
     command.arg("--state-dir").arg(&state).arg("--runtime-dir").arg(&run_dir);
-    serve_fails(&mut command).refused(&[2, 3, 7], &["/dev/fuse"]);
+    serve_fails(&mut command).refused(&[2], &["/dev/fuse", "load the kernel module"]);
 }
 
 #[test]
@@ -292,13 +334,19 @@ fn serve_fails(command: &mut Command) -> Ran {
     run_for(command.stdin(Stdio::null()), Duration::from_secs(30))
 }
 
+/// The checkpoint is the file `w.bin` with these bytes.
+fn assert_holds(daemon: &Daemon, name: &str, bytes: &[u8]) {
+    let target = daemon.attach(&format!("reads-{name}"), name);
+    assert_eq!(b3sum(&target.join("w.bin")), blake3::hash(bytes).to_hex().to_string(), "{name}");
+}
+
 /// A failed checkpoint may be listed as failed, with its error; there are no bytes that look whole.
 fn assert_nothing_half_made(daemon: &Daemon, name: &str) {
     for row in daemon.rows("list").iter().filter(|row| row["name"] == name) {
         assert_eq!(row["state"], "failed", "{row}");
         assert!(row["error"].is_object() || row["error"].is_string(), "{row}");
     }
-    assert!(regular_files(&daemon.state().join("blobs")).is_empty());
+    daemon.wait_empty("blobs");
     let target = daemon.place().dir(&format!("not-{name}"));
     let refused =
         run_for(daemon.ctl_command().args(["attach", "early", name, "--at"]).arg(&target), Duration::from_secs(60));

@@ -25,7 +25,10 @@ use support::waiting::waiting_requests;
 
 const MIB: u64 = 1 << 20;
 const UNIT: u64 = 4 * MIB;
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Streams of one flight while nobody waits for a unit.
+const STREAMS_WHILE_READ: u64 = 4;
 
 /// What a source gives, and a daemon that may ask it.
 struct Scene {
@@ -112,7 +115,9 @@ fn many_jobs_that_start_together_cost_the_source_one() {
         }
     });
     let sent = scene.site.take_sent();
-    assert!(sent <= scene.bytes.len() as u64 * 101 / 100, "{sent} bytes were sent");
+    // A stream that was begun before anybody read ends early once somebody does: what was in its socket by then is lost.
+    let in_sockets = STREAMS_WHILE_READ * MIB;
+    assert!(sent <= scene.bytes.len() as u64 * 101 / 100 + in_sockets, "{sent} bytes were sent");
 }
 
 #[test]
@@ -192,7 +197,8 @@ fn what_jobs_were_shown_is_not_replaced_under_them() {
 
 #[test]
 fn readers_that_are_killed_while_they_wait_go_away_at_once() {
-    let scene = Scene::new(64, MIB);
+    // A unit takes minutes: only a kill ends a reader.
+    let scene = Scene::new(64, 16 << 10);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     let read = |flags: &str, skip: u64| -> Child {
@@ -211,7 +217,7 @@ fn readers_that_are_killed_while_they_wait_go_away_at_once() {
             std::fs::read_to_string(&stack).is_ok_and(|place| place.contains("folio") || place.contains("fuse"))
         });
         reader.kill().unwrap();
-        wait_until("the killed reader is gone", Duration::from_secs(2), || reader.try_wait().unwrap().is_some());
+        wait_until("the killed reader is gone", Duration::from_secs(30), || reader.try_wait().unwrap().is_some());
     }
     scene.site.limit(0);
     assert_eq!(b3sum(&file), scene.digest());
@@ -219,7 +225,7 @@ fn readers_that_are_killed_while_they_wait_go_away_at_once() {
 
 #[test]
 fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
-    let scene = Scene::new(64, MIB / 4);
+    let scene = Scene::new(64, 16 << 10);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     let waiting = waiting_requests(scene.daemon.place(), &file);
@@ -240,7 +246,7 @@ fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
     thread::sleep(Duration::from_millis(500));
     assert_eq!(waiting(), 7, "who lives is not touched");
     killed.iter_mut().for_each(|reader| reader.kill().unwrap());
-    wait_until("the killed readers are gone", Duration::from_secs(2), || {
+    wait_until("the killed readers are gone", Duration::from_secs(30), || {
         killed.iter_mut().all(|reader| reader.try_wait().unwrap().is_some())
     });
     wait_until("nothing of them is left in the kernel", LIMIT, || waiting() == 1);
@@ -289,13 +295,54 @@ fn ten_thousand_waiting_reads_cost_little_and_all_are_answered() {
 }
 
 #[test]
+fn what_is_here_is_read_at_once_however_many_reads_wait() {
+    const READS: usize = 100;
+    let scene = Scene::new(96, 4 * MIB);
+    scene.create(&scene.put(Page::Ranged));
+    let file = scene.attach("job");
+    scene.assert_read(&file, 0, 10);
+    // Of the last units none is here, and one would take minutes from now on.
+    scene.site.limit(MIB / 32);
+    let open = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(&file).unwrap();
+    let waiting = waiting_requests(scene.daemon.place(), &file);
+    let (open, bytes) = (Arc::new(open), &scene.bytes);
+    let read = |open: &File, at: u64| {
+        let mut found = vec![0; 8192];
+        let start = found.as_ptr().align_offset(4096);
+        open.read_exact_at(&mut found[start..start + 4096], at).unwrap();
+        let from = usize::try_from(at).unwrap();
+        assert!(found[start..start + 4096] == bytes[from..from + 4096], "wrong bytes at {at}");
+    };
+    thread::scope(|scope| {
+        let _lifted = Lifted(&scene.site);
+        for number in 0..READS as u64 {
+            let (open, read) = (open.clone(), &read);
+            scope.spawn(move || read(&open, 80 * MIB + number * (128 << 10)));
+        }
+        wait_until("all wait", LIMIT, || waiting() >= READS);
+        // Past the page cache, and through it: nobody has read these before.
+        read(&open, 3 * MIB);
+        scene.assert_read(&file, 2 * MIB, 1000);
+        assert!(waiting() >= READS, "those who waited were answered first");
+    });
+}
+
+/// Lifts the source's limit at its end, so that a test which fails does not wait for those who wait for it.
+struct Lifted<'a>(&'a Site);
+
+impl Drop for Lifted<'_> {
+    fn drop(&mut self) {
+        self.0.limit(0);
+    }
+}
+
+#[test]
 fn a_killed_daemon_shows_the_same_again_and_goes_on() {
     let mut scene = Scene::new(96, 16 * MIB);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     scene.assert_read(&file, 60 * MIB, 1000);
-    wait_until("units are durable", LIMIT, || scene.daemon.bytes_done("w") > 32 * MIB);
-    thread::sleep(Duration::from_millis(1500));
+    wait_until("units are durable", LIMIT, || scene.daemon.recorded_bytes("w") > 32 * MIB);
     scene.daemon.kill9();
     scene.site.take_sent();
     scene.daemon.restart();
@@ -409,8 +456,12 @@ fn prefetching_starts_what_is_not_here_and_brings_what_is_into_memory() {
     let target = scene.daemon.place().dir("at");
     let record = scene.daemon.json(&["prefetch", "w", "--memory"]);
     assert_eq!(record["state"], "ready");
+    let blob = scene.daemon.state().join(format!("blobs/{}/{}", &scene.digest()[..2], scene.digest()));
+    drop_from_memory(&blob);
+    assert!(bytes_in_memory(&blob) < MIB, "the test could not bring them out of memory");
     let ran = scene.daemon.ctl(&["prefetch", "w", "--memory"]).ok();
     assert!(ran.stderr.contains("24.00 MiB are in the page cache"), "{}", ran.stderr);
+    assert!(bytes_in_memory(&blob) >= scene.bytes.len() as u64);
     scene.daemon.attach_at("job", &["w"], &target).ok();
     assert_eq!(b3sum(&target.join("w.bin")), scene.digest());
 }
@@ -449,4 +500,22 @@ fn resident(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+fn drop_from_memory(path: &Path) {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+}
+
+/// Bytes of a file that are in the page cache, in whole pages.
+fn bytes_in_memory(path: &Path) -> u64 {
+    let file = File::open(path).unwrap();
+    // SAFETY: nothing changes a blob.
+    let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+    let mut pages = vec![0_u8; map.len().div_ceil(4096)];
+    // SAFETY: the mapping is of that length, and there is a byte for each of its pages.
+    let asked = unsafe { nix::libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
+    assert_eq!(asked, 0);
+    pages.iter().filter(|page| **page & 1 != 0).count() as u64 * 4096
 }

@@ -7,17 +7,20 @@ mod support;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::Pid;
 use serde_json::Value;
 
-use support::corpus::{Random, Tensors, odd_tree, random_file, seed};
+use support::corpus::{Random, Tensors, odd_names, odd_tree, random_file, seed};
 use support::daemon::{CKPTD, Daemon, LOOPBACK, NO_PASSTHROUGH, clean};
 use support::files::{assert_same_file, assert_same_tree, b3sum, disk_bytes, regular_files, walk, xattr};
 use support::place::{PREFIX, Place, mounts, mounts_at};
-use support::ran::{run, run_for};
+use support::ran::{run, run_for, shell, wait_for, wait_until};
 use support::site::{Page, Site};
 
 const MIB: u64 = 1 << 20;
@@ -27,6 +30,7 @@ fn an_odd_tree_comes_back_byte_for_byte_and_cannot_be_written() {
     let daemon = Daemon::start();
     let source = daemon.place().dir("source");
     odd_tree(&source, seed());
+    odd_names(&source);
     daemon.capture("odd", &source);
     let target = daemon.attach("job", "odd");
     assert_same_tree(&source, &target);
@@ -41,6 +45,7 @@ fn an_odd_tree_comes_back_through_the_daemon_alone_too() {
     let daemon = Daemon::start_with(&[NO_PASSTHROUGH]);
     let source = daemon.place().dir("source");
     odd_tree(&source, seed());
+    odd_names(&source);
     daemon.capture("odd", &source);
     let target = daemon.attach("job", "odd");
     assert_same_tree(&source, &target);
@@ -53,6 +58,7 @@ fn a_directory_and_a_file_are_uploaded() {
     let daemon = Daemon::start();
     let source = daemon.place().dir("source");
     odd_tree(&source, seed());
+    odd_names(&source);
     daemon.ctl(&["upload", "tree", source.to_str().unwrap()]).ok();
     let file = daemon.place().join("weights.bin");
     random_file(&file, seed(), 5 * MIB + 1);
@@ -167,9 +173,9 @@ fn removal_waits_for_the_jobs_and_gives_the_space_back() {
     daemon.ctl(&["remove", "k", "--yes"]).ok();
 
     daemon.ctl(&["get", "k"]).refused(&[3], &["k"]);
+    daemon.wait_empty("blobs");
     let left = disk_bytes(daemon.state()).saturating_sub(before);
     assert!(left < 8 * MIB, "{left} bytes are left");
-    assert!(regular_files(&daemon.state().join("blobs")).is_empty());
 }
 
 #[test]
@@ -208,10 +214,133 @@ fn quickstart_without_a_source_makes_one_and_says_so() {
     assert!(said.contains("safetensors"), "{said}");
 }
 
+#[test]
+fn quickstart_on_an_archive_shows_what_is_in_it() {
+    let place = Place::new();
+    let source = place.dir("model");
+    let model = Tensors::new(seed(), 5, 8 << 20);
+    for name in ["model.safetensors", "copy.safetensors"] {
+        model.write_safetensors(&source.join(name));
+    }
+    let archive = place.join("model.tar");
+    shell("tar -cf \"$2\" -C \"$1\" .", &[&source, &archive]).ok();
+    let target = place.dir("at");
+    let said = quickstart(&place, &[archive.to_str().unwrap(), "--at", target.to_str().unwrap(), "--exit"]);
+    let files = regular_files(&source);
+    let bytes = files.iter().map(|path| path.metadata().unwrap().len()).sum();
+    assert_table(&said, 2, bytes);
+    assert!(row(&said, "dedup").contains(" kept, "), "a tensor occurs twice\n{said}");
+    assert!(said.contains(&format!("model.tar is at {}", target.display())), "{said}");
+}
+
+/// It is on a configuration of its own: an address to listen on, and that is taken, is nothing to it.
+#[test]
+fn quickstart_on_a_url_shows_what_is_there() {
+    let (place, site) = (Place::new(), Site::open());
+    let bytes = Arc::new(Random::new(seed()).bytes(40 << 20));
+    let url = site.put("/models/w.bin?signature=secret", Page::Ranged(Arc::clone(&bytes)));
+    let taken = url.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap();
+    let (http, tls) = (format!("\"{taken}\""), format!("[\"{taken}\"]"));
+    let environment = [LOOPBACK, ("CKPTD_HTTP__LISTEN", &http), ("CKPTD_TLS__LISTEN", &tls), ("HF_TOKEN", "hf_secret")];
+    let target = place.dir("at");
+    let args = [url.as_str(), "--at", target.to_str().unwrap(), "--exit"];
+    let said = quickstart_with(&place, &environment, &args);
+    assert_table(&said, 1, bytes.len() as u64);
+    assert_eq!(row(&said, "dedup"), "nothing occurs twice", "{said}");
+    assert!(said.contains(&format!("w.bin is at {}", target.display())) && !said.contains("secret"), "{said}");
+}
+
+/// A person sees a bar that grows, and afterwards the table alone.
+#[test]
+fn quickstart_shows_a_bar_on_a_terminal_and_takes_it_away() {
+    let (place, site) = (Place::new(), Site::open());
+    let bytes = Arc::new(Random::new(seed()).bytes(96 << 20));
+    let url = site.put("/w.bin", Page::Ranged(bytes));
+    site.limit(24 << 20);
+    let _alone = QUICKSTART.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    // `script` runs it on a terminal of its own, whose output it copies.
+    let mut command = clean("script");
+    let quickstart = format!("{CKPTD} quickstart {url} --at {} --exit", place.join("at").display());
+    command.args(["--quiet", "--return", "--flush", "--command", &quickstart, "/dev/null"]);
+    command.env("TMPDIR", place.dir("tmp")).env("TERM", "xterm").envs([LOOPBACK]);
+    let said = run(&mut command).ok().stdout;
+    let drawn: Vec<_> = said.split(['\r', '\n']).filter(|line| line.contains("w.bin: downloading [")).collect();
+    let shares: std::collections::BTreeSet<_> = drawn.iter().map(|line| line.matches('=').count()).collect();
+    assert!(shares.len() > 2, "a bar that grows\n{said}");
+    assert!(drawn.iter().any(|line| line.contains(" of 96.00 MiB, ") && line.contains("/s, ")), "{said}");
+    let last = drawn.last().and_then(|line| said.rfind(line)).unwrap();
+    assert!(said[last..].contains("\u{1b}[2K"), "the bar is taken away\n{said}");
+    assert!(row(&said, "files").starts_with("1, every one"), "{said}");
+}
+
+/// The rows of the table of what was more than 32 MiB.
+fn assert_table(said: &str, files: u64, bytes: u64) {
+    assert_eq!(row(said, "files"), format!("{files}, every one as its digest says"), "{said}");
+    assert_eq!(row(said, "bytes"), ckptd::units::show_bytes(bytes), "{said}");
+    let in_unit = |name: &str, unit: &str| {
+        let figure = row(said, name).strip_suffix(unit).and_then(|figure| figure.trim().parse::<f64>().ok());
+        assert!(figure.is_some_and(|figure| figure >= 0.0), "{name} in {unit}\n{said}");
+    };
+    in_unit("ready after", " s");
+    in_unit("time to attach", " ms");
+    for name in ["read through the mount", "read of the blobs themselves"] {
+        assert!(row(said, name).ends_with("iB/s"), "{name}\n{said}");
+    }
+}
+
+/// What the table says of `name`.
+fn row<'a>(said: &'a str, name: &str) -> &'a str {
+    let found = said.lines().find_map(|line| line.trim_start().strip_prefix(name).filter(|rest| rest.starts_with(' ')));
+    found.unwrap_or_else(|| panic!("the table has no row `{name}`\n{said}")).trim()
+}
+
+#[test]
+fn quickstart_serves_until_it_is_interrupted_and_leaves_nothing() {
+    let _alone = QUICKSTART.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let place = Place::new();
+    let source = place.dir("model");
+    Tensors::new(seed(), 3, 1 << 20).write_safetensors(&source.join("model.safetensors"));
+    let (target, output) = (place.join("a/b"), place.join("output"));
+    let before = strange_mounts();
+    let out = fs::File::create(&output).unwrap();
+    let mut command = clean(CKPTD);
+    command.arg("quickstart").arg(&source).arg("--at").arg(&target).env("TMPDIR", place.dir("tmp"));
+    command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out);
+    let mut child = Ended(command.spawn().unwrap());
+    let said = || fs::read_to_string(&output).unwrap();
+    wait_until("it says that it serves", Duration::from_secs(120), || {
+        assert!(child.0.try_wait().unwrap().is_none(), "it ended\n{}", said());
+        said().contains("serving until Ctrl-C")
+    });
+    assert_eq!(mounts_at(&target).len(), 1);
+    assert_same_tree(&source, &target);
+    kill(Pid::from_raw(i32::try_from(child.0.id()).unwrap()), Signal::SIGINT).unwrap();
+    assert_eq!(wait_for(&mut child.0, Duration::from_secs(60)), Some(0), "{}", said());
+    assert_eq!(strange_mounts(), before);
+    assert!(mounts().iter().all(|mount| !mount.target.starts_with(place.path())), "{:?}", mounts());
+    assert!(walk(&place.join("tmp")).is_empty() && !place.join("a").exists(), "{:?}", walk(place.path()));
+}
+
+/// A child that ends with the test, also with one that fails.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 fn quickstart(place: &Place, args: &[&str]) -> String {
+    quickstart_with(place, &[], args)
+}
+
+fn quickstart_with(place: &Place, environment: &[(&str, &str)], args: &[&str]) -> String {
     let _alone = QUICKSTART.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let before = strange_mounts();
-    let ran = run(clean(CKPTD).arg("quickstart").args(args).env("TMPDIR", place.dir("tmp"))).ok();
+    let mut command = clean(CKPTD);
+    command.arg("quickstart").args(args).env("TMPDIR", place.dir("tmp")).envs(environment.iter().copied());
+    let ran = run(&mut command).ok();
     assert_eq!(strange_mounts(), before, "mounts before and after\n{ran}");
     assert!(walk(&place.join("tmp")).is_empty(), "left in the temporary directory\n{ran}");
     ran.stdout + &ran.stderr

@@ -18,14 +18,14 @@ use std::time::{Duration, Instant};
 
 use support::corpus::{Random, seed};
 use support::daemon::{Daemon, LOOPBACK};
-use support::files::{regular_files, xattr};
+use support::files::{file_bytes, regular_files, xattr};
 use support::place::mounts_at;
 use support::ran::wait_until;
 use support::site::{Page, Site};
 
 const STEPS: u32 = 40;
 const SECONDS: u64 = 30;
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 const MIB: u64 = 1 << 20;
 
 type Tree = BTreeMap<String, Arc<Vec<u8>>>;
@@ -38,6 +38,9 @@ struct Checkpoint {
     tree: Option<Tree>,
     /// The page that is missing at the site, and what it should be.
     missing: Option<(String, Arc<Vec<u8>>)>,
+    /// The site has it: it can be evicted.
+    fetched: bool,
+    evicted: bool,
 }
 
 /// What it knows of a job: checkpoints by id, each with its directory where there are several.
@@ -116,7 +119,8 @@ impl Round {
             52..56 => self.reserve(),
             56..60 => self.attach_again(),
             60..66 => self.detach(),
-            66..72 => self.rename(),
+            66..69 => self.rename(),
+            69..72 => self.evict(),
             72..84 => self.remove(),
             84..88 => self.restart(),
             88..93 => self.kill(),
@@ -175,8 +179,8 @@ impl Round {
         (0..count).map(|at| (paths[at].to_owned(), self.content())).collect()
     }
 
-    fn keep(&mut self, id: &str, name: &str, tree: Tree) {
-        let checkpoint = Checkpoint { name: name.to_owned(), tree: Some(tree), missing: None };
+    fn keep(&mut self, id: &str, name: &str, tree: Tree, fetched: bool) {
+        let checkpoint = Checkpoint { name: name.to_owned(), tree: Some(tree), missing: None, fetched, evicted: false };
         self.checkpoints.insert(id.to_owned(), checkpoint);
     }
 
@@ -196,7 +200,7 @@ impl Round {
         let from = self.directory(&id, &tree);
         self.daemon.ctl(&["capture", "maker", "--from", text(&from), "--name", &name, "--id", &id]).ok();
         fs::remove_dir_all(from).unwrap();
-        self.keep(&id, &name, tree);
+        self.keep(&id, &name, tree, false);
         format!("captured {id} as `{name}`")
     }
 
@@ -205,7 +209,7 @@ impl Round {
         let from = self.directory(&id, &tree);
         self.daemon.ctl(&["upload", &name, text(&from), "--id", &id]).ok();
         fs::remove_dir_all(from).unwrap();
-        self.keep(&id, &name, tree);
+        self.keep(&id, &name, tree, false);
         format!("uploaded {id} as `{name}`")
     }
 
@@ -218,7 +222,7 @@ impl Round {
         };
         let url = self.site.put(&format!("/{id}/w.bin"), page);
         self.daemon.ctl(&["create", &name, "--type", "web", "--uri", &url, "--id", &id, "--wait"]).ok();
-        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]));
+        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]), true);
         format!("created {id} as `{name}`")
     }
 
@@ -228,7 +232,8 @@ impl Round {
         let url = self.site.put(&path, Page::Status(404));
         let ran = self.daemon.ctl(&["create", &name, "--type", "web", "--uri", &url, "--id", &id, "--wait"]);
         ran.refused(&[3], &["404"]);
-        let checkpoint = Checkpoint { name: name.clone(), tree: None, missing: Some((path, bytes)) };
+        let checkpoint =
+            Checkpoint { name: name.clone(), tree: None, missing: Some((path, bytes)), fetched: true, evicted: false };
         self.checkpoints.insert(id.clone(), checkpoint);
         format!("failed to create {id} as `{name}`")
     }
@@ -239,7 +244,7 @@ impl Round {
         self.site.put(&path, Page::Ranged(bytes.clone()));
         self.daemon.ctl(&["retry", &id]).ok();
         let name = self.checkpoints[&id].name.clone();
-        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]));
+        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]), true);
         self.wait_ready(&id);
         format!("retried {id}")
     }
@@ -264,6 +269,7 @@ impl Round {
         let job = self.fresh("j");
         let target = self.daemon.place().dir(&format!("at-{job}"));
         let ran = self.daemon.attach_at(&job, &ids, &target);
+        self.come_back(&chosen);
         let names: BTreeSet<_> = chosen.iter().map(|(_, name)| name).collect();
         if chosen.iter().any(|(id, _)| self.checkpoints[id].tree.is_none()) {
             ran.refused(&[4], &["failed"]);
@@ -289,7 +295,7 @@ impl Round {
         self.daemon.ctl(&["create", &name, "--type", "web", "--uri", &url, "--id", &id]).ok();
         let target = self.daemon.place().dir(&format!("at-{job}"));
         self.daemon.ctl(&["attach", &job, &id, "--lazy", "--at", text(&target)]).ok();
-        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes.clone())]));
+        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes.clone())]), true);
         let held = vec![(id.clone(), name)];
         self.jobs.insert(job.clone(), Job { target: target.clone(), checkpoints: held, attached: true });
         let file = target.join("w.bin");
@@ -326,7 +332,9 @@ impl Round {
             self.daemon.attach_at(&job, &[], &target).refused(&[4], &["failed"]);
         }
         let said = format!("reserved {id} for {job}, attached: {ready}");
-        self.jobs.insert(job, Job { target, checkpoints: vec![(id, name)], attached: ready });
+        let held = vec![(id, name)];
+        self.come_back(&held);
+        self.jobs.insert(job, Job { target, checkpoints: held, attached: ready });
         said
     }
 
@@ -384,6 +392,30 @@ impl Round {
         }
     }
 
+    /// Also what has to stay.
+    fn evict(&mut self) -> String {
+        let Some(id) = self.some_checkpoint() else { return "nothing to evict".into() };
+        let held = self.jobs.values().any(|job| job.checkpoints.iter().any(|(held, _)| *held == id));
+        let ran = self.daemon.ctl(&["evict", &id, "--force"]);
+        let known = self.checkpoints.get_mut(&id).unwrap();
+        if held || known.tree.is_none() || !known.fetched {
+            ran.refused(&[4], &[]);
+            return format!("refused to evict {id}");
+        }
+        ran.ok();
+        known.evicted = true;
+        format!("evicted {id}")
+    }
+
+    /// What is asked for is filled again, whatever else becomes of the request.
+    fn come_back(&mut self, wanted: &[(String, String)]) {
+        for (id, _) in wanted {
+            if std::mem::take(&mut self.checkpoints.get_mut(id).unwrap().evicted) {
+                self.wait_ready(id);
+            }
+        }
+    }
+
     fn restart(&mut self) -> String {
         self.daemon.stop();
         self.daemon.restart();
@@ -413,7 +445,7 @@ impl Round {
         self.daemon.kill9();
         self.site.limit(0);
         self.daemon.restart();
-        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]));
+        self.keep(&id, &name, Tree::from([("w.bin".to_owned(), bytes)]), true);
         self.wait_ready(&id);
         format!("killed it while {id} filled")
     }
@@ -433,7 +465,7 @@ impl Round {
         // Asking again with the same id is answered as if nothing had happened.
         self.daemon.ctl(&args).ok();
         fs::remove_dir_all(from).unwrap();
-        self.keep(&id, &name, tree);
+        self.keep(&id, &name, tree, false);
         format!("killed it while {id} was captured")
     }
 
@@ -475,7 +507,7 @@ impl Round {
                 assert_eq!(row["error"]["exit_code"], 3, "{row}");
                 continue;
             };
-            assert_eq!(row["state"], "ready", "{row}");
+            assert_eq!(row["state"], if known.evicted { "evicted" } else { "ready" }, "{row}");
             assert_eq!(row["files"].as_u64(), Some(tree.len() as u64), "{row}");
             assert_eq!(row["logical_bytes"].as_u64(), Some(logical(tree)), "{row}");
             let digest = row["digest"].as_str().unwrap().to_owned();
@@ -538,6 +570,10 @@ impl Round {
 
     /// With everything gone nothing is left.
     fn clear(mut self) {
+        wait_until("the figures are those of the disk", LIMIT, || {
+            let said = self.daemon.json(&["usage"])["physical_bytes"].as_u64();
+            said == Some(file_bytes(&self.daemon.state().join("blobs")))
+        });
         for job in std::mem::take(&mut self.jobs).into_keys() {
             self.daemon.ctl(&["release", &job]).ok();
         }

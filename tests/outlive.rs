@@ -14,16 +14,17 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use support::corpus::{Random, random_file, seed};
+use support::corpus::{Random, Tensors, random_file, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
-use support::files::assert_same_tree;
+use support::files::{assert_same_tree, xattr};
 use support::place::mounts_at;
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
+use support::still::Still;
 use support::waiting::waiting_requests;
 
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 const KILLS: u32 = 5;
 
 /// A thread that uses a served file in every way until it is told to stop, and fails at the first wrong byte or error.
@@ -162,7 +163,7 @@ fn a_read_in_the_daemon_s_hands_is_answered_by_its_successor() {
 
 #[test]
 fn a_restart_that_is_asked_for_and_a_hang_are_not_seen() {
-    let (daemon, source, [at, _]) = kept(&[("CKPTD_KEEPER_WATCHDOG_MS", "3000")]);
+    let (daemon, source, [at, _]) = kept(&[("CKPTD_KEEPER_WATCHDOG_MS", "10000")]);
     let reader = Reader::of(at.join("w.bin"), source.join("w.bin"));
     reader.goes_on();
     let before = daemon.server();
@@ -197,6 +198,104 @@ fn a_ledger_of_a_newer_version_stops_the_start_and_touches_nothing() {
 }
 
 #[test]
+fn a_catalog_of_a_newer_version_stops_the_start_and_touches_nothing() {
+    let (daemon, source, [at, _]) = kept(&[]);
+    let before = mount_lines(daemon.place().path());
+    let held = File::open(at.join("w.bin")).unwrap();
+    let catalog = rusqlite::Connection::open(daemon.state().join("catalog.db")).unwrap();
+    let version: i64 = catalog.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+    let set = |version: i64| catalog.pragma_update(None, "user_version", version).unwrap();
+    set(version + 1);
+    let server = daemon.server();
+    kill(server, Signal::SIGKILL).unwrap();
+    let words = format!("the catalog is of version {}", version + 1);
+    wait_until("three starts were refused", LIMIT, || daemon.stderr().matches(&words).count() >= 3);
+    assert_eq!(mount_lines(daemon.place().path()), before);
+    held.read_exact_at(&mut [0; 100], MIB).unwrap();
+    set(version);
+    successor(&daemon, server);
+    assert_eq!(mount_lines(daemon.place().path()), before);
+    assert_same_tree(&source, &at);
+}
+
+#[test]
+fn a_damaged_ledger_costs_the_views_of_its_own_session_and_foreign_mounts_are_left_alone() {
+    let (daemon, source, [at, _]) = kept(&[]);
+    let (other, foreign) = (daemon.place().dir("other"), daemon.place().dir("run/foreign"));
+    fs::write(other.join("small"), "of the other").unwrap();
+    let id = daemon.capture("other", &other)["id"].as_str().unwrap().to_owned();
+    let third = daemon.attach("three", "other");
+    nix::mount::mount(Some("none"), &foreign, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
+    let before = (mount_lines(&at), mount_lines(&foreign));
+    let mut ledgers = fs::read_dir(daemon.place().join("run/ledgers")).unwrap().map(|entry| entry.unwrap().path());
+    let ledger = ledgers.find(|path| path.to_str().unwrap().contains(&id)).expect("the session has a ledger");
+    let byte = [fs::read(&ledger).unwrap()[100] ^ 1];
+    File::options().write(true).open(&ledger).unwrap().write_all_at(&byte, 100).unwrap();
+    kill_and_wait(&daemon, Signal::SIGKILL);
+    let words = "1 sessions went on; 2 views were left as they were, 1 made again, 0 lost; 1 descriptors";
+    assert!(has_event(&daemon, "RECONCILED", words), "{}", daemon.ctl(&["events"]).ok().stdout);
+    assert!(daemon.json(&["status"])["reconciled"].as_str().unwrap().contains(words));
+    assert!(has_event(&daemon, "ATTACHMENT_REPLACED", "three"));
+    assert_eq!((mount_lines(&at), mount_lines(&foreign)), before);
+    assert_same_tree(&source, &at);
+    assert_same_tree(&other, &third);
+}
+
+/// A kill for want of memory is a SIGKILL, of which the tests above are full; this is who is to get it last.
+#[test]
+fn a_file_that_a_released_job_has_open_stays_right_over_starts_though_its_checkpoint_is_gone() {
+    let daemon = Daemon::start_kept(&[]);
+    let base = Tensors::new(seed(), 4, 4 << 20);
+    let [of_x, of_y] = ["x", "y"].map(|name| daemon.place().dir(name).join("model.safetensors"));
+    base.write_safetensors(&of_x);
+    base.fine_tuned(1).write_safetensors(&of_y);
+    for (name, file) in [("x", &of_x), ("y", &of_y)] {
+        daemon.capture(name, file.parent().unwrap());
+    }
+    let file = daemon.attach("job", "x").join("model.safetensors");
+    assert_eq!(xattr(&file, "user.ckptd.state"), "passthrough");
+    let (open, expected) = (File::open(&file).unwrap(), fs::read(&of_x).unwrap());
+    daemon.ctl(&["release", "job"]).ok();
+    daemon.ctl(&["remove", "x", "--yes"]).ok();
+    let fill = daemon.place().dir("fill");
+    for round in 0..2 {
+        kill_and_wait(&daemon, Signal::SIGKILL);
+        // Removals take turns with what a start sweeps, which is done when a few have come and gone.
+        for number in 0..3 {
+            fs::write(fill.join("w.bin"), format!("{round} {number}")).unwrap();
+            daemon.capture("fill", &fill);
+            daemon.ctl(&["remove", "fill", "--yes"]).ok();
+        }
+        let mut now = vec![0; expected.len()];
+        open.read_exact_at(&mut now, 0).unwrap();
+        assert!(now == expected, "start {round} punched what the job reads");
+    }
+    assert_same_tree(of_y.parent().unwrap(), &daemon.attach("other", "y"));
+    assert!(daemon.stderr().contains("until the host boots"));
+}
+
+#[test]
+fn a_keeper_and_its_daemon_are_the_last_to_be_killed_for_memory() {
+    let (daemon, _, _) = kept(&[]);
+    let score = |pid: String| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    let refused = daemon.stderr().contains("its oom_score_adj stays as it is");
+    assert_eq!(refused, !has_capability(CAP_SYS_RESOURCE), "{}", daemon.stderr_tail());
+    let expected = if refused { score("self".to_owned()) } else { "-900".to_owned() };
+    let successor = kill_and_wait(&daemon, Signal::SIGKILL);
+    let found = [daemon.pid().to_string(), successor.to_string()].map(score);
+    assert_eq!(found, [expected.clone(), expected]);
+}
+
+/// Without it, nobody makes himself a lesser victim: `linux/capability.h`.
+const CAP_SYS_RESOURCE: u64 = 1 << 24;
+
+fn has_capability(capability: u64) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(line.trim(), 16).unwrap() & capability != 0
+}
+
+#[test]
 fn a_keeper_ends_with_its_daemon() {
     let (mut daemon, _, _) = kept(&[]);
     let server = daemon.server();
@@ -218,20 +317,21 @@ fn without_a_holder_views_are_made_again_and_it_is_said() {
     assert!(has_event(&daemon, "ATTACHMENT_REPLACED", "one"));
 }
 
-/// A process that stands still until the guard goes.
-struct Still(Pid);
-
-impl Still {
-    fn of(process: Pid) -> Self {
-        kill(process, Signal::SIGSTOP).unwrap();
-        Self(process)
-    }
-}
-
-impl Drop for Still {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGCONT);
-    }
+#[test]
+fn a_view_that_cannot_be_made_again_is_said_to_be_lost() {
+    let mut daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    random_file(&source.join("w.bin"), seed(), MIB);
+    daemon.capture("k", &source);
+    let (gone, stays) = (daemon.attach("one", "k"), daemon.attach("two", "k"));
+    daemon.kill9();
+    nix::mount::umount2(&gone, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    fs::remove_dir(&gone).unwrap();
+    fs::write(&gone, "a file where the directory was").unwrap();
+    daemon.restart();
+    assert!(has_event(&daemon, "ATTACHMENT_LOST", "one"));
+    assert!(!has_event(&daemon, "ATTACHMENT_LOST", "two"));
+    assert_same_tree(&source, &stays);
 }
 
 #[test]
@@ -278,10 +378,10 @@ fn without_resend_what_a_dead_daemon_had_taken_ends_with_it() {
 }
 
 #[test]
-fn an_upload_that_is_under_way_ends_when_the_daemon_is_drained() {
+fn an_upload_that_is_under_way_ends_when_the_daemon_is_drained_and_begins_anew_with_the_next() {
     let (daemon, _, _) = kept(&[]);
     let source = daemon.place().dir("large");
-    File::create(source.join("w.bin")).unwrap().set_len(4 << 30).unwrap();
+    File::create(source.join("w.bin")).unwrap().set_len(2 << 30).unwrap();
     thread::scope(|scope| {
         let sending = scope.spawn(|| run(daemon.ctl_command().args(["upload", "large"]).arg(&source)));
         wait_until("it is under way", LIMIT, || {
@@ -289,11 +389,43 @@ fn an_upload_that_is_under_way_ends_when_the_daemon_is_drained() {
             daemon.rows("list").iter().any(|row| row["name"] == "large" && row["fill"]["bytes_done"].as_u64() > Some(0))
         });
         daemon.ctl(&["drain"]).ok();
-        sending.join().unwrap().refused(&[7], &["receiving an upload", "drained", "upload it again"]);
+        wait_until("nothing of it is left", LIMIT, || {
+            daemon.rows("list").len() == 1 && fs::read_dir(daemon.state().join("filling")).unwrap().count() == 0
+        });
+        daemon.ctl(&["upload", "large", source.to_str().unwrap()]).refused(&[7], &["drained"]);
+        kill_and_wait(&daemon, Signal::SIGKILL);
+        let ran = sending.join().unwrap().ok();
+        for words in ["receiving an upload", "drained", "sent again"] {
+            assert!(ran.stderr.contains(words), "`{words}` expected\n{ran}");
+        }
     });
-    wait_until("nothing of it is left", LIMIT, || daemon.rows("list").len() == 1);
-    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0);
-    daemon.ctl(&["upload", "large", source.to_str().unwrap()]).refused(&[7], &["drained"]);
+    assert_eq!(daemon.json(&["get", "large"])["state"], "ready");
+}
+
+#[test]
+fn what_is_fetched_when_the_daemon_is_drained_pauses_and_goes_on_with_the_next() {
+    let daemon = Daemon::start_kept(&[LOOPBACK]);
+    let site = Site::open();
+    site.limit(8 * MIB);
+    let bytes = Arc::new(Random::new(seed()).bytes(120 << 20));
+    let url = site.put("/w.bin", Page::Ranged(bytes.clone()));
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &url]).ok();
+    wait_until("more than half is here", LIMIT, || daemon.bytes_done("w") > 64 * MIB);
+    daemon.ctl(&["drain"]).ok();
+    // What was in the pipes then is counted when the pipes break.
+    wait_until("the source is left alone", LIMIT, || {
+        site.take_sent();
+        thread::sleep(Duration::from_millis(300));
+        site.take_sent() == 0
+    });
+    assert_eq!(daemon.json(&["get", "w"])["state"], "filling");
+    site.limit(0);
+    kill_and_wait(&daemon, Signal::SIGKILL);
+    daemon.wait_state("w", "ready", LIMIT);
+    let again = site.take_sent();
+    // What was begun is begun again: a unit of each stream.
+    assert!(again < 96 * MIB, "{again} of 120 MiB were sent after 64 MiB were here");
+    assert!(fs::read(daemon.attach("job", "w").join("w.bin")).unwrap() == *bytes);
 }
 
 #[test]

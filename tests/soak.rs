@@ -1,7 +1,8 @@
 //! Readers of every kind, over checkpoints of every kind, while the daemon is killed at random moments.
 //!
-//! A hundred kills by default, which takes a minute or two; `TEST_SOAK_KILLS` asks for more. Every byte is checked; one error, wrong byte or
-//! reader that does not come back fails the test. The seed is printed.
+//! A hundred kills by default, which takes some minutes; `TEST_SOAK_KILLS` asks for more. A third of them come before the daemon answers: while it
+//! starts, or takes sessions over. Something fills all the while. Every byte is checked; one error, wrong byte or
+//! reader that does not come back, or waits for longer than the daemon was away, fails the test. The seed is printed.
 
 #![cfg(test)]
 
@@ -19,14 +20,20 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::corpus::{Random, Tensors, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
-use support::files::walk;
+use support::files::{walk, xattr};
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
 
 const MIB: usize = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
-/// A kill, a start, and a fetch on a machine that does other things too.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// What a round of a reader may take besides the longest time without a daemon, on a machine that does other things too.
+const BESIDES: Duration = Duration::from_secs(5);
+/// Bytes a second that the source gives: a kill costs whatever unit is on its way.
+const RATE: usize = 4 * MIB;
+/// Bytes that arrive for each kill, at most: a life and a half at that rate.
+const PER_KILL: usize = 2 * RATE;
+/// Kills that something fills through; in a longer run it is whole some time.
+const FILLING_FOR: u64 = 100;
 
 /// What all readers report to.
 #[derive(Default)]
@@ -167,48 +174,91 @@ fn soak(env: &[(&'static str, &str)], kills: u64) {
     for (name, dir) in [("base", &base), ("tuned", &tuned), ("many", &many)] {
         daemon.capture(name, dir);
     }
-    let site = Site::open();
-    site.limit(6 * MIB as u64);
-    let arriving = Arc::new(Random::new(seed()).bytes(320 * MIB));
-    let url = site.put("/w", Page::Ranged(Arc::clone(&arriving)));
-    daemon.ctl(&["create", "arriving", "--type", "web", "--uri", &url]).ok();
-    let early = daemon.place().dir("early");
-    run(daemon.ctl_command().args(["attach", "early", "arriving", "--lazy", "--at"]).arg(&early)).ok();
+    let (site, arriving, early) = begin_to_arrive(&daemon, kills);
 
     let ledger = Arc::new(Ledger::default());
+    let (whole, compact) = (daemon.attach("one", "base").join("w"), daemon.attach("two", "tuned").join("w"));
+    assert_states(&daemon, [&whole, &compact], &early, env.contains(&NO_PASSTHROUGH));
     let of_base = ["whole, random", "whole, in order", "whole, mapped", "whole, opened again"];
-    read_large(&ledger, of_base, daemon.attach("one", "base").join("w"), &Arc::new(fs::read(base.join("w")).unwrap()));
+    read_large(&ledger, of_base, whole, &Arc::new(fs::read(base.join("w")).unwrap()));
     let of_tuned = ["compact, random", "compact, in order", "compact, mapped", "compact, opened again"];
-    let bytes = Arc::new(fs::read(tuned.join("w")).unwrap());
-    read_large(&ledger, of_tuned, daemon.attach("two", "tuned").join("w"), &bytes);
+    read_large(&ledger, of_tuned, compact, &Arc::new(fs::read(tuned.join("w")).unwrap()));
     read_many(&ledger, &many, daemon.attach("three", "many"));
-    let (held, own) = (open(&early.join("w")).unwrap(), Arc::clone(&arriving));
-    ledger.reader("arriving, random", move |random| at_random(&held, &own, random));
+    let of_arriving = ["arriving, random", "arriving, in order", "arriving, mapped", "arriving, opened again"];
+    read_large(&ledger, of_arriving, early, &arriving);
 
     let jobs = daemon.json(&["jobs"]);
-    let mut random = Random::new(seed());
-    for round in 0..kills {
-        // Every fifth dies young; were it more, it would be a crash loop, which the keeper slows down.
-        let lived = if round % 5 == 4 { random.below(200) } else { 1000 + random.below(600) };
-        thread::sleep(Duration::from_millis(lived));
-        kill(server(&daemon), Signal::SIGKILL).unwrap();
-        ledger.assert_well();
-        if round % 10 == 9 {
-            ledger.assert_alive();
-        }
-    }
+    let away = kill_again_and_again(&daemon, kills, &ledger);
+    let state = daemon.json(&["get", "arriving"])["state"].clone();
+    assert!(state == "filling" || kills > FILLING_FOR, "it was {state} before the last kill");
     site.limit(0);
-    server(&daemon);
     daemon.wait_state("arriving", "ready", LIMIT);
     ledger.assert_alive();
     let longest = ledger.end();
-    println!("{kills} kills; longest waits: {longest:?}");
-    assert!(longest.iter().all(|(_, pause)| *pause < LONGEST_PAUSE), "{longest:?}");
+    println!("{kills} kills; away for {away:?} at most; longest waits: {longest:?}");
+    // Who reads what arrives waits for a slow source too.
+    let mut here = longest.iter().filter(|(name, _)| !name.starts_with("arriving"));
+    assert!(here.all(|(_, pause)| *pause < away + BESIDES), "away for {away:?}, {longest:?}");
     let states = |jobs: &serde_json::Value| -> Vec<String> {
         let jobs = jobs["jobs"].as_array().unwrap();
         jobs.iter().map(|job| format!("{} {} {}", job["job"], job["target"], job["state"])).collect()
     };
     assert_eq!(states(&daemon.json(&["jobs"])), states(&jobs), "attachments changed");
+}
+
+/// A checkpoint of one file that fills for as long as the kills go on, attached already: its source, its bytes and where it is seen.
+fn begin_to_arrive(daemon: &Daemon, kills: u64) -> (Site, Arc<Vec<u8>>, PathBuf) {
+    let site = Site::open();
+    site.limit(RATE as u64);
+    let kills = usize::try_from(kills.min(FILLING_FOR)).unwrap();
+    let bytes = Arc::new(Random::new(seed()).bytes(64 * MIB + PER_KILL * kills));
+    let url = site.put("/w", Page::Ranged(Arc::clone(&bytes)));
+    daemon.ctl(&["create", "arriving", "--type", "web", "--uri", &url]).ok();
+    let target = daemon.place().dir("early");
+    run(daemon.ctl_command().args(["attach", "early", "arriving", "--lazy", "--at"]).arg(&target)).ok();
+    (site, bytes, target.join("w"))
+}
+
+/// That each is served as its name says, before anything is made of it.
+fn assert_states(daemon: &Daemon, whole: [&Path; 2], early: &Path, by_daemon: bool) {
+    let expected = if by_daemon { "daemon" } else { "passthrough" };
+    assert_eq!(xattr(whole[0], "user.ckptd.state"), expected);
+    // Its bytes that another has are copied back while it is open; until then the daemon reads it.
+    assert!(["daemon", expected].contains(&xattr(whole[1], "user.ckptd.state").as_str()));
+    assert!(xattr(early, "user.ckptd.state").starts_with("filling"), "{:?}", daemon.stderr_tail());
+}
+
+/// Ends daemons in every stage of their lives; the longest time without an answer.
+fn kill_again_and_again(daemon: &Daemon, kills: u64, ledger: &Ledger) -> Duration {
+    let mut random = Random::new(seed());
+    let (mut away, mut since) = (Duration::ZERO, None);
+    for round in 0..kills {
+        if round % 3 == 2 {
+            // The successor of the one that was killed just now, wherever in its start it is.
+            thread::sleep(Duration::from_millis(random.below(150)));
+            child_of(daemon).inspect(|young| kill(*young, Signal::SIGKILL).unwrap_or(()));
+        } else {
+            let old = server(daemon);
+            away = away.max(since.map_or(Duration::ZERO, |since: Instant| since.elapsed()));
+            // Longer than the keeper takes for a failed start: two of those in a row are a crash loop, which it slows down.
+            thread::sleep(Duration::from_millis(1000 + random.below(600)));
+            kill(old, Signal::SIGKILL).unwrap();
+            since = Some(Instant::now());
+        }
+        ledger.assert_well();
+        if round % 10 == 9 {
+            ledger.assert_alive();
+        }
+    }
+    server(daemon);
+    away.max(since.map_or(Duration::ZERO, |since| since.elapsed()))
+}
+
+/// The keeper's child, if there is one now.
+fn child_of(daemon: &Daemon) -> Option<Pid> {
+    let path = format!("/proc/{0}/task/{0}/children", daemon.pid());
+    let child = fs::read_to_string(path).unwrap_or_default();
+    child.split_whitespace().next().and_then(|child| child.parse().ok()).map(Pid::from_raw)
 }
 
 /// The daemon that answers, once one does.

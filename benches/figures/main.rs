@@ -17,8 +17,11 @@ mod idle;
 mod ingest;
 mod lazy;
 mod many;
+mod memory;
 mod objects;
 mod read;
+mod remove;
+mod scrub;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 mod table;
@@ -34,6 +37,7 @@ type Take = fn(&Scale, &mut Table);
 
 const FIGURES: &[(&str, Take)] = &[
     ("read", read::take),
+    ("memory", memory::take),
     ("ingest", ingest::take),
     ("objects", objects::take),
     ("web", web::take),
@@ -45,6 +49,8 @@ const FIGURES: &[(&str, Take)] = &[
     ("walk", walk::take),
     ("idle", idle::take),
     ("many", many::take),
+    ("remove", remove::take),
+    ("scrub", scrub::take),
 ];
 
 fn main() {

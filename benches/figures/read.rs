@@ -88,7 +88,8 @@ fn through_the_daemon(scale: &Scale, table: &mut Table) {
     );
 }
 
-fn with_checkpoint(scale: &Scale, env: &[(&'static str, &str)]) -> Daemon {
+/// A daemon with one checkpoint `k` of one large file; its source is gone.
+pub(crate) fn with_checkpoint(scale: &Scale, env: &[(&'static str, &str)]) -> Daemon {
     let daemon = Daemon::start_with(env);
     let source = daemon.place().dir("source");
     Tensors::new(seed(), scale.tensors, scale.tensor_bytes).write_safetensors(&source.join("model.safetensors"));
@@ -97,19 +98,21 @@ fn with_checkpoint(scale: &Scale, env: &[(&'static str, &str)]) -> Daemon {
     daemon
 }
 
-fn large(root: &Path) -> Vec<PathBuf> {
+/// Large files below a directory.
+pub(crate) fn large(root: &Path) -> Vec<PathBuf> {
     let found: Vec<_> =
         regular_files(root).into_iter().filter(|path| path.metadata().unwrap().len() > 1 << 20).collect();
     assert!(!found.is_empty(), "no large file below {}", root.display());
     found
 }
 
-fn warm(files: &[PathBuf]) {
+/// Brings files into the page cache.
+pub(crate) fn warm(files: &[PathBuf]) {
     read_rate(files);
 }
 
 /// GB/s of reading the files from front to back.
-fn read_rate(files: &[PathBuf]) -> f64 {
+pub(crate) fn read_rate(files: &[PathBuf]) -> f64 {
     let mut buffer = vec![0; 1 << 20];
     let (mut bytes, began) = (0_u64, Instant::now());
     for path in files {
@@ -126,7 +129,7 @@ fn read_rate(files: &[PathBuf]) -> f64 {
 }
 
 /// GB/s of touching a byte of every page of the files, mapped.
-fn map_rate(files: &[PathBuf]) -> f64 {
+pub(crate) fn map_rate(files: &[PathBuf]) -> f64 {
     let (mut bytes, mut sum, began) = (0_u64, 0_u64, Instant::now());
     for path in files {
         let file = File::open(path).unwrap();

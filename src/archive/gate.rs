@@ -105,8 +105,10 @@ impl Gate {
         if path.is_root() {
             return Err(refused("a member that is no directory has the name of the root"));
         }
-        if self.known.contains_key(path) {
-            return Err(refused(format!("the name `{path}` occurs twice")));
+        if let Some(known) = self.known.get(path) {
+            let both = matches!(known, Kind::Directory | Kind::Implied) != (kind == Kind::Directory);
+            let how = if both { ", as a directory and as what is none" } else { "" };
+            return Err(refused(format!("the name `{path}` occurs twice{how}")));
         }
         let mut parent = path.parent();
         while let Some(above) = parent.filter(|above| !above.is_root()) {
@@ -230,7 +232,7 @@ mod tests {
         assert!(gate.directory(b"d/").unwrap().is_some());
         assert!(gate.directory(b"./d").unwrap().is_none());
         assert!(reason(gate.file(b"./d/f")).contains("`d/f` occurs twice"));
-        assert!(reason(gate.file(b"d")).contains("`d` occurs twice"));
+        assert!(reason(gate.file(b"d")).contains("`d` occurs twice, as a directory and"));
         assert!(reason(gate.directory(b"d/f")).contains("occurs twice"));
         assert!(reason(gate.file(b"d/f/g")).contains("below `d/f`"));
         assert!(reason(gate.file(b".")).contains("root"));

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use liblzma::stream::{CONCATENATED, Stream};
 
-use super::{damaged, tar_header};
+use super::{damaged, tar_header, unsupported};
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
 use crate::limits::{self, ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
@@ -259,9 +259,19 @@ pub(super) fn fault(error: io::Error) -> Error {
         Error::io("reading", "the archive", error)
     } else if error.kind() == io::ErrorKind::UnexpectedEof {
         truncated()
+    } else if claims_memory(&error) {
+        let mib = limits::ARCHIVE_DICTIONARY_BYTES >> 20;
+        unsupported(format!("its dictionary takes more than {mib} MiB of memory"))
+            .remedy("pack it again with a smaller window")
     } else {
         damaged("its compressed bytes cannot be read").because(error)
     }
+}
+
+/// Whether a decoder found a dictionary larger than it may hold. Zstandard's says it in words alone.
+fn claims_memory(error: &io::Error) -> bool {
+    let of_xz = error.get_ref().and_then(|inner| inner.downcast_ref::<liblzma::stream::Error>());
+    matches!(of_xz, Some(liblzma::stream::Error::MemLimit)) || error.to_string().contains("requires too much memory")
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rusqlite::{Connection, OptionalExtension as _};
 
 use super::checkpoints::Record;
-use super::{catalog_error, from_sql};
+use super::{catalog_error, from_sql, quotas};
 use crate::digest::Digest;
 use crate::error::Result;
 
@@ -65,6 +65,8 @@ impl Totals {
 pub struct OwnerFigures {
     /// Records.
     pub checkpoints: u64,
+    /// What counts against its quota: see [`quotas`].
+    pub charged_bytes: u64,
     /// Bytes.
     pub figures: Figures,
 }
@@ -122,6 +124,7 @@ pub fn own_figures(tx: &Connection, owner: &str) -> Result<OwnerFigures> {
         (own.checkpoints, own.figures.logical_bytes) = tx
             .prepare_cached("SELECT COUNT(*), COALESCE(SUM(logical_bytes), 0) FROM checkpoints WHERE owner = ?")?
             .query_row([owner], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))?;
+        own.charged_bytes = quotas::sum(tx, owner)?;
         let tree_bytes = tx
             .prepare_cached(
                 "SELECT COALESCE(SUM(tree_bytes), 0) FROM footprints WHERE manifest IN
@@ -162,22 +165,24 @@ pub fn totals(tx: &Connection) -> Result<Totals> {
 pub fn by_owner(tx: &Connection) -> Result<BTreeMap<String, OwnerFigures>> {
     let mut owners: BTreeMap<String, OwnerFigures> = BTreeMap::new();
     let mut trees: BTreeMap<Digest, BTreeSet<String>> = BTreeMap::new();
-    let records = || -> rusqlite::Result<Vec<(String, u64, Option<Digest>)>> {
+    let records = || -> rusqlite::Result<Vec<_>> {
         tx.prepare_cached(
-            "SELECT owner, logical_bytes, CASE WHEN state = 'ready' AND datastore = '' THEN manifest END FROM checkpoints",
+            "SELECT owner, logical_bytes, iif(state = 'removing', 0, charged_bytes),
+                    CASE WHEN state = 'ready' AND datastore = '' THEN manifest END FROM checkpoints",
         )?
         .query_map([], |row| {
-            let tree: Option<[u8; crate::digest::DIGEST_BYTES]> = row.get(2)?;
-            Ok((row.get(0)?, from_sql(row.get(1)?), tree.map(Digest::from_bytes)))
+            let tree: Option<[u8; crate::digest::DIGEST_BYTES]> = row.get(3)?;
+            Ok((row.get::<_, String>(0)?, from_sql(row.get(1)?), from_sql(row.get(2)?), tree.map(Digest::from_bytes)))
         })?
         .collect()
     };
-    for (owner, logical_bytes, tree) in records().map_err(catalog_error)? {
+    for (owner, logical_bytes, charged_bytes, tree) in records().map_err(catalog_error)? {
         if let Some(tree) = tree {
             trees.entry(tree).or_default().insert(owner.clone());
         }
         let of = owners.entry(owner).or_default();
         of.checkpoints += 1;
+        of.charged_bytes += charged_bytes;
         of.figures.logical_bytes += logical_bytes;
     }
     for (tree, its_owners) in &trees {

@@ -6,6 +6,7 @@
 //!                   |-> remnant -> doomed        nothing names it, others borrow from it: only what they borrow is kept
 //!                         |-> sealed             the same file was ingested again
 //! ```
+//! One whose bytes rotted and are lost is a remnant that trees still name, without a file: see [`scrubs`](super::scrubs).
 //! Invariants: a chunk row names bytes that are physically in its blob; a borrowed range's home is `sealed` or `remnant` and keeps those
 //! bytes; a `doomed` blob has no chunk row, no borrower that is not doomed itself, and nothing names it.
 
@@ -51,7 +52,7 @@ pub struct Borrow {
 }
 
 /// A blob's row.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlobRow {
     /// Row id.
     pub id: i64,
@@ -71,7 +72,7 @@ pub fn sealed(tx: &Connection, digest: &Digest) -> Result<Option<BlobRow>> {
         .map_err(catalog_error)
 }
 
-fn blob_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<BlobRow> {
+pub(super) fn blob_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<BlobRow> {
     Ok(BlobRow { id: row.get(0)?, digest: digest_at(row, 1)?, size: from_sql(row.get(2)?) })
 }
 
@@ -89,16 +90,32 @@ pub fn begin_publishing<'a>(tx: &Connection, files: impl Iterator<Item = (&'a Di
     Ok(())
 }
 
-/// Files that a crash left between rename and row: digest, flight, number, and whether the row is there after all.
+/// What the row of a digest says of the file of its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowState {
+    /// It is there to stay: a sealed blob, or a remnant that others borrow from.
+    Kept,
+    /// It is to be unlinked.
+    Doomed,
+}
+
+/// A file between its note and its row: digest, flight, number, and the row that its digest has from before, if any.
+pub type Publishing = (Digest, String, u64, Option<RowState>);
+
+/// Files that are between their note and their row.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn interrupted_publishing(tx: &Connection) -> Result<Vec<(Digest, String, u64, bool)>> {
+pub fn interrupted_publishing(tx: &Connection) -> Result<Vec<Publishing>> {
     let read = || -> rusqlite::Result<Vec<_>> {
-        tx.prepare(
-            "SELECT p.digest, p.flight, p.number, b.id IS NOT NULL FROM publishing p LEFT JOIN blobs b ON b.digest = p.digest",
+        tx.prepare_cached(
+            "SELECT p.digest, p.flight, p.number, b.state = 'doomed' FROM publishing p LEFT JOIN blobs b ON b.digest = p.digest",
         )?
-        .query_map([], |row| Ok((digest_at(row, 0)?, row.get(1)?, from_sql(row.get(2)?), row.get(3)?)))?
+        .query_map([], |row| {
+            let state = |doomed: bool| if doomed { RowState::Doomed } else { RowState::Kept };
+            let row_state = row.get::<_, Option<bool>>(3)?.map(state);
+            Ok((digest_at(row, 0)?, row.get(1)?, from_sql(row.get(2)?), row_state))
+        })?
         .collect()
     };
     read().map_err(catalog_error)
@@ -121,8 +138,10 @@ pub fn seal(tx: &Connection, digest: &Digest, size: u64, stored_bytes: u64) -> R
     // A remnant that is whole again borrows nothing.
     execute(tx, "DELETE FROM borrows WHERE blob = (SELECT id FROM blobs WHERE digest = ?)", [digest.as_bytes()])?;
     tx.prepare_cached(
-        "INSERT INTO blobs (digest, size, stored_bytes, state) VALUES (?1, ?2, ?3, 'sealed')
-         ON CONFLICT (digest) DO UPDATE SET state = 'sealed', stored_bytes = ?3 RETURNING id",
+        // Its digest was taken just now, so it has been verified.
+        "INSERT INTO blobs (digest, size, stored_bytes, state, verified_ms)
+         VALUES (?1, ?2, ?3, 'sealed', CAST(unixepoch('subsec') * 1000 AS INTEGER))
+         ON CONFLICT (digest) DO UPDATE SET state = 'sealed', stored_bytes = ?3, verified_ms = excluded.verified_ms RETURNING id",
     )
     .and_then(|mut insert| {
         insert.query_row(params![digest.as_bytes(), to_sql(size), to_sql(stored_bytes)], |row| row.get(0))
@@ -169,6 +188,30 @@ pub fn borrow(tx: &Connection, blob: i64, start: u64, len: u64, home: Home) -> R
          ON CONFLICT (blob, start) DO UPDATE SET len = ?3, home = ?4, home_start = ?5, filled = 0",
         params![blob, to_sql(start), to_sql(len), home.blob, to_sql(home.start)],
     )
+}
+
+/// The ranges of a blob that must stay in it, joined and in order: those that others borrow and those of its chunks. None of a new one. One that was
+/// lost and comes back lends what it lent before, though its chunks may have found another home meanwhile.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn bound(tx: &Connection, blob: i64) -> Result<Vec<std::ops::Range<u64>>> {
+    let read = || -> rusqlite::Result<Vec<(u64, u64)>> {
+        tx.prepare_cached(
+            "SELECT home_start, len FROM borrows WHERE home = ?1 UNION SELECT start, len FROM chunks WHERE blob = ?1
+             ORDER BY 1",
+        )?
+        .query_map([blob], |row| Ok((from_sql(row.get(0)?), from_sql(row.get(1)?))))?
+        .collect()
+    };
+    let mut bound: Vec<std::ops::Range<u64>> = Vec::new();
+    for (start, len) in read().map_err(catalog_error)? {
+        match bound.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(start + len),
+            _ => bound.push(start..start + len),
+        }
+    }
+    Ok(bound)
 }
 
 /// Digest of a blob by row id.
@@ -223,14 +266,15 @@ pub fn compact_blobs(tx: &Connection, manifest: &Digest) -> Result<Vec<(BlobRow,
     blobs.into_iter().map(|blob| Ok((blob, borrows_of(tx, blob.id)?))).collect()
 }
 
-/// Those of the blobs `digests` that borrow anything, with what they borrow.
+/// Those of the blobs `digests` that borrow anything, with what they borrow. One that is not sealed any more, since its home was lost, has its
+/// holes all the same.
 ///
 /// # Errors
 /// Those of the catalog.
 pub fn compact_among(tx: &Connection, digests: &[Digest]) -> Result<Vec<(BlobRow, Vec<Borrow>)>> {
     let mut compact = Vec::new();
     for digest in digests {
-        let Some(blob) = sealed(tx, digest)? else { continue };
+        let Some(blob) = present(tx, digest)? else { continue };
         let borrows = borrows_of(tx, blob.id)?;
         if !borrows.is_empty() {
             compact.push((blob, borrows));
@@ -268,52 +312,44 @@ pub struct Condemned {
 /// Decides about `candidates` and whatever homes they may have been the last borrowers of; marks rows, drops the chunks that
 /// go. Candidates that something names are left alone.
 ///
+/// What nothing names borrows nothing any more: nobody reads it whole, and what others borrow from it is in it, since a chunk's home has
+/// its bytes. So its borrowed ranges go before it is asked who is borrowed from: a home that only lent to it goes with it.
+///
 /// # Errors
 /// Those of the catalog.
 pub fn condemn(tx: &Connection, candidates: &[i64]) -> Result<Condemned> {
     let mut unnamed = std::collections::BTreeSet::new();
-    for blob in candidates {
-        if !is_named(tx, *blob)? {
-            unnamed.insert(*blob);
-            unnamed.extend(unnamed_homes(tx, *blob)?);
+    let mut to_see = candidates.to_vec();
+    while let Some(blob) = to_see.pop() {
+        if !unnamed.contains(&blob) && !is_named(tx, blob)? {
+            unnamed.insert(blob);
+            to_see.extend(ids(tx, "SELECT DISTINCT home FROM borrows WHERE blob = ?", blob)?);
         }
     }
-    let mut doomed = unnamed.clone();
-    loop {
-        let mut kept = Vec::new();
-        for blob in &doomed {
-            if borrowers(tx, *blob)?.iter().any(|borrower| !doomed.contains(borrower)) {
-                kept.push(*blob);
-            }
-        }
-        if kept.is_empty() {
-            break;
-        }
-        kept.iter().for_each(|blob| {
-            doomed.remove(blob);
-        });
+    for blob in &unnamed {
+        execute(tx, "DELETE FROM borrows WHERE blob = ?", [blob])?;
     }
     let mut condemned = Condemned::default();
-    for blob in &doomed {
-        execute(tx, "DELETE FROM chunks WHERE blob = ?", [blob])?;
-        execute(tx, "DELETE FROM borrows WHERE blob = ?", [blob])?;
-        execute(tx, "UPDATE blobs SET state = 'doomed' WHERE id = ?", [blob])?;
-        condemned.doomed.push(row_of(tx, *blob)?);
-    }
-    for blob in unnamed.difference(&doomed) {
-        condemned.remnants.push((row_of(tx, *blob)?, make_remnant(tx, *blob)?));
+    for blob in unnamed {
+        if lends(tx, blob)? {
+            condemned.remnants.push((row_of(tx, blob)?, make_remnant(tx, blob)?));
+        } else {
+            execute(tx, "DELETE FROM chunks WHERE blob = ?", [blob])?;
+            execute(tx, "UPDATE blobs SET state = 'doomed' WHERE id = ?", [blob])?;
+            condemned.doomed.push(row_of(tx, blob)?);
+        }
     }
     Ok(condemned)
 }
 
-/// Rows that are already doomed: what a crash left to be unlinked.
+/// Up to `most` rows after `after` that are already doomed, in order of their ids: what a crash left to be unlinked.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn doomed(tx: &Connection) -> Result<Vec<BlobRow>> {
+pub fn doomed(tx: &Connection, after: i64, most: usize) -> Result<Vec<BlobRow>> {
     let read = || -> rusqlite::Result<Vec<BlobRow>> {
-        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed'")?
-            .query_map([], blob_row)?
+        tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE state = 'doomed' AND id > ? ORDER BY id LIMIT ?")?
+            .query_map(params![after, to_sql(most as u64)], blob_row)?
             .collect()
     };
     read().map_err(catalog_error)
@@ -327,34 +363,44 @@ pub fn forget(tx: &Connection, blob: i64) -> Result<()> {
     execute(tx, "DELETE FROM blobs WHERE id = ? AND state = 'doomed'", [blob])
 }
 
-/// Sealed blobs and remnants that nothing names: what an interrupted removal or flight left.
+/// The last of the `count` rows after `after`: where a walk through all blobs in small steps goes on. `None` at the end.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn unnamed(tx: &Connection) -> Result<Vec<i64>> {
+pub fn step_after(tx: &Connection, after: i64, count: usize) -> Result<Option<i64>> {
+    tx.prepare_cached("SELECT MAX(id) FROM (SELECT id FROM blobs WHERE id > ? ORDER BY id LIMIT ?)")
+        .and_then(|mut query| query.query_row(params![after, to_sql(count as u64)], |row| row.get(0)))
+        .map_err(catalog_error)
+}
+
+/// Sealed blobs and remnants after `after`, up to `until`, that nothing names: what an interrupted removal or flight left.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn unnamed(tx: &Connection, after: i64, until: i64) -> Result<Vec<i64>> {
     let read = || -> rusqlite::Result<Vec<i64>> {
         tx.prepare_cached(
-            "SELECT id FROM blobs b WHERE state <> 'doomed'
-             AND NOT EXISTS (SELECT 1 FROM manifest_blobs m WHERE m.blob = b.id)
-             AND NOT EXISTS (SELECT 1 FROM fills f WHERE f.blob = b.id)",
+            "SELECT id FROM blobs b WHERE id > ? AND id <= ? AND names = 0 AND state <> 'doomed'
+             AND NOT EXISTS (SELECT 1 FROM fills f WHERE f.blob = b.id) ORDER BY id",
         )?
-        .query_map([], |row| row.get(0))?
+        .query_map([after, until], |row| row.get(0))?
         .collect()
     };
     read().map_err(catalog_error)
 }
 
-/// Blobs that seem to occupy more than what they do not borrow, with the ranges they borrow and need not have.
+/// Blobs after `after`, up to `until`, that seem to occupy more than what they do not borrow, with the ranges they borrow and need not have.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn unpunched(tx: &Connection) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u64>>)>> {
+pub fn unpunched(tx: &Connection, after: i64, until: i64) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u64>>)>> {
     let read = || -> rusqlite::Result<Vec<BlobRow>> {
         tx.prepare_cached(
-            "SELECT b.id, b.digest, b.size FROM blobs b JOIN borrows r ON r.blob = b.id WHERE b.state = 'sealed' AND NOT r.filled
+            "SELECT b.id, b.digest, b.size FROM blobs b JOIN borrows r ON r.blob = b.id
+             WHERE b.id > ? AND b.id <= ? AND b.state = 'sealed' AND NOT r.filled
              GROUP BY b.id HAVING b.stored_bytes > b.size - SUM(r.len) + 16384 * COUNT(*)",
         )?
-        .query_map([], blob_row)?
+        .query_map([after, until], blob_row)?
         .collect()
     };
     let blobs = read().map_err(catalog_error)?;
@@ -369,6 +415,13 @@ pub fn unpunched(tx: &Connection) -> Result<Vec<(BlobRow, Vec<std::ops::Range<u6
         .collect()
 }
 
+/// The blob of a file digest that is sealed or a remnant.
+fn present(tx: &Connection, digest: &Digest) -> Result<Option<BlobRow>> {
+    tx.prepare_cached("SELECT id, digest, size FROM blobs WHERE digest = ? AND state <> 'doomed'")
+        .and_then(|mut query| query.query_row([digest.as_bytes()], blob_row).optional())
+        .map_err(catalog_error)
+}
+
 fn is_named(tx: &Connection, blob: i64) -> Result<bool> {
     tx.prepare_cached(
         "SELECT 1 WHERE EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = ?1) OR EXISTS (SELECT 1 FROM fills WHERE blob = ?1)",
@@ -377,19 +430,10 @@ fn is_named(tx: &Connection, blob: i64) -> Result<bool> {
     .map_err(catalog_error)
 }
 
-fn borrowers(tx: &Connection, home: i64) -> Result<Vec<i64>> {
-    ids(tx, "SELECT DISTINCT blob FROM borrows WHERE home = ?", home)
-}
-
-fn unnamed_homes(tx: &Connection, blob: i64) -> Result<Vec<i64>> {
-    let homes = ids(tx, "SELECT DISTINCT home FROM borrows WHERE blob = ?", blob)?;
-    let mut unnamed = Vec::new();
-    for home in homes {
-        if !is_named(tx, home)? {
-            unnamed.push(home);
-        }
-    }
-    Ok(unnamed)
+fn lends(tx: &Connection, home: i64) -> Result<bool> {
+    tx.prepare_cached("SELECT 1 FROM borrows WHERE home = ?")
+        .and_then(|mut query| query.exists([home]))
+        .map_err(catalog_error)
 }
 
 fn ids(tx: &Connection, query: &str, argument: i64) -> Result<Vec<i64>> {
@@ -425,16 +469,28 @@ fn make_remnant(tx: &Connection, blob: i64) -> Result<Vec<std::ops::Range<u64>>>
     if at < size {
         gaps.push(at..size);
     }
-    for gap in &gaps {
-        execute(
-            tx,
-            "DELETE FROM chunks WHERE blob = ? AND start < ? AND start + len > ?",
-            params![blob, to_sql(gap.end), to_sql(gap.start)],
-        )?;
-    }
-    execute(tx, "DELETE FROM borrows WHERE blob = ?", [blob])?;
+    forget_chunks_in(tx, blob, &gaps)?;
     execute(tx, "UPDATE blobs SET state = 'remnant' WHERE id = ?", [blob])?;
     Ok(gaps)
+}
+
+/// Drops the chunks that reach into one of `gaps`, which are in order.
+fn forget_chunks_in(tx: &Connection, blob: i64, gaps: &[std::ops::Range<u64>]) -> Result<()> {
+    let forget = || -> rusqlite::Result<()> {
+        let chunks: Vec<(Digest, u64, u64)> = tx
+            .prepare_cached("SELECT digest, start, len FROM chunks WHERE blob = ?")?
+            .query_map([blob], |row| Ok((digest_at(row, 0)?, from_sql(row.get(1)?), from_sql(row.get(2)?))))?
+            .collect::<rusqlite::Result<_>>()?;
+        let mut delete = tx.prepare_cached("DELETE FROM chunks WHERE digest = ?")?;
+        for (digest, start, len) in chunks {
+            let next = gaps.partition_point(|gap| gap.end <= start);
+            if gaps.get(next).is_some_and(|gap| gap.start < start + len) {
+                delete.execute([digest.as_bytes()])?;
+            }
+        }
+        Ok(())
+    };
+    forget().map_err(catalog_error)
 }
 
 fn execute(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<()> {

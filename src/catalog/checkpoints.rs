@@ -6,7 +6,7 @@
 //!           |-> failed -> filling (retry)       any -> removing -> row gone
 //! ```
 //! One that was ready once keeps its digest for good: whatever fills it again must come to the same. The links of its tree to blobs
-//! (`manifest_blobs`) are *rooted* while a record that is `ready` and stored has that tree; what is not rooted is swept.
+//! (`manifest_blobs`) are *rooted* while a record has that tree that is to serve it (see [`retention`](super::retention)); what is not rooted is swept.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,7 +14,7 @@ use std::str::FromStr;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde::{Deserialize, Serialize};
 
-use super::{catalog_error, from_sql, placements, to_sql};
+use super::{catalog_error, from_sql, placements, scrubs, to_sql};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::{EntryKind, Manifest};
@@ -328,6 +328,22 @@ pub fn in_state(tx: &Connection, state: State) -> Result<Vec<Record>> {
     select(tx, "state = ?1", [state.as_str()])
 }
 
+/// Records that are ready, with a failure: something of them is lost.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn damaged(tx: &Connection) -> Result<Vec<Record>> {
+    select(tx, "state = 'ready' AND failure IS NOT NULL", [])
+}
+
+/// Records that are ready and have this tree.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn ready_of(tx: &Connection, tree: &Digest) -> Result<Vec<Record>> {
+    select(tx, "state = 'ready' AND manifest = ?", [tree.as_bytes()])
+}
+
 /// Changes state and failure of a record that is not being removed; whether there was one.
 ///
 /// # Errors
@@ -344,37 +360,48 @@ pub fn set_state(tx: &Connection, id: &str, state: State, failure: Option<&Failu
     )
 }
 
-/// Moves a record on from `new` or `filling` to `filling`; whether it was in one of them.
+/// Moves a record on from `new` or `filling` to `filling`; whether it was in one of them. A loss that is being mended stays noted
+/// ([`losses`](super::losses)).
 ///
 /// # Errors
 /// Those of the catalog.
 pub fn begin_filling(tx: &Connection, id: &str) -> Result<bool> {
+    update(tx, "UPDATE checkpoints SET state = 'filling' WHERE id = ?1 AND state IN ('new', 'filling')", [id])
+}
+
+/// Makes a record failed that is not decided yet; whether it was such a one. What nobody kept of it is not charged.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn set_failed(tx: &Connection, id: &str, failure: &Failure) -> Result<bool> {
+    let failure =
+        serde_json::to_string(failure).map_err(|error| Error::internal("encoding a failure").because(error))?;
     update(
         tx,
-        "UPDATE checkpoints SET state = 'filling', failure = NULL WHERE id = ?1 AND state IN ('new', 'filling')",
-        [id],
+        "UPDATE checkpoints SET state = 'failed', failure = ?2,
+                charged_bytes = iif(EXISTS (SELECT 1 FROM fills f WHERE f.flight = checkpoints.flight), charged_bytes, 0)
+         WHERE id = ?1 AND state IN ('new', 'filling')",
+        params![id, failure],
     )
 }
 
-/// Notes that no flight fills a checkpoint any more.
+/// Notes that no flight fills a checkpoint any more, and that nothing of it is kept.
 ///
 /// # Errors
 /// Those of the catalog.
 pub fn clear_flight(tx: &Connection, id: &str) -> Result<()> {
-    update(tx, "UPDATE checkpoints SET flight = '' WHERE id = ?1", [id]).map(|_| ())
+    update(tx, "UPDATE checkpoints SET flight = '', charged_bytes = 0 WHERE id = ?1", [id]).map(|_| ())
 }
 
-/// Drops manifests that no record names: what a removal in the wrong moment left. Returns the blobs they named.
+/// Drops manifests that no record names: what a removal in the wrong moment left. Links of their trees stay for
+/// [`retention::unrooted`](super::retention::unrooted).
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn drop_unnamed_manifests(tx: &Connection) -> Result<usize> {
-    let drop = || -> rusqlite::Result<usize> {
-        let unnamed = "SELECT m.digest FROM manifests m WHERE NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.manifest = m.digest)";
-        tx.execute(&format!("DELETE FROM manifest_blobs WHERE manifest IN ({unnamed})"), [])?;
-        tx.execute(&format!("DELETE FROM manifests WHERE digest IN ({unnamed})"), [])
-    };
-    drop().map_err(catalog_error)
+pub fn drop_unnamed_manifests(tx: &Connection) -> Result<()> {
+    let unnamed = "NOT EXISTS (SELECT 1 FROM checkpoints c WHERE c.manifest = manifests.digest)";
+    tx.execute(&format!("DELETE FROM manifests WHERE {unnamed}"), []).map_err(catalog_error)?;
+    Ok(())
 }
 
 /// Notes what the listing says, and the flight that fills the checkpoint. Returns the flight it had before.
@@ -441,7 +468,8 @@ pub enum Bytes {
 /// Makes a checkpoint ready: the manifest, its blobs or placements, and the state in the caller's one transaction.
 ///
 /// # Errors
-/// `MISSING_BLOB`, `MISSING_PLACEMENT` (our bugs) when a file of the manifest has none; those of the catalog.
+/// `MISSING_BLOB`, `MISSING_PLACEMENT` (our bugs) when a file of the manifest has none; `BYTES_ROTTEN` when it was lost since it was sealed; those
+/// of the catalog.
 pub fn set_ready(
     tx: &Connection,
     id: &str,
@@ -459,7 +487,8 @@ pub fn set_ready(
     update(
         tx,
         "UPDATE checkpoints SET state = 'ready', failure = NULL, flight = '', revision = ?2, manifest = ?3, files = ?4,
-         logical_bytes = ?5, datastore = ?6, below = ?7 WHERE id = ?1 AND state <> 'removing'",
+         logical_bytes = ?5, charged_bytes = iif(?6 = '', ?5, 0), datastore = ?6, below = ?7
+         WHERE id = ?1 AND state <> 'removing'",
         params![
             id,
             revision,
@@ -471,9 +500,12 @@ pub fn set_ready(
         ],
     )
     .and_then(still_there)?;
-    tx.prepare_cached("INSERT OR IGNORE INTO manifests (digest, encoded) VALUES (?, ?)")
-        .and_then(|mut insert| insert.execute(params![digest.as_bytes(), manifest.encode()]))
-        .map_err(catalog_error)?;
+    // Anew where it is there, since it may be damaged.
+    tx.prepare_cached(
+        "INSERT INTO manifests (digest, encoded) VALUES (?, ?) ON CONFLICT DO UPDATE SET encoded = excluded.encoded",
+    )
+    .and_then(|mut insert| insert.execute(params![digest.as_bytes(), manifest.encode()]))
+    .map_err(catalog_error)?;
     match bytes {
         Bytes::Stored if blobs_are_linked => Ok(()),
         Bytes::Stored => link_blobs(tx, manifest, digest),
@@ -503,17 +535,22 @@ fn link_blobs(tx: &Connection, manifest: &Manifest, digest: &Digest) -> Result<(
              SELECT ?1, id FROM blobs WHERE digest = ?2 AND state = 'sealed'",
         )
         .map_err(catalog_error)?;
-    let mut present =
-        tx.prepare_cached("SELECT 1 FROM blobs WHERE digest = ? AND state = 'sealed'").map_err(catalog_error)?;
+    let mut state = tx.prepare_cached("SELECT state FROM blobs WHERE digest = ?").map_err(catalog_error)?;
     for entry in manifest.entries() {
         let EntryKind::File { digest: file, .. } = &entry.kind else { continue };
         let linked = link.execute(params![digest.as_bytes(), file.as_bytes()]).map_err(catalog_error)?;
-        if linked == 0 && !present.exists([file.as_bytes()]).map_err(catalog_error)? {
-            return Err(Error::new(
-                Kind::Internal,
-                "MISSING_BLOB",
-                format!("`{}` is to be made ready without a sealed blob", entry.path),
-            ));
+        if linked > 0 {
+            continue;
+        }
+        let state: Option<String> =
+            state.query_row([file.as_bytes()], |row| row.get(0)).optional().map_err(catalog_error)?;
+        match state.as_deref() {
+            Some("sealed") => {}
+            Some("remnant") => return Err(scrubs::lost_meanwhile(&entry.path)),
+            _ => {
+                let message = format!("`{}` is to be made ready without a sealed blob", entry.path);
+                return Err(Error::new(Kind::Internal, "MISSING_BLOB", message));
+            }
         }
     }
     Ok(())
@@ -522,7 +559,7 @@ fn link_blobs(tx: &Connection, manifest: &Manifest, digest: &Digest) -> Result<(
 /// The canonical manifest of a checkpoint digest.
 ///
 /// # Errors
-/// Corrupt if it is missing or does not decode.
+/// Corrupt if it is missing, has another digest, or does not decode.
 pub fn manifest(tx: &Connection, digest: &Digest) -> Result<Manifest> {
     let encoded: Option<Vec<u8>> = tx
         .prepare_cached("SELECT encoded FROM manifests WHERE digest = ?")
@@ -530,38 +567,31 @@ pub fn manifest(tx: &Connection, digest: &Digest) -> Result<Manifest> {
         .map_err(catalog_error)?;
     let encoded = encoded
         .ok_or_else(|| Error::corrupt("MISSING_MANIFEST", format!("the catalog lacks the manifest {digest}")))?;
+    if Digest::of(&encoded) != *digest {
+        return Err(Error::corrupt("CATALOG_DAMAGED", format!("the manifest {digest} is damaged in the catalog"))
+            .remedy("retry its checkpoints, or remove them; `ckptctl scrub` finds them all"));
+    }
     Manifest::decode(&encoded)
 }
 
-/// Drops a record, its placements, and its manifest if no other record has it. Returns the blobs that lost a reference.
+/// Drops a record, its placements, and its manifest if no other record has it. Returns its tree, whose links to blobs stay: they are for
+/// [`retention::unlink`](super::retention::unlink) unless another record roots them.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn delete(tx: &Connection, id: &str) -> Result<Vec<i64>> {
-    let Some(record) = get(tx, id)? else { return Ok(Vec::new()) };
+pub fn delete(tx: &Connection, id: &str) -> Result<Option<Digest>> {
+    let Some(record) = get(tx, id)? else { return Ok(None) };
     update(tx, "DELETE FROM checkpoints WHERE id = ?1", [id])?;
     placements::forget(tx, id)?;
-    let Some(manifest) = record.manifest else { return Ok(Vec::new()) };
-    if has_stored(tx, &manifest, id)? {
-        return Ok(Vec::new());
+    if let Some(manifest) = record.manifest {
+        let unnamed = "NOT EXISTS (SELECT 1 FROM checkpoints WHERE manifest = ?1)";
+        update(tx, &format!("DELETE FROM manifests WHERE digest = ?1 AND {unnamed}"), [manifest.as_bytes()])?;
     }
-    let delete = || -> rusqlite::Result<Vec<i64>> {
-        let blobs = tx
-            .prepare_cached("SELECT blob FROM manifest_blobs WHERE manifest = ?")?
-            .query_map([manifest.as_bytes()], |row| row.get(0))?
-            .collect::<rusqlite::Result<_>>()?;
-        tx.prepare_cached("DELETE FROM manifest_blobs WHERE manifest = ?")?.execute([manifest.as_bytes()])?;
-        // One that is served in place may still show the same tree.
-        if !tx.prepare_cached("SELECT 1 FROM checkpoints WHERE manifest = ?")?.exists([manifest.as_bytes()])? {
-            tx.prepare_cached("DELETE FROM manifests WHERE digest = ?")?.execute([manifest.as_bytes()])?;
-        }
-        Ok(blobs)
-    };
-    delete().map_err(catalog_error)
+    Ok(record.manifest)
 }
 
 /// Whether any row changed.
-fn update(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<bool> {
+pub(super) fn update(tx: &Connection, statement: &str, arguments: impl rusqlite::Params) -> Result<bool> {
     let changed =
         tx.prepare_cached(statement).and_then(|mut update| update.execute(arguments)).map_err(catalog_error)?;
     Ok(changed > 0)

@@ -22,6 +22,8 @@ pub struct NewEvent {
     pub owner: String,
     /// One sentence.
     pub message: String,
+    /// Whether it tells of more than one owner's, so that it is shown to operators only, whosever the checkpoint or job is.
+    pub operators_only: bool,
 }
 
 /// A recorded event.
@@ -68,6 +70,9 @@ pub fn record(tx: &Connection, at_ms: i64, event: &NewEvent) -> Result<()> {
 
 /// Who owns what an event is about; empty where nobody does.
 fn owner_of(tx: &Connection, event: &NewEvent) -> Result<String> {
+    if event.operators_only {
+        return Ok(String::new());
+    }
     if !event.owner.is_empty() {
         return Ok(event.owner.clone());
     }

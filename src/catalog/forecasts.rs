@@ -1,6 +1,9 @@
 //! What was learned about filling and reading: the order in which a job first read a tree, how fast places give, and how estimates turned out.
 //!
 //! All of it is advice: nothing is wrong where a row is missing, and the oldest rows are dropped.
+//!
+//! **Each owner's is its own.** An order of reading decides in which order a source is asked, which whoever runs the source sees; a rate is shown in
+//! estimates. Learned from another owner's jobs they would tell what that owner has, and from where.
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -24,54 +27,56 @@ pub struct Estimated {
     pub took_ms: Option<u64>,
 }
 
-/// Keeps the order in which a tree of `shape` was first read: entries and fill units. A later one changes nothing.
+/// Keeps the order in which an owner's tree of `shape` was first read: entries and fill units. A later one changes nothing.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn keep_order(tx: &Connection, shape: &Digest, order: &[(u32, u32)], now_ms: i64) -> Result<()> {
+pub fn keep_order(tx: &Connection, owner: &str, shape: &Digest, order: &[(u32, u32)], now_ms: i64) -> Result<()> {
     let encoded: Vec<u8> =
         order.iter().flat_map(|(entry, unit)| entry.to_le_bytes().into_iter().chain(unit.to_le_bytes())).collect();
     tx.prepare_cached("INSERT OR IGNORE INTO orders (shape, read, at_ms) VALUES (?, ?, ?)")
-        .and_then(|mut insert| insert.execute(params![shape.as_bytes(), encoded, now_ms]))
+        .and_then(|mut insert| insert.execute(params![of_owner(owner, shape).as_bytes(), encoded, now_ms]))
         .map_err(catalog_error)?;
     drop_oldest(tx, "orders")
 }
 
-/// The order in which a tree of `shape` was first read; empty if that is not known.
+/// The order in which an owner's tree of `shape` was first read; empty if that is not known.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn order(tx: &Connection, shape: &Digest) -> Result<Vec<(u32, u64)>> {
+pub fn order(tx: &Connection, owner: &str, shape: &Digest) -> Result<Vec<(u32, u64)>> {
     let encoded: Option<Vec<u8>> = tx
         .prepare_cached("SELECT read FROM orders WHERE shape = ?")
-        .and_then(|mut query| query.query_row([shape.as_bytes()], |row| row.get(0)).optional())
+        .and_then(|mut query| query.query_row([of_owner(owner, shape).as_bytes()], |row| row.get(0)).optional())
         .map_err(catalog_error)?;
     let word = |four: &[u8]| four.try_into().map_or(0, u32::from_le_bytes);
     let pair = |pair: &[u8]| (word(&pair[..4]), u64::from(word(&pair[4..])));
     Ok(encoded.unwrap_or_default().chunks_exact(8).map(pair).collect())
 }
 
-/// Notes how fast `place` gave; half of what is remembered is the latest.
+/// Notes how fast `place` gave to an owner; half of what is remembered is the latest.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn note_rate(tx: &Connection, place: &str, bytes_per_s: u64, now_ms: i64) -> Result<()> {
+pub fn note_rate(tx: &Connection, owner: &str, place: &str, bytes_per_s: u64, now_ms: i64) -> Result<()> {
     tx.prepare_cached(
         "INSERT INTO rates (place, bytes_per_s, at_ms) VALUES (?1, ?2, ?3)
          ON CONFLICT (place) DO UPDATE SET bytes_per_s = (bytes_per_s + ?2) / 2, at_ms = ?3",
     )
-    .and_then(|mut upsert| upsert.execute(params![place, to_sql(bytes_per_s), now_ms]))
+    .and_then(|mut upsert| upsert.execute(params![place_of_owner(owner, place), to_sql(bytes_per_s), now_ms]))
     .map_err(catalog_error)?;
     drop_oldest(tx, "rates")
 }
 
-/// How fast `place` gave, in bytes a second; `None` where it has not been seen.
+/// How fast `place` gave to an owner, in bytes a second; `None` where it has not been seen.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn rate(tx: &Connection, place: &str) -> Result<Option<u64>> {
+pub fn rate(tx: &Connection, owner: &str, place: &str) -> Result<Option<u64>> {
     tx.prepare_cached("SELECT bytes_per_s FROM rates WHERE place = ?")
-        .and_then(|mut query| query.query_row([place], |row| row.get(0).map(from_sql)).optional())
+        .and_then(|mut query| {
+            query.query_row([place_of_owner(owner, place)], |row| row.get(0).map(from_sql)).optional()
+        })
         .map_err(catalog_error)
 }
 
@@ -123,6 +128,16 @@ pub fn estimates(tx: &Connection, most: usize) -> Result<Vec<Estimated>> {
     read().map_err(catalog_error)
 }
 
+/// The key of an owner's order; the shape itself for what nobody owns.
+fn of_owner(owner: &str, shape: &Digest) -> Digest {
+    if owner.is_empty() { *shape } else { Digest::of(&[shape.as_bytes(), owner.as_bytes()].concat()) }
+}
+
+/// The key of an owner's rate; owners have no control characters.
+fn place_of_owner(owner: &str, place: &str) -> String {
+    if owner.is_empty() { place.to_owned() } else { format!("{owner}\n{place}") }
+}
+
 fn drop_oldest(tx: &Connection, table: &str) -> Result<()> {
     let rows = to_sql(limits::FORECASTS_KEPT);
     let drop =
@@ -141,14 +156,19 @@ mod tests {
         let mut tx = Connection::open_in_memory().unwrap();
         schema::migrate(&mut tx).unwrap();
         let shape = Digest::of(b"x");
-        keep_order(&tx, &shape, &[(3, 7), (1, 0)], 5).unwrap();
-        keep_order(&tx, &shape, &[(9, 9)], 6).unwrap();
-        assert_eq!(order(&tx, &shape).unwrap(), [(3, 7), (1, 0)]);
-        assert!(order(&tx, &Digest::of(b"y")).unwrap().is_empty());
+        keep_order(&tx, "a", &shape, &[(3, 7), (1, 0)], 5).unwrap();
+        keep_order(&tx, "a", &shape, &[(9, 9)], 6).unwrap();
+        assert_eq!(order(&tx, "a", &shape).unwrap(), [(3, 7), (1, 0)]);
+        assert!(order(&tx, "a", &Digest::of(b"y")).unwrap().is_empty());
+        for other in ["b", ""] {
+            assert!(order(&tx, other, &shape).unwrap().is_empty(), "what a's jobs read first is known to `{other}`");
+        }
 
-        note_rate(&tx, "web:h", 100, 1).unwrap();
-        note_rate(&tx, "web:h", 300, 2).unwrap();
-        assert_eq!((rate(&tx, "web:h").unwrap(), rate(&tx, "other").unwrap()), (Some(200), None));
+        note_rate(&tx, "a", "web:h", 100, 1).unwrap();
+        note_rate(&tx, "a", "web:h", 300, 2).unwrap();
+        let rates = [("a", "web:h"), ("a", "other"), ("b", "web:h"), ("", "web:h")]
+            .map(|(owner, place)| rate(&tx, owner, place).unwrap());
+        assert_eq!(rates, [Some(200), None, None, None]);
 
         let estimated = Estimated { checkpoint: "c".into(), at_ms: 1000, bytes: 5, expected_ms: 40, took_ms: None };
         note_estimate(&tx, &estimated).unwrap();
@@ -162,9 +182,9 @@ mod tests {
         let mut tx = Connection::open_in_memory().unwrap();
         schema::migrate(&mut tx).unwrap();
         for at in 0..limits::FORECASTS_KEPT + 5 {
-            note_rate(&tx, &format!("p{at}"), 1, i64::try_from(at).unwrap()).unwrap();
+            note_rate(&tx, "", &format!("p{at}"), 1, i64::try_from(at).unwrap()).unwrap();
         }
-        assert_eq!(rate(&tx, "p0").unwrap(), None);
-        assert_eq!(rate(&tx, &format!("p{}", limits::FORECASTS_KEPT)).unwrap(), Some(1));
+        assert_eq!(rate(&tx, "", "p0").unwrap(), None);
+        assert_eq!(rate(&tx, "", &format!("p{}", limits::FORECASTS_KEPT)).unwrap(), Some(1));
     }
 }

@@ -13,7 +13,7 @@ use std::str::FromStr;
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{catalog_error, to_sql};
+use super::{catalog_error, retention, to_sql};
 use crate::error::{Error, Result};
 
 /// State of a job's right: see the module's page.
@@ -121,12 +121,14 @@ pub fn put(tx: &Connection, row: &JobRow) -> Result<()> {
     write().map_err(catalog_error)
 }
 
-/// [`put`] for rights that are new: what they name must still be there, so that a removal and a lease never pass each other.
+/// [`put`] for rights that are new, which is a use of what they name at `now_ms`: it must still be there, so that a removal and a lease never pass
+/// each other.
 ///
 /// # Errors
 /// `NO_SUCH_CHECKPOINT`; those of the catalog.
-pub fn put_checked(tx: &Connection, row: &JobRow) -> Result<()> {
+pub fn put_checked(tx: &Connection, row: &JobRow, now_ms: i64) -> Result<()> {
     for lease in &row.leases {
+        retention::touch(tx, &lease.checkpoint, now_ms)?;
         let there = tx
             .prepare_cached("SELECT 1 FROM checkpoints WHERE id = ? AND state <> 'removing'")
             .and_then(|mut query| query.exists([&lease.checkpoint]))
@@ -195,12 +197,16 @@ pub fn expiries(tx: &Connection) -> Result<Vec<(String, i64)>> {
     read().map_err(catalog_error)
 }
 
-/// Forgets a job.
+/// Forgets a job; until `now_ms` it used what it had a right to.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn delete(tx: &Connection, job: &str) -> Result<()> {
+pub fn delete(tx: &Connection, job: &str, now_ms: i64) -> Result<()> {
     let delete = || -> rusqlite::Result<()> {
+        tx.prepare_cached(
+            "UPDATE checkpoints SET used_ms = ? WHERE id IN (SELECT checkpoint FROM leases WHERE job = ?)",
+        )?
+        .execute(params![now_ms, job])?;
         tx.prepare_cached("DELETE FROM leases WHERE job = ?")?.execute([job])?;
         tx.prepare_cached("DELETE FROM jobs WHERE job = ?")?.execute([job])?;
         Ok(())

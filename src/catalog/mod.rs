@@ -3,7 +3,8 @@
 //! One thread owns the one writing connection and one owns a reading connection; async code sends closures and awaits their
 //! answer, so no task ever waits on SQLite itself and there is no lock. Every [`Catalog::write`] is one transaction: it is durable
 //! (WAL, `synchronous=FULL`) when the call returns, or nothing of it happened. Commands queue up to
-//! `limits::QUEUE_COMMANDS`; beyond that senders wait. A caller that goes away does not undo its command.
+//! `limits::QUEUE_COMMANDS`; beyond that senders wait. A caller that goes away does not undo its command. A panic in a command rolls its
+//! transaction back and is that command's error; one that cannot be rolled back ends the daemon, as the next one finds the file whole.
 //!
 //! The functions over rows live in one file per subject and take the connection; nothing outside this module writes SQL.
 //! Schema changes are migrations (`schema`), append-only; a catalog written by a newer ckptd is refused.
@@ -15,16 +16,19 @@ pub mod events;
 pub mod fills;
 pub mod forecasts;
 pub mod jobs;
+pub mod losses;
 pub mod placements;
+pub mod quotas;
 pub mod retention;
 mod schema;
+pub mod scrubs;
 
 use std::path::Path;
 
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, guarded};
 use crate::limits;
 
 type Command = Box<dyn FnOnce(&mut Connection) + Send>;
@@ -74,6 +78,19 @@ impl Catalog {
         answer.await.map_err(|_| stopped())?
     }
 
+    /// [`Catalog::read`] for threads that may block.
+    ///
+    /// # Errors
+    /// As [`Catalog::read`].
+    pub fn read_blocking<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let (command, answer) = command(move |connection| in_view(connection, work));
+        self.reader.blocking_send(command).map_err(|_| stopped())?;
+        answer.blocking_recv().map_err(|_| stopped())?
+    }
+
     /// [`Catalog::write`] for threads that may block.
     ///
     /// # Errors
@@ -93,9 +110,21 @@ fn command<R: Send + 'static>(
 ) -> (Command, oneshot::Receiver<Result<R>>) {
     let (answer, receiver) = oneshot::channel();
     let command: Command = Box::new(move |connection| {
-        let _ = answer.send(work(connection));
+        let done = guarded("a command of the catalog", || work(connection));
+        roll_back(connection);
+        let _ = answer.send(done);
     });
     (command, receiver)
+}
+
+/// Ends what a command left open. Dropping a transaction has rolled it back already, also in a panic, unless SQLite refused to.
+fn roll_back(connection: &Connection) {
+    if !connection.is_autocommit()
+        && let Err(error) = connection.execute_batch("ROLLBACK")
+    {
+        tracing::error!(%error, "a transaction cannot be rolled back; ckptd ends, and its successor finds nothing of it");
+        std::process::abort();
+    }
 }
 
 fn in_transaction<R>(connection: &mut Connection, work: impl FnOnce(&Connection) -> Result<R>) -> Result<R> {
@@ -137,8 +166,11 @@ fn connect(path: &Path) -> Result<Connection> {
     open().map_err(|error| catalog_error(error).during(format!("opening the catalog {}", path.display())))
 }
 
+/// Reason of a command that no thread takes any more.
+pub(crate) const CATALOG_STOPPED: &str = "CATALOG_STOPPED";
+
 fn stopped() -> Error {
-    Error::unavailable("CATALOG_STOPPED", "the catalog has stopped").remedy("restart ckptd and look at its log")
+    Error::unavailable(CATALOG_STOPPED, "the catalog has stopped").remedy("restart ckptd and look at its log")
 }
 
 /// An SQLite failure in our words.
@@ -189,6 +221,27 @@ mod tests {
         assert_eq!(refused.unwrap_err().reason(), "NO");
         let count = catalog.read(|tx| events::after(tx, 0, 10)).await.unwrap().len();
         assert_eq!(count, 0);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_the_error_of_its_command_alone_on_both_lanes() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("catalog.db")).unwrap();
+        let event = || events::NewEvent { kind: "X", message: "x".into(), ..Default::default() };
+        let refused: Result<()> = catalog
+            .write(move |tx| {
+                events::record(tx, 1, &event())?;
+                panic!("on purpose, having written")
+            })
+            .await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.kind(), Kind::Internal);
+        assert!(refused.report().contains("on purpose, having written"), "{refused:?}");
+        let read: Result<()> = catalog.read(|_| panic!("on purpose, reading")).await;
+        assert_eq!(read.unwrap_err().kind(), Kind::Internal);
+        assert!(catalog.read(|tx| events::after(tx, 0, 10)).await.unwrap().is_empty(), "what it wrote is undone");
+        catalog.write(move |tx| events::record(tx, 2, &event())).await.unwrap();
+        assert_eq!(catalog.read(|tx| events::after(tx, 0, 10)).await.unwrap().len(), 1);
     }
 
     #[test]

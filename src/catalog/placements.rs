@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use rusqlite::{Connection, params};
 
-use super::{catalog_error, digest_at};
+use super::{catalog_error, digest_at, to_sql};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
@@ -76,12 +76,16 @@ pub fn hand_over(tx: &Connection, before: &str, flight: &str) -> Result<()> {
     Ok(())
 }
 
-/// Forgets what a flight has seen.
+/// Forgets up to `most` of the files that a flight has seen; returns how many.
 ///
 /// # Errors
 /// Those of the catalog.
-pub fn forget_flight(tx: &Connection, flight: &str) -> Result<()> {
-    execute(tx, "DELETE FROM sightings WHERE flight = ?", flight)
+pub fn forget_flight(tx: &Connection, flight: &str, most: usize) -> Result<usize> {
+    tx.prepare_cached(
+        "DELETE FROM sightings WHERE flight = ?1 AND path IN (SELECT path FROM sightings WHERE flight = ?1 LIMIT ?2)",
+    )
+    .and_then(|mut delete| delete.execute(params![flight, to_sql(most as u64)]))
+    .map_err(catalog_error)
 }
 
 /// Flights that have seen anything.
@@ -90,7 +94,14 @@ pub fn forget_flight(tx: &Connection, flight: &str) -> Result<()> {
 /// Those of the catalog.
 pub fn flights(tx: &Connection) -> Result<Vec<String>> {
     let read = || -> rusqlite::Result<Vec<String>> {
-        tx.prepare_cached("SELECT DISTINCT flight FROM sightings")?.query_map([], |row| row.get(0))?.collect()
+        // From one flight to the next, not through the files of each.
+        tx.prepare_cached(
+            "WITH RECURSIVE each(flight) AS (SELECT MIN(flight) FROM sightings UNION ALL
+             SELECT (SELECT MIN(s.flight) FROM sightings s WHERE s.flight > each.flight) FROM each WHERE each.flight IS NOT NULL)
+             SELECT flight FROM each WHERE flight IS NOT NULL",
+        )?
+        .query_map([], |row| row.get(0))?
+        .collect()
     };
     read().map_err(catalog_error)
 }

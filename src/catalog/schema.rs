@@ -324,6 +324,13 @@ const MIGRATIONS: &[&str] = &[
                               WHERE b.id = old.blob AND b.names = 1);
     END;
     ",
+    // 5: what counts against quotas.
+    "
+    -- Logical bytes that count against the owner's quota: what is kept here, or was admitted and is to come.
+    ALTER TABLE checkpoints ADD COLUMN charged_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE checkpoints SET charged_bytes = logical_bytes
+        WHERE datastore = '' AND (state = 'ready' OR (state IN ('filling', 'failed') AND flight <> ''));
+    ",
 ];
 
 /// Applies what is missing.
@@ -352,7 +359,7 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::catalog::checkpoints::{self, State};
-    use crate::catalog::{accounting, blobs, events, jobs};
+    use crate::catalog::{accounting, blobs, events, jobs, retention};
 
     /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
     const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
@@ -379,7 +386,8 @@ mod tests {
         assert_eq!(jobs::holders(&connection, &records[0].id).unwrap(), ["job-1"]);
         assert_eq!(events::after(&connection, 0, 9).unwrap().len(), 2);
 
-        let lost = checkpoints::delete(&connection, &records[0].id).unwrap();
+        let tree = checkpoints::delete(&connection, &records[0].id).unwrap().unwrap();
+        let lost = retention::unlink(&connection, &tree, 9, 99).unwrap().unwrap();
         assert_eq!(blobs::condemn(&connection, &lost).unwrap().doomed.len(), 3);
     }
 

@@ -1,4 +1,4 @@
-//! `capture`: a checkpoint of what a job wrote into a directory of this host.
+//! `capture`: a checkpoint of what a job wrote into a directory, of the daemon's host or of the root of one of the job's processes.
 
 use std::path::PathBuf;
 
@@ -16,9 +16,12 @@ use crate::error::{Error, Result};
 pub(super) struct Capture {
     /// The job whose output it is
     job: String,
-    /// The directory, on the daemon's host
-    #[arg(long, value_name = "DIR")]
-    from: PathBuf,
+    /// The directory, on the daemon's host; with --pid as that process sees it [default with --pid: /opt/ml/output]
+    #[arg(long, value_name = "DIR", required_unless_present = "pid")]
+    from: Option<PathBuf>,
+    /// A process of the job, whose root the directory is in
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pid: Option<u32>,
     /// Number of this worker, from 1
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     worker: Option<u32>,
@@ -56,18 +59,28 @@ impl Capture {
         Ok(wire::CaptureOutputRequest {
             id: self.id.unwrap_or_default(),
             job: self.job,
-            directory: absolute(self.from)?,
+            directory: self.from.map(|from| directory(from, self.pid)).transpose()?.unwrap_or_default(),
             name: self.name.unwrap_or_default(),
             job_name: self.job_name.unwrap_or_default(),
             worker: self.worker.unwrap_or_default(),
             workers: self.workers.unwrap_or_default(),
             owner: self.owner.unwrap_or_default(),
             options: self.options.into_iter().collect(),
+            pid: self.pid.unwrap_or_default(),
         })
     }
 }
 
-/// The path seen from the root, as text; symbolic links in it are the daemon's to follow.
+/// The directory as the daemon takes it. A relative path means our working directory, which another process need not have.
+fn directory(from: PathBuf, pid: Option<u32>) -> Result<String> {
+    if pid.is_some() && !from.is_absolute() {
+        let fault = format!("the directory `{}` in another process' root is not absolute", from.display());
+        return Err(Error::invalid("BAD_PATH", fault).remedy("give --from an absolute path"));
+    }
+    absolute(from)
+}
+
+/// The path seen from the root, as text; symbolic links in it stay.
 ///
 /// # Errors
 /// Invalid where it is empty or not UTF-8, which a request cannot carry.
@@ -93,6 +106,8 @@ mod tests {
         assert_eq!(absolute("a/b".into()).unwrap(), here.join("a/b").to_str().unwrap());
         assert_eq!(absolute("/a//b/./c".into()).unwrap(), "/a/b/c");
         assert!(absolute("".into()).is_err());
+        assert!(directory("a".into(), None).is_ok());
+        assert!(directory("a".into(), Some(1)).is_err());
         assert!(absolute(OsString::from_vec(vec![b'/', 0xff]).into()).is_err());
     }
 }

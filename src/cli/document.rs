@@ -11,8 +11,10 @@ use crate::control::wire;
 use crate::error::Kind;
 use crate::units;
 
+mod scrub;
 mod space;
-pub(super) use space::Usage;
+pub(super) use scrub::Scrub;
+pub(super) use space::{Evicted, Usage};
 
 /// A state of a checkpoint in the word of its wire name.
 pub(super) fn checkpoint_state(state: wire::CheckpointState) -> &'static str {
@@ -54,7 +56,7 @@ pub(super) struct Checkpoint<'a> {
     shared_bytes: u64,
     physical_bytes: u64,
     pinned: bool,
-    used_at: String,
+    used_at: Option<String>,
     fill: Option<Fill>,
     error: Option<Failure<'a>>,
     created_at: String,
@@ -108,7 +110,7 @@ impl<'a> From<&'a wire::Checkpoint> for Checkpoint<'a> {
             shared_bytes: record.shared_bytes,
             physical_bytes: record.physical_bytes,
             pinned: record.pinned,
-            used_at: units::rfc3339(record.used_unix_ms),
+            used_at: (record.used_unix_ms > 0).then(|| units::rfc3339(record.used_unix_ms)),
             fill: record.fill.as_ref().map(Fill::of),
             error: record.error.as_ref().map(Failure::of),
             created_at: units::rfc3339(record.created_unix_ms),
@@ -166,8 +168,10 @@ impl<'a> From<&'a [wire::Checkpoint]> for Checkpoints<'a> {
 pub(super) struct Removed<'a> {
     /// The checkpoint that is gone.
     pub(super) id: &'a str,
-    /// Given back to the filesystem.
+    /// Given back to the filesystem by now.
     pub(super) freed_bytes: u64,
+    /// Whether more follows.
+    pub(super) freeing: bool,
 }
 
 /// The answer of `catalog`.
@@ -281,6 +285,7 @@ pub(super) struct Status<'a> {
     draining: bool,
     reconciled: &'a str,
     estimates: Vec<Estimated<'a>>,
+    scrub: Option<Scrub>,
 }
 
 /// An estimate beside its outcome.
@@ -321,6 +326,7 @@ impl<'a> From<&'a wire::Status> for Status<'a> {
             draining: status.draining,
             reconciled: &status.reconciled,
             estimates: status.estimates.iter().map(Estimated::from).collect(),
+            scrub: status.scrub.as_ref().map(Scrub::from),
         }
     }
 }
@@ -483,17 +489,17 @@ mod tests {
         let value = serde_json::to_value(Usage::from(&usage)).unwrap();
         assert_eq!(
             keys(&value),
-            "capacity_bytes catalog_bytes duplicate_bytes filesystem_bytes filling_bytes free_bytes logical_bytes other_bytes owners \
-             physical_bytes quarantine_bytes remnant_bytes scratch_bytes unique_bytes"
+            "capacity_bytes catalog_bytes duplicate_bytes evictable_bytes filesystem_bytes filling_bytes free_bytes leased_bytes logical_bytes \
+             not_refetchable_bytes other_bytes owners physical_bytes pinned_bytes quarantine_bytes remnant_bytes scratch_bytes unique_bytes"
         );
         assert_eq!(
             keys(&value["owners"][0]),
-            "checkpoints logical_bytes owner physical_bytes shared_bytes unique_bytes"
+            "charged_bytes checkpoints logical_bytes owner physical_bytes quota_bytes shared_bytes unique_bytes"
         );
         let value = serde_json::to_value(Status::from(&wire::Status::default())).unwrap();
         assert_eq!(
             keys(&value),
-            "attachments degraded draining estimates features holder pid reconciled restarts runtime_dir sessions state_dir uptime_s \
+            "attachments degraded draining estimates features holder pid reconciled restarts runtime_dir scrub sessions state_dir uptime_s \
              version"
         );
         assert_eq!(value["features"], json!({"passthrough": false, "resend": false, "reflink": false}));

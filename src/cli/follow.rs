@@ -112,7 +112,8 @@ impl Patience {
 pub(super) fn ready(record: wire::Checkpoint) -> Ended<wire::Checkpoint> {
     let titled = text::titled(&record);
     let error = match (record.state(), &record.error) {
-        (wire::CheckpointState::Failed, Some(failure)) => failed(failure),
+        // Ready, with a failure: something of it is lost.
+        (wire::CheckpointState::Failed | wire::CheckpointState::Ready, Some(failure)) => failed(failure),
         (wire::CheckpointState::Failed, None) => Error::internal(format!("{titled} failed without saying why")),
         (wire::CheckpointState::Evicted, _) => {
             Error::wrong_state("CHECKPOINT_EVICTED", format!("{titled} was evicted to make room"))

@@ -27,6 +27,7 @@ mod create;
 mod document;
 mod drain;
 mod events;
+mod evict;
 mod exit;
 mod expires;
 mod follow;
@@ -41,6 +42,7 @@ mod remove;
 mod rename;
 mod reserve;
 mod retry;
+mod scrub;
 mod secret;
 mod status;
 mod text;
@@ -129,6 +131,8 @@ enum Verb {
     Prefetch(ahead::Prefetch),
     Estimate(ahead::Estimate),
     Usage(usage::Usage),
+    Evict(evict::Evict),
+    Scrub(scrub::Scrub),
     Status(status::Status),
     Drain(drain::Drain),
     Events(events::Events),
@@ -158,6 +162,8 @@ impl Verb {
             Self::Prefetch(verb) => verb.run(console).await,
             Self::Estimate(verb) => verb.run(console).await,
             Self::Usage(verb) => verb.run(console).await,
+            Self::Evict(verb) => verb.run(console).await,
+            Self::Scrub(verb) => verb.run(console).await,
             Self::Status(verb) => verb.run(console).await,
             Self::Drain(verb) => verb.run(console).await,
             Self::Events(verb) => verb.run(console).await,
@@ -232,6 +238,10 @@ mod tests {
             "ckptctl renew job",
             "ckptctl renew job --expires 1d6h",
             "ckptctl release job",
+            "ckptctl evict a b --dry-run",
+            "ckptctl scrub",
+            "ckptctl scrub m --full-rate --wait",
+            "ckptctl evict --until 20GiB --force",
             "ckptctl drain",
             "ckptctl --endpoint unix:/x events --follow",
             "ckptctl status --endpoint unix:/x",
@@ -254,6 +264,8 @@ mod tests {
         assert_eq!(fault("ckptctl capture job --from d --worker 0"), Some(ErrorKind::ValueValidation));
         assert_eq!(fault("ckptctl reserve job"), Some(ErrorKind::MissingRequiredArgument));
         assert_eq!(fault("ckptctl renew job --expires soon"), Some(ErrorKind::ValueValidation));
-        assert_eq!(fault("ckptctl scrub"), Some(ErrorKind::InvalidSubcommand));
+        assert_eq!(fault("ckptctl evict"), Some(ErrorKind::MissingRequiredArgument));
+        assert_eq!(fault("ckptctl evict --until lots"), Some(ErrorKind::ValueValidation));
+        assert_eq!(fault("ckptctl polish"), Some(ErrorKind::InvalidSubcommand));
     }
 }

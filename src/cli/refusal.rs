@@ -13,6 +13,9 @@ use crate::error::{Error, Kind};
 /// Reason of errors where the connection broke under a call.
 pub(super) const LOST: &str = "LOST_CONNECTION";
 
+/// Reason of errors that say none: not of ckptd itself, but of what speaks gRPC for it.
+pub(super) const NO_REASON: &str = "NO_REASON";
+
 /// The error behind a status from the daemon at `endpoint`.
 pub(super) fn error(status: &Status, endpoint: &str) -> Error {
     if let Some(cause) = StdError::source(status) {
@@ -36,7 +39,7 @@ pub(super) fn error(status: &Status, endpoint: &str) -> Error {
         }
         None if status.code() == Code::Unimplemented => Error::new(kind, "NOT_SERVED", message)
             .remedy("use the ckptctl that came with this ckptd; `ckptctl status` tells its version"),
-        None => Error::new(kind, "NO_REASON", message),
+        None => Error::new(kind, NO_REASON, message),
     }
 }
 

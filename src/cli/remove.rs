@@ -37,8 +37,10 @@ impl Remove {
         let checkpoint = if self.yes { self.checkpoint } else { asked(&daemon, self.checkpoint).await? };
         let request = wire::RemoveCheckpointRequest { checkpoint: checkpoint.clone() };
         let removed = daemon.ask(daemon.checkpoints().remove_checkpoint(request)).await?;
-        let answer = document::Removed { id: &removed.id, freed_bytes: removed.freed_bytes };
-        console.answer(&answer, || format!("removed {}, {} freed", removed.id, show_bytes(removed.freed_bytes)))
+        let (id, freed_bytes, freeing) = (&removed.id, removed.freed_bytes, removed.freeing);
+        let answer = document::Removed { id, freed_bytes, freeing };
+        let more = if freeing { " so far, the rest follows (see `ckptctl events`)" } else { "" };
+        console.answer(&answer, || format!("removed {id}, {} freed{more}", show_bytes(freed_bytes)))
     }
 }
 

@@ -84,9 +84,11 @@ pub(super) fn checkpoint_details(record: &wire::Checkpoint) -> String {
         ("shared", show_bytes(record.shared_bytes)),
         ("on disk", show_bytes(record.physical_bytes)),
         ("pinned", if record.pinned { "yes" } else { "no" }.to_owned()),
-        ("last used", local_time(record.used_unix_ms)),
         ("created", local_time(record.created_unix_ms)),
     ];
+    if record.used_unix_ms > 0 {
+        rows.push(("last used", local_time(record.used_unix_ms)));
+    }
     if let Some(transfer) = &record.transfer {
         rows.push(("send to", plain(&transfer.url)));
         rows.push(("token", plain(&transfer.token)));
@@ -156,6 +158,10 @@ pub(super) fn usage(usage: &wire::Usage) -> String {
         ("on disk", show_bytes(usage.physical_bytes)),
         ("  of it duplicates", show_bytes(usage.duplicate_bytes)),
         ("  of it remnants", show_bytes(usage.remnant_bytes)),
+        ("  of it evictable", show_bytes(usage.evictable_bytes)),
+        ("  of it in use", show_bytes(usage.leased_bytes)),
+        ("  of it pinned", show_bytes(usage.pinned_bytes)),
+        ("  of it not to be had again", show_bytes(usage.not_refetchable_bytes)),
         ("filling", show_bytes(usage.filling_bytes)),
         ("quarantine", show_bytes(usage.quarantine_bytes)),
         ("scratch", show_bytes(usage.scratch_bytes)),
@@ -170,11 +176,43 @@ pub(super) fn usage(usage: &wire::Usage) -> String {
             let name = if owner.owner.is_empty() { "(public)".to_owned() } else { plain(&owner.owner) };
             let [logical, unique, shared, physical] =
                 [owner.logical_bytes, owner.unique_bytes, owner.shared_bytes, owner.physical_bytes].map(show_bytes);
-            [name, owner.checkpoints.to_string(), logical, unique, shared, physical]
+            let quota = match owner.quota_bytes {
+                0 => "-".to_owned(),
+                quota => format!("{} of {}", show_bytes(owner.charged_bytes), show_bytes(quota)),
+            };
+            [name, owner.checkpoints.to_string(), logical, unique, shared, physical, quota]
         });
         text.push('\n');
-        let heads = ["OWNER", "CHECKPOINTS", "SIZE", "UNIQUE", "SHARED", "ON DISK"];
-        text.push_str(&table(heads, rows, &[1, 2, 3, 4, 5]));
+        let heads = ["OWNER", "CHECKPOINTS", "SIZE", "UNIQUE", "SHARED", "ON DISK", "QUOTA"];
+        text.push_str(&table(heads, rows, &[1, 2, 3, 4, 5, 6]));
+    }
+    text
+}
+
+/// What was evicted, or would be, with what is expected of each.
+pub(super) fn evicted(answer: &wire::EvictCheckpointsResponse) -> String {
+    let rows = answer.evicted.iter().map(|eviction| {
+        let idle = show_span(eviction.idle_ms / 1000);
+        [plain(&eviction.id), plain(&eviction.name), show_bytes(eviction.freed_bytes), idle]
+    });
+    let mut text = table(["ID", "NAME", "FREES", "UNUSED FOR"], rows, &[2]);
+    let verb = if answer.dry_run { "would be freed" } else { "freed" };
+    text.push_str(&format!(
+        "\n{} {verb}, the store can take {}",
+        show_bytes(answer.freed_bytes),
+        show_bytes(answer.available_bytes)
+    ));
+    if answer.duplicate_bytes > 0 {
+        text.push_str(&format!("; {} of it copies of borrowed ranges", show_bytes(answer.duplicate_bytes)));
+    }
+    if answer.lacking_bytes > 0 {
+        text.push_str(&format!(
+            "\n{} short of what was asked for: {} is in use by jobs, {} is pinned, {} cannot be fetched again",
+            show_bytes(answer.lacking_bytes),
+            show_bytes(answer.leased_bytes),
+            show_bytes(answer.pinned_bytes),
+            show_bytes(answer.not_refetchable_bytes)
+        ));
     }
     text
 }
@@ -198,6 +236,9 @@ pub(super) fn status(status: &wire::Status) -> String {
         ("restarts", status.restarts.to_string()),
         ("last start", plain(&status.reconciled)),
     ];
+    if let Some(scrub) = &status.scrub {
+        rows.push(("last scrub", scrub_line(scrub)));
+    }
     if status.draining {
         rows.push(("draining", yes_no(true)));
     }
@@ -205,6 +246,25 @@ pub(super) fn status(status: &wire::Status) -> String {
         rows.push(("degraded", plain(&status.degraded)));
     }
     details(rows)
+}
+
+/// `began 2025-01-31 12:00:00, ended 2025-01-31 12:10:00: 3.0 GiB of 3.0 GiB in 12 files read, 0 healed, 0 lost`.
+pub(super) fn scrub_line(scrub: &wire::Scrub) -> String {
+    let state = match (scrub.running, scrub.stopped) {
+        (true, _) => "goes on".to_owned(),
+        (false, true) => "was cut short".to_owned(),
+        (false, false) => format!("ended {}", local_time(scrub.ended_unix_ms)),
+    };
+    let unread = if scrub.unread > 0 { format!(", {} could not be read", scrub.unread) } else { String::new() };
+    format!(
+        "began {}, {state}: {} of {} in {} files read, {} healed, {} lost{unread}",
+        local_time(scrub.started_unix_ms),
+        show_bytes(scrub.bytes),
+        show_bytes(scrub.total_bytes),
+        scrub.files,
+        scrub.healed,
+        scrub.lost
+    )
 }
 
 /// What is expected of bringing a checkpoint here.

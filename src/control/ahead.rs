@@ -3,8 +3,10 @@
 use super::caller::Caller;
 use super::{Floors, wire};
 use crate::catalog::checkpoints::{self as rows, State};
+use crate::catalog::retention;
 use crate::error::{Error, Result};
 use crate::source::Credentials;
+use crate::units::now_unix_ms;
 
 impl Floors {
     /// Begins to bring a checkpoint here if nothing does; with `memory` also into the page cache, and then returns when it is there.
@@ -15,10 +17,13 @@ impl Floors {
     ) -> Result<wire::PrefetchCheckpointResponse> {
         self.admit()?;
         let record = self.find(request.checkpoint, caller).await?;
+        let _kept = self.retention.keep(vec![record.id.clone()]);
+        self.bring_back(&record).await?;
+        let used = record.id.clone();
+        self.store.catalog().write(move |tx| retention::touch(tx, &used, now_unix_ms())).await?;
         let idle = self.ingests.progress(&record.id).is_none();
-        if matches!(record.state, State::New | State::Filling | State::Evicted) && idle {
-            let id = record.id.clone();
-            self.store.catalog().write(move |tx| rows::set_state(tx, &id, State::Filling, None)).await?;
+        // One that has become ready meanwhile is left alone by whoever begins to fill it.
+        if matches!(record.state, State::New | State::Filling) && idle {
             self.start_unless_sent(&record, Credentials::default());
         }
         if !request.memory {
@@ -37,7 +42,7 @@ impl Floors {
         let digest = record.manifest.ok_or_else(|| Error::internal("a ready checkpoint has no manifest"))?;
         let manifest = std::sync::Arc::new(self.store.catalog().read(move |tx| rows::manifest(tx, &digest)).await?);
         let reader = self.store.reader(digest, manifest.clone()).await?;
-        self.store.hydrate(digest, &reader).await?;
+        self.store.hydrate(digest, &reader, || self.ingests.promised_bytes()).await?;
         let store = self.store.clone();
         let memory_bytes = tokio::task::spawn_blocking(move || {
             let _held = reader;

@@ -19,7 +19,7 @@
 use tonic::{Extensions, Request};
 
 use crate::catalog::checkpoints::{Record, Seen};
-use crate::error::{Error, Result};
+use crate::error::{Error, NO_ROOM, NO_ROOM_REMEDY, Result};
 use crate::names::OwnerId;
 
 /// Who is at the other end of a connection.
@@ -85,15 +85,6 @@ fn user(uid: u32) -> String {
     format!("uid:{uid}")
 }
 
-/// Reasons whose figures tell how full the host is.
-pub(super) const ROOM_OF_THE_HOST: &[&str] = &["NO_SPACE", "DISK_FULL", "STORE_FULL"];
-
-/// What is said instead.
-pub(super) const NO_ROOM: &str = "this host has too little room for the checkpoint";
-
-/// What to do about it.
-pub(super) const NO_ROOM_REMEDY: &str = "make it smaller, or ask an operator of this host";
-
 /// What a caller is to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -145,6 +136,8 @@ const RIGHTS: &[(&str, Right)] = &[
     ("/ckptd.v1.Checkpoints/PrefetchCheckpoint", Right::Own),
     ("/ckptd.v1.Checkpoints/EstimateCheckpoint", Right::Look),
     ("/ckptd.v1.Checkpoints/UploadCheckpoint", Right::Own),
+    // It can end another's sending.
+    ("/ckptd.v1.Checkpoints/GetUpload", Right::Own),
     // It reads directories of this host.
     ("/ckptd.v1.Checkpoints/CaptureOutput", Right::Schedule),
     ("/ckptd.v1.Checkpoints/ListCatalog", Right::Look),
@@ -308,7 +301,7 @@ impl Caller {
 
     /// An error as the caller may know it: how much room the host has is not for a confined one, since it would tell what others have.
     pub(super) fn may_know(&self, error: Error) -> Error {
-        if self.owner.is_some() && ROOM_OF_THE_HOST.contains(&error.reason()) {
+        if self.owner.is_some() && error.tells_of_the_host() {
             return Error::new(error.kind(), error.reason(), NO_ROOM).remedy(NO_ROOM_REMEDY);
         }
         error
@@ -324,7 +317,7 @@ impl Caller {
     }
 }
 
-fn not_yours(doing: &str) -> Error {
+pub(super) fn not_yours(doing: &str) -> Error {
     Error::denied("NOT_YOURS", format!("{doing} is not the caller's to do")).remedy("ask an operator of this host")
 }
 

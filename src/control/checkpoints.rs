@@ -1,6 +1,7 @@
 //! The service `Checkpoints`.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures_util::Stream;
 use tokio::sync::mpsc;
@@ -9,13 +10,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::caller::Caller;
 use super::refusal::status;
-use super::{Floors, resolve, upload, watch, wire};
+use super::{Floors, capture, resolve, upload, watch, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, Seen, State};
-use crate::catalog::events::NewEvent;
-use crate::catalog::jobs;
+use crate::catalog::losses;
 use crate::error::{Error, Kind, Result};
-use crate::names::{CheckpointId, CheckpointName, JobId, OwnerId};
-use crate::source::{self, Credentials, SourceKind, SourceSpec};
+use crate::names::{CheckpointId, CheckpointName, OwnerId};
+use crate::source::{self, Credentials, Source, SourceKind, SourceSpec};
 use crate::units::now_unix_ms;
 
 pub(super) struct Service {
@@ -68,7 +68,7 @@ impl Service {
         if is_sent(&record) {
             record.state = State::Filling;
         }
-        self.begin(record, Credentials::new(secrets), caller).await
+        self.begin(record, Credentials::new(secrets), None, caller).await
     }
 
     /// A public checkpoint of the catalogue.
@@ -86,22 +86,34 @@ impl Service {
         let name = if request.name.is_empty() { request.catalog } else { request.name };
         let owner = caller.owner_of_new(String::new(), true)?;
         let record = new_record(request.id, name, owner, true, origin)?;
-        self.begin(record, Credentials::new(request.credentials.into_iter().collect()), caller).await
+        self.begin(record, Credentials::new(request.credentials.into_iter().collect()), None, caller).await
     }
 
     /// Records and starts, in a task of its own: a caller that goes away must not leave a record that nobody fills.
-    async fn begin(&self, record: Record, credentials: Credentials, caller: &Caller) -> Result<wire::Checkpoint> {
-        let (floors, seen) = (self.floors.clone(), caller.sees());
+    /// `made` is its source, where that is made already.
+    async fn begin(
+        &self,
+        record: Record,
+        credentials: Credentials,
+        made: Option<Arc<dyn Source>>,
+        caller: &Caller,
+    ) -> Result<wire::Checkpoint> {
+        let (floors, seen, secrets_given) = (self.floors.clone(), caller.sees(), !credentials.is_empty());
         let record = tokio::spawn(async move {
-            let id = record.id.clone();
+            let (id, asking) = (record.id.clone(), seen.clone());
             // A repeated call is answered by the record, whatever would be said of it by now.
-            let known = floors.store.catalog().read(move |tx| rows::get(tx, &id)).await?.is_some();
-            if !known && !is_sent(&record) {
-                floors.ingests.check(&record, &credentials)?;
-            }
+            let known = floors.store.catalog().read(move |tx| known(tx, &id, &asking)).await?.is_some();
+            let source = match made {
+                None if !known && !is_sent(&record) => Some(floors.ingests.source(&record, &credentials)?),
+                made => made,
+            };
             let (record, _) = insert(&floors, record, seen).await?;
             if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
-                floors.start_unless_sent(&record, credentials);
+                match source {
+                    // What it holds already (the root of a process) may be gone by a second time.
+                    Some(source) => floors.ingests.start_from(&record, source, secrets_given),
+                    None => floors.start_unless_sent(&record, credentials),
+                }
             }
             Ok::<_, Error>(record)
         })
@@ -112,38 +124,8 @@ impl Service {
 
     async fn capture(&self, request: wire::CaptureOutputRequest, caller: &Caller) -> Result<wire::Checkpoint> {
         self.floors.admit()?;
-        let job = JobId::new(request.job)?;
-        if !request.directory.starts_with('/') {
-            return Err(Error::invalid(
-                "PATH_NOT_ABSOLUTE",
-                format!("the directory `{}` is not an absolute path", request.directory),
-            )
-            .remedy("give a path that begins with `/`"));
-        }
-        let metadata = std::fs::metadata(&request.directory)
-            .map_err(|error| Error::io("capturing", &request.directory, error).remedy("check the path"))?;
-        if !metadata.is_dir() && !metadata.is_file() {
-            return Err(Error::invalid("NOT_A_DIRECTORY", format!("{} is not a directory", request.directory))
-                .remedy("give the directory whose content is to be captured"));
-        }
-        let name = if request.name.is_empty() {
-            let job_name = if request.job_name.is_empty() { job.to_string() } else { request.job_name };
-            match (request.workers, request.worker) {
-                (0 | 1, _) => format!("Job - {job_name}"),
-                (_, worker) => format!("Job - {job_name} Worker {worker}"),
-            }
-        } else {
-            request.name
-        };
-        if let Some(unknown) = request.options.keys().find(|key| *key != "extract") {
-            return Err(Error::invalid("UNKNOWN_OPTION", format!("capturing has no option `{unknown}`"))
-                .remedy("the only one is `extract`"));
-        }
-        let options = request.options.into_iter().collect();
-        let origin = Origin { kind: SourceKind::Directory.to_string(), uri: request.directory, options };
-        let owner = caller.owner_of_new(request.owner, false)?;
-        let record = new_record(request.id, name, owner, false, origin)?;
-        self.begin(record, Credentials::default(), caller).await
+        let (record, source) = capture::record_of(&self.floors, request, caller).await?;
+        self.begin(record, Credentials::default(), source, caller).await
     }
 
     async fn retry(&self, request: wire::RetryCheckpointRequest, caller: &Caller) -> Result<wire::Checkpoint> {
@@ -152,12 +134,12 @@ impl Service {
         let (floors, asking) = (self.floors.clone(), caller.clone());
         let record = tokio::spawn(async move {
             let mark = move |tx: &rusqlite::Connection| mark_for_retry(tx, &request.checkpoint, &asking);
-            let record = floors.store.catalog().write(mark).await?;
+            let (record, begins) = floors.store.catalog().write(mark).await?;
             let idle = floors.ingests.progress(&record.id).is_none();
-            if record.state == State::Filling && (record.failure.is_some() || idle) {
+            if record.state == State::Filling && (begins || idle) {
                 floors.start_unless_sent(&record, credentials);
             }
-            Ok::<_, Error>(Record { failure: None, ..record })
+            Ok::<_, Error>(record)
         })
         .await
         .map_err(|error| Error::internal("retrying ended early").because(error))??;
@@ -171,48 +153,6 @@ impl Service {
         self.floors.store.catalog().write(move |tx| rows::set_name(tx, &id, &text)).await?;
         self.floors.ingests.note_change(&record.id);
         self.floors.show(Record { name: name.to_string(), ..record }, caller).await
-    }
-
-    async fn remove(
-        &self,
-        request: wire::RemoveCheckpointRequest,
-        caller: &Caller,
-    ) -> Result<wire::RemoveCheckpointResponse> {
-        let (reference, caller) = (request.checkpoint, caller.clone());
-        // Looking for holders and marking are one transaction, so no job can come in between.
-        let (record, flight) = self
-            .floors
-            .store
-            .catalog()
-            .write(move |tx| {
-                let record = resolve::removable(tx, &reference, &caller)?;
-                let holders = jobs::holders(tx, &record.id)?;
-                if !holders.is_empty() {
-                    return Err(in_use(&record, &holders));
-                }
-                if record.pinned {
-                    return Err(pinned(&record));
-                }
-                rows::set_state(tx, &record.id, State::Removing, None)?;
-                let flight = rows::flight_of(tx, &record.id)?;
-                Ok((record, flight))
-            })
-            .await?;
-        let (floors, marked) = (self.floors.clone(), record.clone());
-        let freed_bytes = tokio::spawn(async move { floors.remove_marked(&marked, flight).await })
-            .await
-            .map_err(|error| Error::internal("removing ended early").because(error))??;
-        let message = format!("`{}` was removed", record.name);
-        self.floors
-            .note(NewEvent {
-                kind: "CHECKPOINT_REMOVED",
-                checkpoint: record.id.clone(),
-                owner: record.owner,
-                message,
-                ..Default::default()
-            })
-            .await;
-        Ok(wire::RemoveCheckpointResponse { id: record.id, freed_bytes })
     }
 
     async fn watch(
@@ -254,63 +194,36 @@ impl Floors {
             self.ingests.start(record, credentials);
         }
     }
-
-    /// Finishes the removal of a record that is marked `removing`, and of its flight; also after a restart. Returns the bytes freed.
-    ///
-    /// # Errors
-    /// Poisoned store; what was begun is finished at the next start.
-    pub async fn remove_marked(&self, record: &Record, flight: String) -> Result<u64> {
-        self.ingests.cancel(&record.id).await;
-        let mut swept = self.store.remove_checkpoint(&record.id).await?.freed_bytes;
-        if !flight.is_empty() {
-            swept += self.store.remove_flight(&flight).await?.freed_bytes;
-        }
-        self.ingests.note_change(&record.id);
-        Ok(swept)
-    }
 }
 
-/// Finds a record and, if it failed, makes it fill again; its old failure tells that it did.
-fn mark_for_retry(tx: &rusqlite::Connection, reference: &str, caller: &Caller) -> Result<Record> {
+/// Finds a record and, if it failed or something of it is lost, makes it fill again; whether it did.
+fn mark_for_retry(tx: &rusqlite::Connection, reference: &str, caller: &Caller) -> Result<(Record, bool)> {
     let record = resolve::own(tx, reference, caller)?;
     match record.state {
-        State::Failed | State::Evicted if record.origin.kind == SourceKind::Upload.as_str() => Err(Error::wrong_state(
-            "NOT_RETRIABLE",
-            format!("the checkpoint `{}` was uploaded: only the sender has its bytes", record.name),
-        )
-        .remedy("upload it again")),
+        State::Ready if record.failure.is_none() => Ok((record, false)),
+        State::Failed | State::Evicted | State::Ready if record.origin.kind == SourceKind::Upload.as_str() => {
+            Err(Error::wrong_state(
+                "NOT_RETRIABLE",
+                format!("the checkpoint `{}` was uploaded: only the sender has its bytes", record.name),
+            )
+            .remedy("upload it again"))
+        }
         State::Failed | State::Evicted => {
             rows::set_state(tx, &record.id, State::Filling, None)?;
-            Ok(Record { state: State::Filling, ..record })
+            Ok((Record { state: State::Filling, failure: None, ..record }, true))
         }
-        State::New | State::Filling | State::Ready | State::Removing => Ok(record),
+        // With a failure: bytes of it are lost.
+        State::Ready => {
+            losses::begin_healing(tx, &record.id)?;
+            Ok((Record { state: State::Filling, ..record }, true))
+        }
+        State::New | State::Filling | State::Removing => Ok((record, false)),
     }
-}
-
-fn pinned(record: &Record) -> Error {
-    Error::wrong_state("CHECKPOINT_PINNED", format!("the checkpoint `{}` is pinned", record.name))
-        .fact("checkpoint", &record.id)
-        .remedy(format!("`ckptctl unpin {}`, then remove it", record.id))
-}
-
-fn in_use(record: &Record, holders: &[String]) -> Error {
-    Error::wrong_state(
-        "CHECKPOINT_IN_USE",
-        format!("the checkpoint `{}` is in use by {}", record.name, jobs_in_words(holders)),
-    )
-    .fact("checkpoint", &record.id)
-    .fact("jobs", holders.join(","))
-    .remedy("release them with `ckptctl release JOB`, then remove it")
-}
-
-fn jobs_in_words(jobs: &[String]) -> String {
-    let plural = if jobs.len() == 1 { "job" } else { "jobs" };
-    format!("{plural} {}", jobs.join(", "))
 }
 
 /// A record as a request asks for it, checked.
 pub(super) fn new_record(id: String, name: String, owner: String, public: bool, origin: Origin) -> Result<Record> {
-    let id = if id.is_empty() { fresh_id()? } else { CheckpointId::new(id)? };
+    let id = if id.is_empty() { CheckpointId::fresh()? } else { CheckpointId::new(id)? };
     if !owner.is_empty() {
         OwnerId::new(owner.clone())?;
     }
@@ -338,16 +251,30 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
     })
 }
 
-/// 128 random bits in the usual shape of a UUID (version 4).
-fn fresh_id() -> Result<CheckpointId> {
-    let mut bytes = [0_u8; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut random| std::io::Read::read_exact(&mut random, &mut bytes))
-        .map_err(|error| Error::io("reading", "/dev/urandom", error))?;
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    CheckpointId::new(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]))
+/// The record of a chosen id, if the caller sees it. One who is confined to an owner may not guess at ids: whether one is taken tells of others.
+///
+/// # Errors
+/// `ID_NOT_A_UUID`.
+pub(super) fn known(tx: &rusqlite::Connection, id: &str, seen: &Seen) -> Result<Option<Record>> {
+    let known = rows::get(tx, id)?.filter(|record| seen.includes(record));
+    if known.is_none() && matches!(seen, Seen::By(_)) && !is_uuid(id) {
+        let message = format!("`{id}` is no UUID, and an owner's own ids must be");
+        return Err(Error::invalid("ID_NOT_A_UUID", message).remedy("give a random UUID, or none"));
+    }
+    Ok(known)
+}
+
+fn is_uuid(id: &str) -> bool {
+    id.len() == 36
+        && id.bytes().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
+}
+
+fn id_taken(id: &str, by: &str) -> Error {
+    let message = format!("the id `{id}` belongs to another checkpoint{by}");
+    Error::new(Kind::AlreadyExists, "ID_TAKEN", message).remedy("choose another id or none")
 }
 
 /// Adds the record, or finds that the same was asked for before; whether it is new.
@@ -356,25 +283,38 @@ pub(super) async fn insert(floors: &Floors, record: Record, seen: Seen) -> Resul
     let inserted = floors
         .store
         .catalog()
-        .write(move |tx| match rows::get(tx, &record.id)? {
+        .write(move |tx| match known(tx, &record.id, &seen)? {
+            None if rows::get(tx, &record.id)?.is_some() => Err(id_taken(&record.id, "")),
             None => rows::insert(tx, &record).map(|()| (record, true)),
-            Some(before)
-                if before.name == record.name
-                    && before.owner == record.owner
-                    && before.public == record.public
-                    && before.origin == record.origin =>
-            {
-                Ok((before, false))
-            }
-            Some(before) => {
-                let name = if seen.includes(&before) { format!(", `{}`", before.name) } else { String::new() };
-                let message = format!("the id `{}` belongs to another checkpoint{name}", before.id);
-                Err(Error::new(Kind::AlreadyExists, "ID_TAKEN", message).remedy("choose another id or none"))
-            }
+            Some(before) => same(before, &record).map(|before| (before, false)),
         })
         .await?;
     floors.ingests.note_change(&inserted.0.id);
     Ok(inserted)
+}
+
+/// The record that was made before of the same that `record` asks for.
+///
+/// # Errors
+/// `NO_SUCH_CHECKPOINT`; as [`insert`].
+pub(super) async fn already(floors: &Floors, record: Record, seen: Seen) -> Result<Record> {
+    let find = move |tx: &rusqlite::Connection| match known(tx, &record.id, &seen)? {
+        None => Err(resolve::no_such(&record.id, false)),
+        Some(before) => same(before, &record),
+    };
+    floors.store.catalog().read(find).await
+}
+
+/// The record of an id, if it is of what is asked for now.
+fn same(before: Record, asked: &Record) -> Result<Record> {
+    if before.name == asked.name
+        && before.owner == asked.owner
+        && before.public == asked.public
+        && before.origin == asked.origin
+    {
+        return Ok(before);
+    }
+    Err(id_taken(&before.id, &format!(", `{}`", before.name)))
 }
 
 #[tonic::async_trait]
@@ -456,7 +396,7 @@ impl wire::checkpoints_server::Checkpoints for Service {
         request: Request<wire::RemoveCheckpointRequest>,
     ) -> Result<Response<wire::RemoveCheckpointResponse>, Status> {
         let caller = Caller::of(&request).map_err(status)?;
-        self.remove(request.into_inner(), &caller).await.map(Response::new).map_err(status)
+        self.floors.remove(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn upload_checkpoint(
@@ -465,6 +405,11 @@ impl wire::checkpoints_server::Checkpoints for Service {
     ) -> Result<Response<wire::Checkpoint>, Status> {
         let caller = Caller::of(&request).map_err(status)?;
         upload::receive(&self.floors, request.into_inner(), caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn get_upload(&self, request: Request<wire::GetUploadRequest>) -> Result<Response<wire::Upload>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        upload::get(&self.floors, request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn capture_output(
@@ -505,9 +450,13 @@ mod tests {
 
     #[test]
     fn fresh_ids_are_uuids_and_differ() {
-        let (a, b) = (fresh_id().unwrap(), fresh_id().unwrap());
+        let (a, b) = (CheckpointId::fresh().unwrap(), CheckpointId::fresh().unwrap());
         assert_ne!(a, b);
         assert_eq!(a.as_str().len(), 36);
         assert_eq!(&a.as_str()[14..15], "4");
+        assert!(is_uuid(a.as_str()));
+        for other in ["", "m", "0123456789abcdef0123456789abcdef0123", "g1234567-0123-4123-8123-0123456789ab"] {
+            assert!(!is_uuid(other), "{other}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use crate::catalog::checkpoints::{self as checkpoint_rows, Record, Seen};
 use crate::catalog::jobs as rows;
 use crate::error::{Error, Result};
 use crate::names::JobId;
-use crate::serve::attachments::Wanted;
+use crate::serve::attachments::{EVICTED_MEANWHILE, Wanted, owner_of};
 use crate::units::{now_unix_ms, rfc3339};
 
 /// The end of the year 9999: the last time that RFC 3339 can write.
@@ -45,24 +45,30 @@ impl Service {
         self.floors.store.catalog().read(find).await
     }
 
+    /// Whose a job is, or is to be.
+    ///
     /// # Errors
-    /// `NO_SUCH_JOB` for a job that the caller does not see.
-    async fn check_sees(&self, job: &JobId, caller: &Caller) -> Result<()> {
-        let (key, caller) = (job.to_string(), caller.clone());
-        let seen =
-            move |tx: &rusqlite::Connection| Ok(rows::get(tx, &key)?.is_none_or(|row| caller.is_owner(&row.owner)));
-        if self.floors.store.catalog().read(seen).await? { Ok(()) } else { Err(no_such_job(job.as_str())) }
+    /// `NOT_YOURS`, `JOB_OF_ANOTHER`; `NO_SUCH_JOB` for a job that the caller does not see.
+    async fn owner_of(&self, job: &JobId, asked: String, caller: &Caller) -> Result<String> {
+        let asked = caller.owner_of_new(asked, false)?;
+        let key = job.to_string();
+        let known = self.floors.store.catalog().read(move |tx| rows::get(tx, &key)).await?;
+        if known.as_ref().is_some_and(|row| !caller.is_owner(&row.owner)) {
+            return Err(no_such_job(job.as_str()));
+        }
+        owner_of(known.as_ref(), &asked)
     }
 
-    /// What a job has reserved.
-    async fn reserved(&self, job: &JobId) -> Result<Vec<(Record, String)>> {
-        let job = job.to_string();
+    /// What a job has reserved, which must be for its owner to see, as what it names is.
+    async fn reserved(&self, job: &JobId, owner: String) -> Result<Vec<(Record, String)>> {
+        let (job, seen) = (job.to_string(), Seen::By(owner));
         let find = move |tx: &rusqlite::Connection| {
             let Some(row) = rows::get(tx, &job)? else { return Ok(Vec::new()) };
-            let record = |lease: rows::Lease| {
-                Ok(checkpoint_rows::get(tx, &lease.checkpoint)?.map(|record| (record, lease.subdir)))
+            let record = |lease: rows::Lease| match checkpoint_rows::get(tx, &lease.checkpoint)? {
+                Some(record) if !seen.includes(&record) => Err(reserved_by_another(&row.job)),
+                found => Ok(found.map(|record| (record, lease.subdir.clone()))),
             };
-            row.leases.into_iter().filter_map(|lease| record(lease).transpose()).collect()
+            row.leases.iter().cloned().filter_map(|lease| record(lease).transpose()).collect()
         };
         self.floors.store.catalog().read(find).await
     }
@@ -71,17 +77,20 @@ impl Service {
         self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let expires_ms = end_of_right(request.expires_unix_ms)?;
-        let owner = caller.owner_of_new(request.owner, false)?;
-        self.check_sees(&job, caller).await?;
+        let owner = self.owner_of(&job, request.owner, caller).await?;
         let named = self.named(request.checkpoints, owner.clone(), caller).await?;
+        let records: Vec<Record> = named.iter().map(|(record, _)| record.clone()).collect();
         let row = self.floors.attachments.reserve(&job, &owner, named, expires_ms).await?;
+        for record in records {
+            self.floors.bring_back(&self.floors.find_again(&record.id).await?).await?;
+        }
         self.floors.show_job(row).await
     }
 
     async fn renew(&self, request: wire::RenewLeaseRequest, caller: &Caller) -> Result<wire::Attachment> {
         let job = JobId::new(request.job)?;
-        self.check_sees(&job, caller).await?;
-        let row = self.floors.attachments.renew(&job, end_of_right(request.expires_unix_ms)?).await?;
+        let expires_ms = end_of_right(request.expires_unix_ms)?;
+        let row = self.floors.attachments.renew(&job, caller.owner.as_deref(), expires_ms).await?;
         self.floors.show_job(row.ok_or_else(|| no_such_job(job.as_str()))?).await
     }
 
@@ -89,47 +98,66 @@ impl Service {
         self.floors.admit()?;
         let job = JobId::new(request.job)?;
         let expires_ms = end_of_right(request.expires_unix_ms)?;
-        let owner = caller.owner_of_new(request.owner, false)?;
-        self.check_sees(&job, caller).await?;
+        let owner = self.owner_of(&job, request.owner, caller).await?;
         let named = if request.checkpoints.is_empty() {
-            self.reserved(&job).await?
+            self.reserved(&job, owner.clone()).await?
         } else {
             self.named(request.checkpoints, owner.clone(), caller).await?
         };
+        // What is here stays while others are waited for.
+        let _kept = self.floors.retention.keep(named.iter().map(|(record, _)| record.id.clone()).collect());
+        for (record, _) in &named {
+            self.floors.bring_back(record).await?;
+        }
+        let wanted = Wanted {
+            job,
+            owner,
+            checkpoints: Vec::new(),
+            target: (!request.target.is_empty()).then(|| PathBuf::from(request.target)),
+            pid: request.pid,
+            expires_ms,
+        };
+        loop {
+            let (checkpoints, waited_for) = self.until_attachable(&named, request.lazy).await?;
+            let wanted = Wanted { checkpoints, ..wanted.clone() };
+            // Cancelling the call must not leave an attach half-way: it goes on in a task of its own.
+            let attachments = self.floors.attachments.clone();
+            let row = tokio::spawn(async move { attachments.attach(wanted).await })
+                .await
+                .map_err(|error| Error::internal("attaching ended early").because(error))?;
+            match row {
+                Err(error) if error.reason() == EVICTED_MEANWHILE => {}
+                row => return Ok(wire::Attachment { waited_for, ..self.floors.show_job(row?).await? }),
+            }
+        }
+    }
+
+    /// Waits until all can be attached, and says for which it was waited until they were ready though that was not asked for.
+    async fn until_attachable(
+        &self,
+        named: &[(Record, String)],
+        lazy: bool,
+    ) -> Result<(Vec<(Record, String)>, String)> {
         let mut checkpoints = Vec::with_capacity(named.len());
         let mut waited_for = Vec::new();
         for (record, subdir) in named {
-            let record = if request.lazy {
+            let record = if lazy {
                 let (record, obstacle) = self.floors.until_readable(&record.id).await?;
                 waited_for.extend(obstacle.map(|why| format!("`{}`: {why}", record.name)));
                 record
             } else {
                 self.floors.until_ready(&record.id).await?
             };
-            checkpoints.push((record, subdir));
+            checkpoints.push((record, subdir.clone()));
         }
-        let wanted = Wanted {
-            job,
-            owner,
-            checkpoints,
-            target: (!request.target.is_empty()).then(|| PathBuf::from(request.target)),
-            pid: request.pid,
-            expires_ms,
-        };
-        // Cancelling the call must not leave an attach half-way: it goes on in a task of its own.
-        let attachments = self.floors.attachments.clone();
-        let row = tokio::spawn(async move { attachments.attach(wanted).await })
-            .await
-            .map_err(|error| Error::internal("attaching ended early").because(error))??;
-        Ok(wire::Attachment { waited_for: waited_for.join("; "), ..self.floors.show_job(row).await? })
+        Ok((checkpoints, waited_for.join("; ")))
     }
 
     async fn detach(&self, request: wire::DetachCheckpointsRequest, caller: &Caller) -> Result<wire::Attachment> {
         let job = JobId::new(request.job)?;
-        self.check_sees(&job, caller).await?;
         let attachments = self.floors.attachments.clone();
-        let detaching = job.clone();
-        let row = tokio::spawn(async move { attachments.detach(&detaching).await })
+        let (detaching, owner) = (job.clone(), caller.owner.clone());
+        let row = tokio::spawn(async move { attachments.detach(&detaching, owner.as_deref()).await })
             .await
             .map_err(|error| Error::internal("detaching ended early").because(error))??;
         self.floors.show_job(row.ok_or_else(|| no_such_job(job.as_str()))?).await
@@ -137,14 +165,12 @@ impl Service {
 
     async fn release(&self, request: wire::ReleaseJobRequest, caller: &Caller) -> Result<wire::ReleaseJobResponse> {
         let job = JobId::new(request.job)?;
-        if self.check_sees(&job, caller).await.is_err() {
-            // Of a job that is not there nothing is left to release, and the answer is the same.
-            return Ok(wire::ReleaseJobResponse {});
-        }
-        let attachments = self.floors.attachments.clone();
-        tokio::spawn(async move { attachments.release(&job).await })
+        let (attachments, owner) = (self.floors.attachments.clone(), caller.owner.clone());
+        // Of a job that is not there, or another's, nothing is left to release, and the answer is the same.
+        tokio::spawn(async move { attachments.release(&job, owner.as_deref()).await })
             .await
             .map_err(|error| Error::internal("releasing ended early").because(error))??;
+        self.floors.retention.wake();
         Ok(wire::ReleaseJobResponse {})
     }
 
@@ -196,6 +222,13 @@ fn of_another(tx: &rusqlite::Connection, wanted: &wire::CheckpointRef, seen: &Se
     );
     let error = Error::not_found("NOT_THE_JOBS_OWNERS", message).fact("checkpoint", &record.id);
     Some(error.remedy(format!("name the job's owner: `--owner {}`", record.owner)))
+}
+
+/// Why a job is not given what it has a right to: an older version of ckptd forgot whose the job was.
+fn reserved_by_another(job: &str) -> Error {
+    let message = format!("the job {job} has a right to a checkpoint that is not for its owner to see");
+    let error = Error::not_found("NOT_THE_JOBS_OWNERS", message).fact("job", job);
+    error.remedy(format!("`ckptctl release {job}`, then attach it for the owner of the checkpoint"))
 }
 
 fn no_such_job(job: &str) -> Error {

@@ -12,6 +12,7 @@ impl Floors {
         let id = record.id.clone();
         self.store.catalog().write(move |tx| retention::set_pinned(tx, &id, pinned)).await?;
         self.ingests.note_change(&record.id);
+        self.retention.wake();
         let record = self.find(record.id, caller).await?;
         self.show(record, caller).await
     }
@@ -22,6 +23,8 @@ impl Floors {
         let own = self.store.catalog().read(move |tx| accounting::own_figures(tx, &key)).await?;
         let (figures, checkpoints) = (own.figures, own.checkpoints);
         let usage = wire::OwnerUsage {
+            quota_bytes: self.ingests.quotas().of(&owner).unwrap_or(0),
+            charged_bytes: own.charged_bytes,
             owner,
             checkpoints,
             logical_bytes: figures.logical_bytes,
@@ -45,6 +48,7 @@ impl Floors {
         }
         let (owners, totals) =
             self.store.catalog().read(|tx| Ok((accounting::by_owner(tx)?, accounting::totals(tx)?))).await?;
+        let (standing, bounds) = (self.retention.standing().await?, self.store.bounds());
         let disk = self.store.disk().clone();
         let (occupied, filesystem) =
             tokio::task::spawn_blocking(move || Ok::<_, Error>((disk.occupied()?, disk.filesystem()?)))
@@ -58,6 +62,8 @@ impl Floors {
             unique_bytes: usage.figures.unique_bytes,
             shared_bytes: usage.figures.shared_bytes,
             physical_bytes: usage.figures.physical_bytes,
+            quota_bytes: self.ingests.quotas().of(owner).unwrap_or(0),
+            charged_bytes: usage.charged_bytes,
         });
         Ok(wire::Usage {
             logical_bytes: owners.values().map(|usage| usage.figures.logical_bytes).sum(),
@@ -71,7 +77,11 @@ impl Floors {
             catalog_bytes: occupied.catalog_bytes,
             other_bytes: filesystem.used_bytes.saturating_sub(ours),
             filesystem_bytes: filesystem.bytes,
-            capacity_bytes: if self.facts.capacity_bytes == 0 { filesystem.bytes } else { self.facts.capacity_bytes },
+            capacity_bytes: if bounds.capacity_bytes == 0 { filesystem.bytes } else { bounds.capacity_bytes },
+            evictable_bytes: standing.evictable_bytes,
+            leased_bytes: standing.leased_bytes,
+            pinned_bytes: standing.pinned_bytes,
+            not_refetchable_bytes: standing.not_refetchable_bytes,
             free_bytes: filesystem.free_bytes,
             owners: shown.collect(),
         })

@@ -10,15 +10,20 @@
 mod access;
 mod ahead;
 pub mod caller;
+mod capture;
 pub mod catalogue;
 mod checkpoints;
+mod evict;
+mod heal;
 mod jobs;
 mod keeping;
 pub mod listen;
 mod node;
 mod records;
 mod refusal;
+mod removal;
 mod resolve;
+mod scrub;
 pub mod tls;
 mod upload;
 mod watch;
@@ -37,6 +42,8 @@ use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Result};
 use crate::ingest::Ingests;
 use crate::limits;
+use crate::retain::Retention;
+use crate::retain::scrub::Scrubber;
 use crate::serve::attachments::Attachments;
 use crate::source::local::Tokens;
 use crate::store::Store;
@@ -46,6 +53,7 @@ use access::{Access, Door};
 use caller::Roles;
 use catalogue::Catalogue;
 pub use listen::{Listeners, bind, bind_tcp, take_listener};
+pub use upload::Uploads;
 use wire::checkpoints_server::CheckpointsServer;
 use wire::jobs_server::JobsServer;
 use wire::node_server::NodeServer;
@@ -63,8 +71,14 @@ pub struct Floors {
     pub store: Store,
     /// Filling.
     pub ingests: Ingests,
+    /// Room in the store.
+    pub retention: Retention,
+    /// Reading again what is at rest.
+    pub scrubber: Scrubber,
     /// Jobs and views.
     pub attachments: Attachments,
+    /// Uploads under way.
+    pub uploads: Arc<Uploads>,
     /// Tokens of local transfers, where the daemon listens for them.
     pub tokens: Option<Arc<Tokens>>,
     /// Facts that hold as long as the process.
@@ -78,13 +92,11 @@ pub struct Facts {
     pub started: Instant,
     /// Runtime directory.
     pub runtime_dir: PathBuf,
-    /// Bytes the store may occupy; 0: the whole filesystem.
-    pub capacity_bytes: u64,
     /// Public checkpoints that can be made by name.
     pub catalogue: Catalogue,
     /// Who holds the mounts' descriptors: `systemd`, `keeper`, `none`.
     pub holder: &'static str,
-    /// How often the keeper has restarted the daemon.
+    /// How often the keeper or systemd has started the daemon again.
     pub restarts: u32,
 }
 
@@ -92,6 +104,7 @@ impl Floors {
     /// Stops taking work and filling; what is mounted stays, and is served. Another start ends it.
     pub async fn drain(&self) {
         tracing::info!("no new work is taken");
+        self.scrubber.stop();
         self.ingests.pause().await;
     }
 

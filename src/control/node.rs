@@ -61,6 +61,7 @@ impl Service {
             restarts: floors.facts.restarts,
             draining: floors.ingests.is_paused(),
             reconciled: floors.attachments.reconciled().to_string(),
+            scrub: floors.last_scrub(),
         })
     }
 
@@ -131,6 +132,19 @@ impl wire::node_server::Node for Service {
     async fn drain(&self, _request: Request<wire::DrainRequest>) -> Result<Response<wire::DrainResponse>, Status> {
         self.floors.drain().await;
         Ok(Response::new(wire::DrainResponse {}))
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Result<Response<wire::EvictCheckpointsResponse>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.evict(request.into_inner(), &caller).await.map(Response::new).map_err(status)
+    }
+
+    async fn start_scrub(&self, request: Request<wire::StartScrubRequest>) -> Result<Response<wire::Scrub>, Status> {
+        let caller = Caller::of(&request).map_err(status)?;
+        self.floors.start_scrub(request.into_inner(), &caller).await.map(Response::new).map_err(status)
     }
 
     async fn get_usage(&self, request: Request<wire::GetUsageRequest>) -> Result<Response<wire::Usage>, Status> {

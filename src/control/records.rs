@@ -2,14 +2,14 @@
 
 use rusqlite::Connection;
 
-use super::caller::{Caller, NO_ROOM, NO_ROOM_REMEDY, ROOM_OF_THE_HOST};
+use super::caller::Caller;
 use super::catalogue::Catalogue;
 use super::{Floors, wire};
 use crate::catalog::accounting::{self, Figures};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::Event;
 use crate::catalog::jobs::{JobRow, JobState};
-use crate::error::Result;
+use crate::error::{NO_ROOM, NO_ROOM_REMEDY, Result, tells_of_the_host};
 use crate::source::{self, SourceKind};
 
 const fn state(state: State) -> wire::CheckpointState {
@@ -104,7 +104,8 @@ impl Floors {
             shared_bytes: figures.shared_bytes,
             physical_bytes: figures.physical_bytes,
             pinned: record.pinned,
-            used_unix_ms: record.used_ms,
+            // What is public is used by others too.
+            used_unix_ms: if confined && record.public { 0 } else { record.used_ms },
             created_unix_ms: record.created_ms,
             transfer: None,
         }
@@ -124,7 +125,7 @@ fn footprint(tx: &Connection, record: &Record, confined: bool) -> Result<Figures
 
 /// Why a record failed. How much room the host has is not for a confined caller: it would tell what others have.
 fn shown_failure(failure: checkpoints::Failure, confined: bool) -> wire::Failure {
-    let of_the_host = confined && ROOM_OF_THE_HOST.contains(&failure.reason.as_str());
+    let of_the_host = confined && tells_of_the_host(&failure.reason);
     let (message, remedy) =
         if of_the_host { (NO_ROOM.to_owned(), NO_ROOM_REMEDY.to_owned()) } else { (failure.message, failure.remedy) };
     wire::Failure { code: failure.code, reason: failure.reason, message, remedy }

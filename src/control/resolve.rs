@@ -5,7 +5,7 @@ use rusqlite::Connection;
 use super::Floors;
 use super::caller::Caller;
 use crate::catalog::checkpoints::{self, Record, Seen, State};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, NO_ROOM, Result, tells_of_the_host};
 use crate::ingest::Arrival;
 
 /// The one visible checkpoint that `reference` (id, or a name borne by one) means.
@@ -27,12 +27,15 @@ pub(super) fn record(tx: &Connection, reference: &str, seen: &Seen, public: bool
         .fact("ids", ids.join(","))
         .remedy("use one of the ids"));
     }
-    found.pop().ok_or_else(|| {
-        let what = if public { "public checkpoint" } else { "checkpoint" };
-        Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no {what} `{reference}`"))
-            .fact("checkpoint", reference)
-            .remedy("`ckptctl list` shows what there is")
-    })
+    found.pop().ok_or_else(|| no_such(reference, public))
+}
+
+/// That `reference` means nothing.
+pub(super) fn no_such(reference: &str, public: bool) -> Error {
+    let what = if public { "public checkpoint" } else { "checkpoint" };
+    Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no {what} `{reference}`"))
+        .fact("checkpoint", reference)
+        .remedy("`ckptctl list` shows what there is")
 }
 
 /// [`record`] for whoever is to change it: it must be the caller's.
@@ -51,7 +54,10 @@ pub(super) fn own(tx: &Connection, reference: &str, caller: &Caller) -> Result<R
 /// As [`own`].
 pub(super) fn removable(tx: &Connection, reference: &str, caller: &Caller) -> Result<Record> {
     match checkpoints::get(tx, reference)? {
-        Some(removing) if removing.state == State::Removing && caller.sees().includes(&removing) => Ok(removing),
+        Some(removing) if removing.state == State::Removing && caller.sees().includes(&removing) => {
+            caller.check_owns(&removing)?;
+            Ok(removing)
+        }
         _ => own(tx, reference, caller),
     }
 }
@@ -69,10 +75,10 @@ impl Floors {
         self.store.catalog().read(move |tx| own(tx, &reference, &caller)).await
     }
 
-    /// Waits until a checkpoint can be attached.
+    /// Waits until a checkpoint can be attached; one that was evicted is filled again.
     ///
     /// # Errors
-    /// `CHECKPOINT_FAILED` with the recorded cause, `CHECKPOINT_EVICTED`, `DRAINING`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
+    /// `CHECKPOINT_FAILED` with the recorded cause, `DRAINING`; `NO_SUCH_CHECKPOINT` when it is removed meanwhile.
     pub(super) async fn until_ready(&self, id: &str) -> Result<Record> {
         let mut changes = self.ingests.changes();
         loop {
@@ -85,11 +91,8 @@ impl Floors {
                 State::Ready => return Ok(record),
                 State::Failed => return Err(failed(&record)),
                 State::Evicted => {
-                    return Err(Error::wrong_state(
-                        "CHECKPOINT_EVICTED",
-                        format!("the bytes of `{}` were given up", record.name),
-                    )
-                    .remedy(format!("`ckptctl retry {}` fills it again", record.id)));
+                    self.bring_back(&record).await?;
+                    continue;
                 }
                 State::New | State::Filling | State::Removing => {}
             }
@@ -133,6 +136,10 @@ impl Floors {
                     return Ok((self.until_ready(id).await?, Some(why)));
                 }
                 (Some(record), _) if matches!(record.state, State::New | State::Filling) => {}
+                (Some(record), _) if record.state == State::Evicted => {
+                    self.bring_back(&record).await?;
+                    continue;
+                }
                 _ => return Ok((self.until_ready(id).await?, None)),
             }
             self.wait_for(&mut changes, id).await?;
@@ -142,8 +149,51 @@ impl Floors {
 
 /// Why a failed checkpoint cannot be used.
 pub(super) fn failed(record: &Record) -> Error {
-    let why = record.failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.message));
+    let why = match &record.failure {
+        // Whoever asks may be a tenant; operators find the figures in the record.
+        Some(failure) if tells_of_the_host(&failure.reason) => format!(": {NO_ROOM}"),
+        Some(failure) => format!(": {}", failure.message),
+        None => String::new(),
+    };
     Error::new(Kind::WrongState, "CHECKPOINT_FAILED", format!("the checkpoint `{}` failed{why}", record.name))
         .fact("checkpoint", &record.id)
+        .fact("cause", record.failure.as_ref().map_or("", |failure| failure.reason.as_str()))
         .remedy(format!("mend the cause, then `ckptctl retry {}`", record.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Catalog;
+    use crate::control::caller::Role;
+
+    #[tokio::test]
+    async fn a_public_one_that_is_being_removed_is_not_an_owners_to_remove() {
+        let directory = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&directory.path().join("catalog.db")).unwrap();
+        let record = Record {
+            id: "i".into(),
+            name: "n".into(),
+            owner: String::new(),
+            public: true,
+            state: State::Removing,
+            origin: checkpoints::Origin { kind: "web".into(), uri: "u".into(), options: Default::default() },
+            revision: String::new(),
+            manifest: None,
+            files: 0,
+            logical_bytes: 0,
+            failure: None,
+            created_ms: 0,
+            in_place: None,
+            pinned: false,
+            used_ms: 0,
+            secrets_given: false,
+        };
+        catalog.write(move |tx| checkpoints::insert(tx, &record)).await.unwrap();
+        for (owner, reason) in [(None, None), (Some("a"), Some("NOT_YOURS"))] {
+            let caller = Caller { name: "c".into(), role: Role::Tenant, owner: owner.map(str::to_owned) };
+            let found = catalog.read(move |tx| removable(tx, "i", &caller)).await;
+            assert_eq!(found.as_ref().err().map(Error::reason), reason, "{owner:?}");
+        }
+    }
 }

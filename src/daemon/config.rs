@@ -16,12 +16,15 @@ use toml::{Table, Value};
 use crate::certificates::CertificateFiles;
 use crate::control::caller::Roles;
 use crate::error::{Error, Result};
+use crate::ingest::quota::Quotas;
 use crate::limits;
+use crate::retain::scrub::Pacing;
 use crate::source::egress::Cidr;
 use crate::source::{Datastore, Datastores};
+use crate::store::room::Bounds;
 use values::{
-    absolute_path, at_least, attempts, auto_or_never, base_url, bytes, file_or_none, listen_address, listen_addresses,
-    networks, owners, path_or_empty, peers, seconds, set, tenants,
+    absolute_path, at_least, attempts, auto_or_never, base_url, bytes, bytes_of_owners, days, file_or_none, fraction,
+    listen_address, listen_addresses, networks, owners, path_or_empty, peers, seconds, set, tenants,
 };
 
 /// Where the packaged service keeps its configuration.
@@ -32,6 +35,9 @@ const PREFIX: &str = "CKPTD_";
 
 /// Variables with our prefix that are no keys: they belong to `ckptctl`.
 const NOT_KEYS: &[&str] = &["CKPTD_ENDPOINT", "CKPTD_OWNER", "CKPTD_TLS_CERTIFICATE", "CKPTD_TLS_KEY", "CKPTD_TLS_CA"];
+
+/// Seconds of a day.
+const DAY_SECONDS: u64 = 86_400;
 
 /// Where systemd puts the credentials of a service that has some; our default where it is set.
 const SYSTEMD_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
@@ -45,6 +51,10 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// Physical bytes the store may occupy; 0: the whole filesystem.
     pub capacity_bytes: u64,
+    /// Above so many thousandths of what the store may occupy, checkpoints that can be fetched again are evicted.
+    pub high_watermark: u64,
+    /// Down to so many.
+    pub low_watermark: u64,
     /// Logical bytes one checkpoint may have.
     pub checkpoint_bytes: u64,
     /// Bytes that the store's disk is to read ahead at least; 0: as it is.
@@ -53,6 +63,8 @@ pub struct Config {
     pub passthrough: bool,
     /// Whether a kernel that can is asked again for what a dead daemon had taken.
     pub resend: bool,
+    /// How what is at rest is read again.
+    pub scrub: Pacing,
     /// How long rights that are over at a start, or when the clock was set, may still be renewed.
     pub lease_grace: Duration,
     /// Networks that sources may reach besides public addresses.
@@ -71,7 +83,7 @@ pub struct Config {
     pub http_listen: Option<SocketAddr>,
     /// Base URL by which others reach that listener; empty: its address.
     pub http_url: String,
-    /// Silence after which an upload by HTTP is dropped.
+    /// Silence after which an upload is dropped.
     pub upload_idle: Duration,
     /// Where gRPC by TCP is listened for, if at all.
     pub tls_listen: Vec<SocketAddr>,
@@ -79,6 +91,8 @@ pub struct Config {
     pub certificates: CertificateFiles,
     /// Who may do what.
     pub roles: Roles,
+    /// How much owners may keep.
+    pub quotas: Quotas,
     /// Directories that are mounted on this host and served from.
     pub datastores: Datastores,
 }
@@ -89,10 +103,13 @@ impl Default for Config {
             state_dir: PathBuf::from("/var/lib/ckptd"),
             runtime_dir: PathBuf::from("/run/ckptd"),
             capacity_bytes: 0,
+            high_watermark: Bounds::default().high_thousandths,
+            low_watermark: Bounds::default().low_thousandths,
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             read_ahead_bytes: limits::READ_AHEAD_DEFAULT,
             passthrough: true,
             resend: true,
+            scrub: Pacing { bytes_per_s: limits::SCRUB_RATE_DEFAULT, every: Duration::from_secs(30 * DAY_SECONDS) },
             lease_grace: Duration::from_secs(60),
             allow_networks: Vec::new(),
             attempts: crate::ingest::retry::ATTEMPTS_DEFAULT,
@@ -106,6 +123,7 @@ impl Default for Config {
             tls_listen: Vec::new(),
             certificates: CertificateFiles::default(),
             roles: Roles::default(),
+            quotas: Quotas::default(),
             datastores: Datastores::default(),
         }
     }
@@ -124,10 +142,14 @@ const KEYS: &[Key] = &[
     Key { name: "store.state_dir", read: |config, value| set(&mut config.state_dir, absolute_path(value)) },
     Key { name: "store.runtime_dir", read: |config, value| set(&mut config.runtime_dir, absolute_path(value)) },
     Key { name: "store.capacity", read: |config, value| set(&mut config.capacity_bytes, bytes(value)) },
+    Key { name: "store.high_watermark", read: |config, value| set(&mut config.high_watermark, fraction(value)) },
+    Key { name: "store.low_watermark", read: |config, value| set(&mut config.low_watermark, fraction(value)) },
     Key { name: "store.checkpoint_limit", read: |config, value| set(&mut config.checkpoint_bytes, at_least(value, 1)) },
     Key { name: "store.read_ahead", read: |config, value| set(&mut config.read_ahead_bytes, bytes(value)) },
     Key { name: "serve.passthrough", read: |config, value| set(&mut config.passthrough, auto_or_never(value)) },
     Key { name: "serve.resend", read: |config, value| set(&mut config.resend, auto_or_never(value)) },
+    Key { name: "scrub.rate", read: |config, value| set(&mut config.scrub.bytes_per_s, bytes(value)) },
+    Key { name: "scrub.every_days", read: |config, value| set(&mut config.scrub.every, days(value)) },
     Key { name: "leases.grace_s", read: |config, value| set(&mut config.lease_grace, seconds(value)) },
     Key { name: "sources.allow_networks", read: |config, value| set(&mut config.allow_networks, networks(value)) },
     Key { name: "sources.attempts", read: |config, value| set(&mut config.attempts, attempts(value)) },
@@ -161,6 +183,8 @@ const KEYS: &[Key] = &[
     Key { name: "access.schedulers", read: |config, value| set(&mut config.roles.schedulers, peers(value)) },
     Key { name: "access.tenants", read: |config, value| set(&mut config.roles.tenants, tenants(value)) },
     Key { name: "access.readers", read: |config, value| set(&mut config.roles.readers, peers(value)) },
+    Key { name: "quotas.default", read: |config, value| set(&mut config.quotas.default_bytes, bytes(value)) },
+    Key { name: "quotas.owners", read: |config, value| set(&mut config.quotas.owners, bytes_of_owners(value)) },
 ];
 
 type ReadOf<T> = fn(&mut T, &Value) -> std::result::Result<(), String>;
@@ -242,6 +266,10 @@ pub fn examine(
             problems.push(Problem { place, what: "must be given: where the datastore is mounted".to_owned() });
         }
     }
+    if config.low_watermark > config.high_watermark {
+        let what = "must not be above `store.high_watermark`".to_owned();
+        problems.push(Problem { place: "store.low_watermark".to_owned(), what });
+    }
     let files = [
         ("tls.certificate", &config.certificates.certificate),
         ("tls.key", &config.certificates.key),
@@ -318,6 +346,8 @@ fn flatten<'a>(prefix: &str, table: &'a Table, leaves: &mut Vec<(String, &'a Val
     for (key, value) in table {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {
+            // A key whose value is a table.
+            Value::Table(_) if KEYS.iter().any(|key| key.name == name) => leaves.push((name, value)),
             // An empty one has no key that could be unknown.
             Value::Table(inner) if inner.is_empty() && !is_section(&name) => leaves.push((name, value)),
             Value::Table(inner) => flatten(&name, inner, leaves),
@@ -463,6 +493,45 @@ mod tests {
             assert_eq!(problems_of(&format!("[http]\nlisten = {text}\n"), &[]).1.len(), 1, "{text}");
         }
         assert_eq!(problems_of("[http]\nurl = 'h:1'\n", &[]).1.len(), 1);
+    }
+
+    #[test]
+    fn quotas_are_of_all_owners_and_of_some_by_name() {
+        let owners = |config: &Config| config.quotas.owners.clone().into_iter().collect::<Vec<_>>();
+        let expected = vec![("b c".to_owned(), 0), ("team-a".to_owned(), 2_000_000_000_000)];
+        for text in [
+            "[quotas]\ndefault = 5\n[quotas.owners]\n\"team-a\" = 2_000_000_000_000\n\"b c\" = 0\n",
+            "[quotas]\ndefault = 5\nowners = { \"team-a\" = 2_000_000_000_000, \"b c\" = 0 }\n",
+        ] {
+            let (config, problems) = problems_of(text, &[]);
+            assert_eq!(problems, []);
+            assert_eq!((config.quotas.default_bytes, owners(&config)), (5, expected.clone()));
+        }
+        let environment = [
+            ("CKPTD_QUOTAS__DEFAULT", "6"),
+            ("CKPTD_QUOTAS__OWNERS", "{ \"team-a\" = 2_000_000_000_000, \"b c\" = 0 }"),
+        ];
+        let (config, problems) = problems_of("[quotas.owners]\nx = 1\n", &environment);
+        assert_eq!(problems, []);
+        assert_eq!((config.quotas.default_bytes, owners(&config)), (6, expected));
+    }
+
+    #[test]
+    fn quotas_that_cannot_be_are_reported() {
+        let text = "[quotas]\ndefault = 'much'\npublic = 1\n\n[quotas.owners]\na = 1\n\"b\" = -1\n";
+        let (_, problems) = problems_of(text, &[("CKPTD_QUOTAS__OWNERS", "7")]);
+        let found: Vec<_> = problems.iter().map(|problem| (problem.place.as_str(), problem.what.as_str())).collect();
+        for ((at, what), (place, words)) in found.iter().zip([
+            ("file:2", "`quotas.default` must be a number of bytes"),
+            ("file:3", "there is no key `quotas.public`"),
+            ("file:5", "`quotas.owners` is wrong: `b` must be a number of bytes"),
+            ("CKPTD_QUOTAS__OWNERS", "must be a table of owners"),
+        ]) {
+            assert!(*at == place && what.contains(words), "{found:#?}");
+        }
+        assert_eq!(problems.len(), 4, "{found:#?}");
+        let (_, problems) = problems_of("[quotas.owners]\n\" a\" = 1\n", &[]);
+        assert!(problems[0].what.contains("owner"), "{problems:?}");
     }
 
     #[test]

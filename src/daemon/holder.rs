@@ -12,15 +12,19 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
+use super::keeper::STEADY;
 use super::notify;
-use crate::catalog::Catalog;
+use super::starts::Starts;
+use crate::catalog::{CATALOG_STOPPED, Catalog};
 use crate::error::{Error, Result};
 use crate::serve::{HandedOver, Keeper, Keeping};
 
@@ -49,6 +53,10 @@ const VARIABLES: &[&str] = &[
 /// How long a holder may take to deal with what it was told. It does nothing else.
 const BARRIER_MS: u16 = 5000;
 
+/// Half periods of the watchdog that a write may take: a disk that is written to at full speed holds up a sync for long, and a successor would
+/// wait for the same disk.
+const WRITE_PERIODS: u32 = 8;
+
 /// What the process was started with.
 #[derive(Default)]
 pub struct Inherited {
@@ -61,6 +69,23 @@ pub struct Inherited {
 }
 
 impl Inherited {
+    /// Counts this start where systemd holds descriptors, which the keeper does by itself, and waits if those before it failed. Before anything
+    /// that may fail.
+    pub fn count_start(&mut self) {
+        let holder = &mut self.holder;
+        // Of several, the first is where the sockets are.
+        let given = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+        let directory = given.split(':').next().filter(|directory| !directory.is_empty());
+        if holder.is_keeper || holder.notifier.is_none() {
+            return;
+        }
+        let Some(directory) = directory else { return };
+        let starts = Starts::count(Path::new(directory), |why| holder.say(&format!("STATUS={why}")));
+        holder.restarts = starts.restarts();
+        holder.ended = starts.ended().map(str::to_owned);
+        holder.starts = Some(Arc::new(starts));
+    }
+
     /// The part that concerns sessions.
     pub(super) fn keeping(&mut self) -> Keeping {
         let keeper = self.holder.notifier.clone().map(|notifier| notifier as Arc<dyn Keeper>);
@@ -76,6 +101,7 @@ pub struct Holder {
     is_keeper: bool,
     restarts: u32,
     ended: Option<String>,
+    starts: Option<Arc<Starts>>,
 }
 
 struct Notifier(UnixDatagram);
@@ -100,6 +126,7 @@ pub unsafe fn take_over() -> Inherited {
         is_keeper: read(RESTARTS).is_some(),
         restarts: number(RESTARTS).and_then(|count| u32::try_from(count).ok()).unwrap_or(0),
         ended: read(ENDED),
+        starts: None,
     };
     for variable in VARIABLES {
         // SAFETY: no other thread reads the environment.
@@ -157,12 +184,12 @@ impl Holder {
         }
     }
 
-    /// How often the keeper has restarted the daemon; 0 where it is not known.
+    /// How often the keeper, or systemd since the host's boot, has started the daemon again; 0 where there is neither.
     pub fn restarts(&self) -> u32 {
         self.restarts
     }
 
-    /// How the predecessor ended, where the keeper says.
+    /// How the predecessor ended, where that is known.
     pub fn ended(&self) -> Option<&str> {
         self.ended.as_deref()
     }
@@ -175,19 +202,49 @@ impl Holder {
     /// Says that the daemon is about to end.
     pub fn stopping(&self) {
         self.say("STOPPING=1\nSTATUS=stopping");
+        if let Some(starts) = &self.starts {
+            starts.stopped();
+        }
     }
 
-    /// Proves, as long as it is polled, that the runtime runs and the catalog answers; a proof that is missing ends the daemon.
+    /// Notes, when the daemon has answered for a while, that its start did not fail; never resolves.
+    pub async fn settle(&self) {
+        tokio::time::sleep(STEADY).await;
+        if let Some(starts) = &self.starts {
+            starts.steady();
+        }
+        std::future::pending::<()>().await;
+    }
+
+    /// Proves, as long as it is polled, that the runtime runs and the catalog answers who reads and who writes; a proof that is missing ends
+    /// the daemon.
     pub async fn watch(self, catalog: Catalog) {
         let Some(period) = self.watchdog.map(|period| period / 2) else { return std::future::pending().await };
-        loop {
-            match tokio::time::timeout(period, catalog.read(|_| Ok(()))).await {
-                Ok(Ok(())) => self.say("WATCHDOG=1"),
-                Ok(Err(error)) => tracing::error!(error = %error.report(), "the catalog does not answer"),
-                Err(_) => tracing::error!("the catalog does not answer"),
+        let writes_hang = AtomicBool::new(false);
+        let writing = async {
+            loop {
+                let outcome = tokio::time::timeout(period * WRITE_PERIODS, catalog.write(|_| Ok(()))).await;
+                // An error of SQLite is an answer: a full disk is no reason to end.
+                let hangs = match outcome {
+                    Ok(answer) => answer.is_err_and(|error| error.reason() == CATALOG_STOPPED),
+                    Err(_) => true,
+                };
+                writes_hang.store(hangs, Ordering::Relaxed);
+                tokio::time::sleep(period).await;
             }
-            tokio::time::sleep(period).await;
-        }
+        };
+        let reading = async {
+            loop {
+                match tokio::time::timeout(period, catalog.read(|_| Ok(()))).await {
+                    _ if writes_hang.load(Ordering::Relaxed) => tracing::error!("the catalog takes no writes"),
+                    Ok(Ok(())) => self.say("WATCHDOG=1"),
+                    Ok(Err(error)) => tracing::error!(error = %error.report(), "the catalog does not answer"),
+                    Err(_) => tracing::error!("the catalog does not answer"),
+                }
+                tokio::time::sleep(period).await;
+            }
+        };
+        tokio::join!(writing, reading);
     }
 
     fn say(&self, text: &str) {

@@ -13,6 +13,9 @@
 //! go the descriptors: files that the kernel reads itself go on while they are open, everything else of the mounts is dead until
 //! the next start, which mounts anew. The watchdog kills a daemon that gives no sign of life.
 //!
+//! **Memory**: it and its daemon are the last to be killed for it, as under systemd (`OOMScoreAdjust=`): every job's reads wait for them, and they hold little. Should the
+//! kernel do it all the same, that is a SIGKILL like any other.
+//!
 //! A keeper that is killed does not take the daemon with it: jobs need the mounts more than the daemon needs a keeper. The next keeper
 //! waits, with growing pauses, until that daemon has ended.
 
@@ -40,7 +43,7 @@ use super::notify::{self, Message};
 use crate::error::{Error, Result};
 
 /// A daemon that was ready for so long has not failed at its start.
-const STEADY: Duration = Duration::from_secs(1);
+pub(super) const STEADY: Duration = Duration::from_secs(1);
 
 /// Pause before the third start in a row; each further one is twice as long.
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
@@ -56,6 +59,9 @@ const WATCHDOG_VARIABLE: &str = "CKPTD_KEEPER_WATCHDOG_MS";
 
 /// Descriptors that are held at most: far more than sessions can be.
 const DESCRIPTORS: usize = 1 << 16;
+
+/// Where a program says how readily it is killed for memory (`proc_pid_oom_score_adj(5)`), and what the unit says too.
+const OOM_SCORE: (&str, &str) = ("/proc/self/oom_score_adj", "-900");
 
 /// Exit code of a child that could not begin.
 const NOT_BEGUN: i32 = 127;
@@ -99,6 +105,10 @@ struct Child {
 impl Keeping {
     fn begin(arguments: Vec<OsString>) -> io::Result<Self> {
         super::raise_descriptor_limit();
+        // The daemon inherits it.
+        if let Err(error) = std::fs::write(OOM_SCORE.0, OOM_SCORE.1) {
+            tracing::warn!(%error, "jobs' memory may cost the daemon its life: its oom_score_adj stays as it is");
+        }
         let name = format!("ckptd-keeper-{}", std::process::id());
         let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
         setsockopt(&socket, sockopt::PassCred, &true)?;
@@ -311,7 +321,8 @@ impl Keeping {
     }
 }
 
-fn pause(in_a_row: u32) -> Duration {
+/// How long a start waits after `in_a_row` that failed.
+pub(super) fn pause(in_a_row: u32) -> Duration {
     match in_a_row {
         0 | 1 => Duration::ZERO,
         more => PAUSE_FIRST.saturating_mul(1 << (more - 2).min(10)).min(PAUSE_MAX),

@@ -14,6 +14,7 @@ pub mod logging;
 mod notify;
 pub mod quickstart;
 mod recover;
+mod starts;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,10 +25,12 @@ use tokio::net::TcpListener;
 use crate::control::caller::Roles;
 use crate::control::catalogue::Catalogue;
 use crate::control::tls::Certificates;
-use crate::control::{self, Facts, Floors, Listeners};
+use crate::control::{self, Facts, Floors, Listeners, Uploads};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
-use crate::ingest::{Connector, Ingests, Settings};
+use crate::ingest::{Connector, Ingests, MakeRoom, Settings};
+use crate::retain::Retention;
+use crate::retain::scrub::Scrubber;
 use crate::serve::attachments::{Attachments, KernelWishes};
 use crate::source::egress::EgressPolicy;
 use crate::source::local::Tokens;
@@ -35,6 +38,7 @@ use crate::source::{
     self, Credentials, CredentialsDirectory, Datastores, HttpSettings, SourceContext, SourceKind, SourceSpec,
 };
 use crate::store::Store;
+use crate::store::room::Bounds;
 use config::Config;
 use holder::{Holder, Inherited};
 
@@ -122,7 +126,8 @@ impl Instance {
     pub async fn run(self, stop: impl Future<Output = ()>) -> Result<()> {
         let attachments = self.floors.attachments.clone();
         let (holder, catalog) = (self.holder.clone(), self.floors.store.catalog().clone());
-        let floors = self.floors.clone();
+        let (floors, healing) = (self.floors.clone(), self.floors.clone());
+        let (retention, changes) = (self.floors.retention.clone(), self.floors.ingests.changes());
         let (leases, lease_grace) = (self.floors.attachments.clone(), self.lease_grace);
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
@@ -149,7 +154,10 @@ impl Instance {
             () = patience => Ok(()),
             () = web => Ok(()),
             () = leases.end_leases(lease_grace) => Ok(()),
-            () = self.holder.watch(catalog) => Ok(()),
+            () = retention.run(changes) => Ok(()),
+            () = healing.heal_from_sources() => Ok(()),
+            () = self.holder.settle() => Ok(()),
+            () = self.holder.clone().watch(catalog) => Ok(()),
         };
         if self.bound {
             let _ = std::fs::remove_file(&self.socket);
@@ -194,21 +202,35 @@ async fn compose(
     started: Instant,
     mut inherited: Inherited,
 ) -> Result<Floors> {
+    let store = store.within(Bounds {
+        capacity_bytes: config.capacity_bytes,
+        high_thousandths: config.high_watermark,
+        low_thousandths: config.low_watermark,
+    });
     let runtime_dir = config.runtime_dir.clone();
     let (on, below) = (store.clone(), runtime_dir.clone());
+    let retention = Retention::new(store.clone());
+    let scrubber = Scrubber::start(store.clone(), config.scrub)?;
+    let asked = retention.clone();
+    let make_room: MakeRoom = Arc::new(move |bytes| {
+        let retention = asked.clone();
+        Box::pin(async move { retention.make_room(bytes).await })
+    });
     let datastores = Arc::new(config.datastores.clone());
     let known = datastores.clone();
     let ingests = Ingests::new(
         store.clone(),
         connector(config, &store, datastores)?,
+        make_room,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
             checkpoint_bytes: config.checkpoint_bytes,
             attempts: config.attempts,
-            capacity_bytes: config.capacity_bytes,
+            quotas: Arc::new(config.quotas.clone()),
         },
     );
-    let filling = ingests.clone();
+    let (filling, told) = (ingests.clone(), ingests.clone());
+    retention.tell(move |id| told.note_change(id));
     let keeping = inherited.keeping();
     let wishes = KernelWishes { passthrough: config.passthrough, resend: config.resend };
     let attachments = blocking(move || Attachments::open(on, filling, known, &below, wishes, keeping)).await?;
@@ -218,12 +240,12 @@ async fn compose(
     let facts = Arc::new(Facts {
         started,
         runtime_dir,
-        capacity_bytes: config.capacity_bytes,
         catalogue,
         holder: inherited.holder.name(),
         restarts: inherited.holder.restarts(),
     });
-    Ok(Floors { store, ingests, attachments, tokens, facts })
+    let uploads = Arc::new(Uploads::new(config.upload_idle));
+    Ok(Floors { store, ingests, retention, scrubber, attachments, uploads, tokens, facts })
 }
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from

@@ -2,11 +2,11 @@
 //!
 //! | record | then |
 //! |---|---|
-//! | `removing` | the removal is finished |
+//! | `removing` | the removal is finished: the record at once, its bytes in the background |
 //! | `new`, `filling` | the ingest begins again and resumes; an upload is removed, since only its sender has the bytes; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
 //! | `ready`, `failed`, `evicted` | nothing |
 //!
-//! Publishes and removals of single blobs were mended when the store was opened; views are made again by `serve::attachments`.
+//! Publishes were mended when the store was opened, what removals left is given back in the background; views are made again by `serve::attachments`.
 
 use super::holder::Holder;
 use crate::catalog::checkpoints::{self, Record, State};
@@ -34,14 +34,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
         }
     }
     floors.attachments.recover().await?;
-    let store = floors.store.clone();
-    tokio::spawn(async move {
-        match store.sweep_unnamed().await {
-            Ok(swept) if swept.blobs > 0 => tracing::info!(blobs = swept.blobs, bytes = swept.freed_bytes, "swept"),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(error = %error.report(), "sweeping failed"),
-        }
-    });
+    floors.finish_sweeping().await;
     Ok(())
 }
 
@@ -62,12 +55,9 @@ async fn note_restart(floors: &Floors, holder: &Holder) -> Result<()> {
 /// A removal that fails again is left for the next start: the daemon must come up.
 async fn finish_removal(floors: &Floors, record: &Record) {
     let id = record.id.clone();
-    let mark = move |tx: &rusqlite::Connection| {
-        checkpoints::set_state(tx, &id, State::Removing, None)?;
-        checkpoints::flight_of(tx, &id)
-    };
+    let mark = move |tx: &rusqlite::Connection| checkpoints::set_state(tx, &id, State::Removing, None);
     let removed = match floors.store.catalog().write(mark).await {
-        Ok(flight) => floors.remove_marked(record, flight).await.map(|_| ()),
+        Ok(_) => floors.finish_removal(record.clone()).await,
         Err(error) => Err(error),
     };
     if let Err(error) = removed {

@@ -103,6 +103,29 @@ impl Disk {
     }
 }
 
+/// Which file it is, whatever its name: of one that is open, no other has the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// That of an open file.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn of(file: &File) -> io::Result<Self> {
+        file.metadata().map(|metadata| Self::from(&metadata))
+    }
+}
+
+impl From<&fs::Metadata> for FileId {
+    fn from(metadata: &fs::Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino() }
+    }
+}
+
 /// A sealed blob that is being made whole: the file that was opened, whatever bears its name by now.
 #[derive(Debug)]
 pub struct SealedFile {
@@ -134,6 +157,21 @@ impl SealedFile {
             }
         }
         copy_range(&home_file, home_start, &self.file, range).map_err(|error| Error::io("hydrating", &self.path, error))
+    }
+
+    /// Whether it is what bears its name still. Another that takes its place is renamed before its rows are written, so whoever asks this in a
+    /// transaction of the catalog, and is told yes, writes rows of this file.
+    pub fn bears_its_name(&self) -> bool {
+        let named = fs::metadata(&self.path).map(|metadata| FileId::from(&metadata));
+        matches!((self.id(), named), (Ok(own), Ok(named)) if own == named)
+    }
+
+    /// Which file it is.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn id(&self) -> Result<FileId> {
+        FileId::of(&self.file).map_err(|error| Error::io("examining", &self.path, error))
     }
 
     /// Makes it durable; the bytes it occupies now.

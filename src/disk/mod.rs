@@ -6,6 +6,7 @@
 //! catalog.db                   owned by the catalog
 //! transfer.key                 what tokens of local transfers are derived from, mode 0600
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
+//! filling/<flight>.ended-<m>/  what is about to be removed of one; as a flight that nobody needs, it goes at a start at the latest
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
 //! scratch/<n>/                 what a source needs on disk while it is read; emptied at every start
@@ -20,6 +21,7 @@
 //! Nothing here takes a lock or waits for anything but the disk; all of it blocks and belongs on blocking threads.
 
 mod extents;
+mod mending;
 mod occupancy;
 mod ownership;
 mod read_ahead;
@@ -33,6 +35,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, Flock};
 
@@ -41,7 +44,7 @@ use crate::error::{Error, Result};
 use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
 use crate::units::show_bytes;
 
-pub use extents::{SealedFile, clone_file};
+pub use extents::{FileId, SealedFile, clone_file};
 pub use occupancy::{Filesystem, Occupied};
 pub use scratch::Scratch;
 pub use secret::SECRET_BYTES;
@@ -57,6 +60,8 @@ pub struct Disk {
     _lock: Flock<File>,
     reflink: bool,
     poison: OnceLock<String>,
+    /// Flights set aside so far: see [`Disk::set_flight_aside`].
+    set_aside: AtomicU64,
 }
 
 impl Disk {
@@ -78,7 +83,8 @@ impl Disk {
         }
         let root_handle = File::open(root).map_err(|error| Error::io("opening", root, error))?;
         let reflink = extents::probe_reflink(root).unwrap_or(false);
-        let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison: OnceLock::new() };
+        let (poison, set_aside) = (OnceLock::new(), AtomicU64::new(0));
+        let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison, set_aside };
         disk.sync_filesystem()?;
         Ok(disk)
     }
@@ -112,6 +118,12 @@ impl Disk {
         self.poison.get().map(String::as_str)
     }
 
+    /// Stops all writing until the next start: what is on disk is not what was meant to be.
+    pub fn stop_writing(&self, error: &Error) {
+        let _ = self.poison.set(error.chain());
+        tracing::error!(error = %error.report(), "the store stops writing");
+    }
+
     /// Refuses work on a poisoned disk.
     ///
     /// # Errors
@@ -121,7 +133,7 @@ impl Disk {
             None => Ok(()),
             Some(why) => Err(Error::unavailable(
                 "STORE_POISONED",
-                format!("the store {} no longer writes since an earlier flush failed: {why}", self.root.display()),
+                format!("the store {} no longer writes since an earlier failure: {why}", self.root.display()),
             )
             .remedy("check the disk and restart ckptd")),
         }
@@ -177,6 +189,19 @@ impl Disk {
     pub fn begin_flight(&self, flight: &str) -> Result<()> {
         self.check_healthy()?;
         make_directory(&self.root.join("filling").join(flight))
+    }
+
+    /// Whether a blob being filled is there at its full `size`.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn has_filling(&self, flight: &str, number: u64, size: u64) -> Result<bool> {
+        let path = self.filling_path(flight, number);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) => Ok(metadata.len() == size),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Error::io("examining", &path, error)),
+        }
     }
 
     /// Creates (empty) or opens a blob being filled, sparse at its full `size`, for reading and writing. Also tells whether it was
@@ -250,6 +275,21 @@ impl Disk {
             }
         }
         Ok(())
+    }
+
+    /// Takes what a flight has filled out of the way of the next of the same name, which finds nothing of it. Returns the name under which
+    /// it is to be ended, never used again by this process; `None` where there is nothing. One rename, whatever there is.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn set_flight_aside(&self, flight: &str) -> Result<Option<String>> {
+        let aside = format!("{flight}.ended-{}", self.set_aside.fetch_add(1, Ordering::Relaxed));
+        let path = self.root.join("filling").join(flight);
+        match fs::rename(&path, path.with_file_name(&aside)) {
+            Ok(()) => Ok(Some(aside)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("setting aside", &path, error)),
+        }
     }
 
     /// Removes everything a flight has filled; gone already is fine.
@@ -332,18 +372,24 @@ impl Disk {
         fs::rename(&from, self.blob_path(digest)).map_err(|error| Error::io("publishing", &from, error))
     }
 
-    /// Undoes [`Disk::publish`] after a crash between the rename and its row; whether there was anything to undo.
+    /// Undoes [`Disk::publish`] of a file that got no row; whether there was anything to undo. Where the flight has made that file anew meanwhile,
+    /// what was published goes.
     ///
     /// # Errors
     /// The I/O error.
     pub fn unpublish(&self, digest: &Digest, flight: &str, number: u64) -> Result<bool> {
-        self.begin_flight(flight)?;
-        let from = self.blob_path(digest);
-        match fs::rename(&from, self.filling_path(flight, number)) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(Error::io("taking back", &from, error)),
+        self.check_healthy()?;
+        let (from, to) = (self.blob_path(digest), self.filling_path(flight, number));
+        let is_there = |path: &Path| path.try_exists().map_err(|error| Error::io("examining", path, error));
+        if !is_there(&from)? {
+            return Ok(false);
         }
+        if is_there(&to)? {
+            return remove_file(&from).map(|()| true);
+        }
+        self.begin_flight(flight)?;
+        fs::rename(&from, &to).map_err(|error| Error::io("taking back", &from, error))?;
+        Ok(true)
     }
 
     /// Opens a sealed blob for reading.
@@ -427,8 +473,7 @@ impl Disk {
     }
 
     fn poisoned_by(&self, error: Error) -> Error {
-        let _ = self.poison.set(error.chain());
-        tracing::error!(error = %error.report(), "a flush failed; the store stops writing");
+        self.stop_writing(&error);
         error
     }
 }

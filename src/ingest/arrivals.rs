@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use super::arriving::Arriving;
 use super::{Ingests, lock};
-use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::fills;
 use crate::error::{Error, Result};
 use crate::source::Listing;
@@ -112,7 +112,7 @@ impl Ingests {
             return Ok(Some(arriving));
         }
         let resumed = Arriving::resumed(self.0.store.clone(), key.clone(), tree).await?;
-        if let Some(failure) = &record.failure {
+        if let Some(failure) = record.failure.as_ref().filter(|_| record.state == State::Failed) {
             resumed.fail(&failure.to_error());
         }
         Ok(Some(self.0.arrivals.keep(&key, Arc::new(resumed))))

@@ -1,6 +1,6 @@
 //! What an ingest still has to bring and how long that may take: from what is here and what its source gave before.
 //!
-//! A rate is noted when a flight has brought at least [`RATE_FROM_BYTES`]; rates of one place are averaged. Nothing here is exact and nothing
+//! A rate is noted when a flight has brought at least [`RATE_FROM_BYTES`]; rates of one place are averaged, each owner's for itself. Nothing here is exact and nothing
 //! depends on it; `status` keeps every estimate beside its outcome, so that operators see what it is worth.
 
 use std::time::Duration;
@@ -47,10 +47,10 @@ impl Ingests {
         if record.state == State::Ready {
             return Ok(Estimate { missing_bytes: Some(0), from, bytes_per_s: None, expected: Some(Duration::ZERO) });
         }
-        let (place, id) = (from.clone(), record.id.clone());
+        let (place, id, owner) = (from.clone(), record.id.clone(), record.owner.clone());
         let known = self.0.store.catalog().read(move |tx| {
             let flight = crate::catalog::checkpoints::flight_of(tx, &id)?;
-            Ok((forecasts::rate(tx, &place)?, crate::catalog::fills::of_flight(tx, &flight)?))
+            Ok((forecasts::rate(tx, &owner, &place)?, crate::catalog::fills::of_flight(tx, &flight)?))
         });
         let (before, rows) = known.await?;
         let now = self.progress(&record.id);
@@ -80,8 +80,8 @@ impl Ingests {
 impl Shared {
     /// Notes what is expected of `bytes` from the origin of `record`, where anything is.
     pub(super) async fn note_estimate(&self, record: &Record, bytes: u64) -> Result<()> {
-        let (checkpoint, place) = (record.id.clone(), place_of(&record.origin));
-        let note = move |tx: &rusqlite::Connection| match forecasts::rate(tx, &place)? {
+        let (checkpoint, owner, place) = (record.id.clone(), record.owner.clone(), place_of(&record.origin));
+        let note = move |tx: &rusqlite::Connection| match forecasts::rate(tx, &owner, &place)? {
             None => Ok(()),
             Some(rate) => {
                 let expected_ms = u64::try_from(time_for(bytes, rate).as_millis()).unwrap_or(u64::MAX);
@@ -92,14 +92,15 @@ impl Shared {
         self.store.catalog().write(note).await
     }
 
-    /// Notes how fast `place` gave `bytes`.
-    pub(super) async fn note_rate(&self, place: &str, bytes: u64, took: Duration) {
+    /// Notes how fast `place` gave `bytes` to `owner`.
+    pub(super) async fn note_rate(&self, owner: &str, place: &str, bytes: u64, took: Duration) {
         if bytes < RATE_FROM_BYTES {
             return;
         }
         let rate = u64::try_from(u128::from(bytes) * 1000 / took.as_millis().max(1)).unwrap_or(u64::MAX);
-        let place = place.to_owned();
-        let noted = self.store.catalog().write(move |tx| forecasts::note_rate(tx, &place, rate, now_unix_ms())).await;
+        let (owner, place) = (owner.to_owned(), place.to_owned());
+        let note = move |tx: &rusqlite::Connection| forecasts::note_rate(tx, &owner, &place, rate, now_unix_ms());
+        let noted = self.store.catalog().write(note).await;
         if let Err(error) = noted {
             tracing::debug!(error = %error.report(), "a rate could not be noted");
         }

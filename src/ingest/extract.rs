@@ -28,13 +28,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use super::fetch::Flying;
-use super::plan;
 use super::retry::Ladder;
 use super::stream::{self, ADMIT_BYTES};
 use crate::archive::{self, About, Archived, Format, Members};
 use crate::catalog::fills;
 use crate::digest::Digest;
-use crate::error::{Error, Kind, Result};
+use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::layout::ReadAt;
 use crate::manifest::Manifest;
 use crate::names::{EntryName, EntryPath};
@@ -366,8 +365,10 @@ impl Cursor {
     /// Some bytes, `most` at most; never none.
     async fn take(&mut self, most: usize) -> Result<Bytes> {
         while self.present.is_empty() {
-            let ended =
-                || Error::unavailable("BODY_TOO_SHORT", "the source sent less of the archive than it announced");
+            let ended = || {
+                Error::unavailable("BODY_TOO_SHORT", "the source sent less of the archive than it announced")
+                    .remedy(CUT_SHORT)
+            };
             self.present = self.bytes.next().await.ok_or_else(ended)??;
         }
         let bytes = self.present.split_to(most.min(self.present.len()));
@@ -392,8 +393,8 @@ async fn spool(flying: &Arc<Flying>, archive: &Archive) -> Result<(std::fs::File
         let piece = piece?;
         let end = size + piece.len() as u64;
         if end > admitted {
-            plan::admit(ADMIT_BYTES, shared.available_bytes().await?)?;
-            plan::check_limit(end, shared.settings.checkpoint_bytes)?;
+            flying.growth.reach(end).await?;
+            shared.admit_more(ADMIT_BYTES).await?;
             admitted = end + ADMIT_BYTES;
         }
         stream::append(&filling, piece, size).await?;

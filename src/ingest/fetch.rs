@@ -7,9 +7,7 @@
 //! Durable units are recorded while a large file fills (flush, then row), at most every second and every 64 MiB: that is what `kill -9`
 //! costs. Copies on this host are not recorded; copying again is as quick as checking.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -19,32 +17,34 @@ use super::Shared;
 use super::arriving::{Arriving, Step};
 use super::copy;
 use super::estimate;
-use super::plan::{self, ToFill};
+use super::plan::ToFill;
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
+use super::quota::Growth;
 use super::retry::Ladder;
 use super::seal::{self, Digested};
-use crate::catalog::checkpoints::Origin;
+use crate::catalog::checkpoints::Record;
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
-use crate::error::{Error, Kind, Result};
+use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::limits::{self, UNIT_BYTES};
-use crate::source::{File, Source};
+use crate::source::{File, SOURCE_CHANGED, Source};
 use crate::store::filling::{Filling, UnitMap};
 use crate::units::now_unix_ms;
 
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
-/// Longest time between two recordings of durable units while bytes arrive.
-const RECORD_EVERY: Duration = Duration::from_secs(1);
-
 /// What a flight's fetchers share.
 pub(super) struct Flying {
     pub(super) shared: Arc<Shared>,
     pub(super) source: Arc<dyn Source>,
+    /// Whose it is.
+    pub(super) owner: String,
     /// Where its bytes come from, as rates are kept by.
     pub(super) place: String,
+    /// Of how many bytes it is known by now that they come.
+    pub(super) growth: Growth,
     pub(super) key: String,
     pub(super) progress: Arc<Progress>,
     /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
@@ -56,13 +56,14 @@ impl Flying {
     pub(super) fn new(
         shared: Arc<Shared>,
         source: Arc<dyn Source>,
-        origin: &Origin,
+        record: &Record,
         key: String,
         progress: Arc<Progress>,
     ) -> Self {
-        let place = estimate::place_of(origin);
+        let (owner, place) = (record.owner.clone(), estimate::place_of(&record.origin));
         let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
-        Self { shared, source, place, key, progress, cores }
+        let growth = Growth::new(&shared, &key);
+        Self { shared, source, owner, place, growth, key, progress, cores }
     }
 
     pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
@@ -148,29 +149,6 @@ fn closed() -> Error {
     Error::new(Kind::Cancelled, "STOPPING", "ckptd is stopping")
 }
 
-impl Shared {
-    /// Bytes that may be filled now: what the filesystem and the configured capacity leave.
-    pub(super) async fn available_bytes(&self) -> Result<u64> {
-        let available = self.store.available_bytes()?.saturating_sub(self.promised_bytes());
-        if self.settings.capacity_bytes == 0 {
-            return Ok(available);
-        }
-        let physical = self.store.catalog().read(crate::catalog::accounting::totals).await?.physical_bytes();
-        Ok(available.min(self.settings.capacity_bytes.saturating_sub(physical)))
-    }
-}
-
-impl Shared {
-    /// Bytes that flights under way still have to write: promised to them, though not taken yet.
-    fn promised_bytes(&self) -> u64 {
-        let flights = super::lock(&self.flights);
-        let writing =
-            flights.values().filter_map(std::sync::Weak::upgrade).filter(|flight| flight.in_place().is_none());
-        let readings = writing.map(|flight| flight.progress().reading());
-        readings.map(|reading| reading.bytes_total.saturating_sub(reading.bytes_done)).sum()
-    }
-}
-
 /// Runs blocking work on a thread of its own.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work)
@@ -224,7 +202,7 @@ fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8
 }
 
 pub(super) fn changed(what: &str) -> Error {
-    Error::wrong_state("SOURCE_CHANGED", format!("`{what}` changed while it was read"))
+    Error::wrong_state(SOURCE_CHANGED, format!("`{what}` changed while it was read"))
         .remedy("let it come to rest, then retry")
 }
 
@@ -266,8 +244,7 @@ async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Ve
 }
 
 fn too_short(got: u64, size: u64) -> Error {
-    Error::unavailable("BODY_TOO_SHORT", format!("the source sent {got} of {size} bytes announced"))
-        .remedy("retry, or ask whoever serves it to check the file")
+    Error::unavailable("BODY_TOO_SHORT", format!("the source sent {got} of {size} bytes announced")).remedy(CUT_SHORT)
 }
 
 fn too_long(size: u64) -> Error {
@@ -454,35 +431,6 @@ async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()
     .await
 }
 
-/// Records durable units of all large files for as long as it runs; ends only with an error.
-pub(super) async fn record_units(bringing: &Bringing) -> Result<()> {
-    let mut recorded: HashMap<u64, u64> = HashMap::new();
-    loop {
-        tokio::time::sleep(RECORD_EVERY).await;
-        record_changed(bringing, &mut recorded).await?;
-    }
-}
-
-/// Records durable units of those large files that have grown since; `recorded` is what each had then, by number.
-pub(super) async fn record_changed(bringing: &Bringing, recorded: &mut HashMap<u64, u64>) -> Result<()> {
-    for (file, filling) in bringing.arriving.fillings() {
-        let here = filling.here_bytes();
-        if recorded.insert(file.number, here) != Some(here) && here > 0 {
-            record_once(&bringing.flying, &file, &filling).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn record_once(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<()> {
-    let flushing = filling.clone();
-    let units = blocking(move || flushing.flush()).await?;
-    let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
-    let (size, bits) = (file.file.size.unwrap_or(0), units.to_bytes());
-    let record = move |tx: &rusqlite::Connection| fills::set_units(tx, &key, path.as_bytes(), number, size, &bits);
-    flying.shared.store.catalog().write(record).await
-}
-
 /// A file whose size the source does not say: one stream, sealed afterwards.
 async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> Result<()> {
     let flying = &bringing.flying;
@@ -498,6 +446,7 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
             Ok(size) => break size,
             Err((arrived, error)) => {
                 flying.progress.take_back(arrived);
+                flying.growth.take_back(arrived);
                 ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
             }
         }
@@ -518,10 +467,10 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
     let mut stream = flying.source.read(&file.file, 0..u64::MAX).await.map_err(|error| (at, error))?;
     while let Some(piece) = stream.try_next().await.map_err(|error| (at, error))? {
         let length = piece.len() as u64;
-        plan::check_limit(at + length, flying.shared.settings.checkpoint_bytes).map_err(|error| (at, error))?;
+        // Before the piece is written; of one that cannot be written it errs on the side of refusing.
+        flying.growth.add(length).await.map_err(|error| (at, error))?;
         if at / UNIT_BYTES != (at + length) / UNIT_BYTES {
-            let available = flying.shared.available_bytes().await.map_err(|error| (at, error))?;
-            plan::admit(UNIT_BYTES, available).map_err(|error| (at, error))?;
+            flying.shared.admit_more(UNIT_BYTES).await.map_err(|error| (at, error))?;
         }
         write(filling, vec![piece], at).await.map_err(|error| (at, error))?;
         at += length;

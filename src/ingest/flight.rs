@@ -3,7 +3,6 @@
 //! The flight's task is aborted when the last waiter lets go. Small files go first and overlap widely, so that their seals share batches;
 //! large ones overlap a little, since each keeps a fetcher and a sealer busy.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -122,14 +121,14 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let _slot = shared.slot().await?;
     // What an earlier run left without a row is of no use to anybody.
     shared.store.disk().clear_flight(&flying.key, &kept)?;
-    plan::admit(plan.missing_bytes, shared.available_bytes().await?)?;
-    flying.progress.expect(sizes.known_bytes, sizes.files);
-    flying.progress.resume(plan.here_bytes);
+    shared.admit_flight(&flying.progress, &sizes, &plan).await?;
+    flying.growth.begin(plan.here_bytes + plan.missing_bytes);
     let settled = plan.settled.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
     settled.for_each(|_| flying.progress.sealed());
     shared.store.disk().begin_flight(&flying.key)?;
     let shape = arriving.tree().shape();
-    let learned = shared.store.catalog().read(move |tx| forecasts::order(tx, &shape)).await?;
+    let owner = flying.owner.clone();
+    let learned = shared.store.catalog().read(move |tx| forecasts::order(tx, &owner, &shape)).await?;
     arriving.begin(&plan, learned)?;
     let large: Vec<u32> = plan.large.iter().filter_map(|file| Some(arriving.find(&file.path)?.0)).collect();
     let missing_bytes = plan.missing_bytes;
@@ -138,10 +137,10 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let begun = Instant::now();
     let brought = bring(&bringing, large).await;
     if let Err(error) = &brought {
-        keep_units(&bringing, error).await;
+        keep_units(arriving, error).await;
     }
     brought?;
-    shared.note_rate(&flying.place, missing_bytes, begun.elapsed()).await;
+    shared.note_rate(&flying.owner, &flying.place, missing_bytes, begun.elapsed()).await;
     arriving.manifest()
 }
 
@@ -156,7 +155,9 @@ async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
         .map(|entry| fetch::large(bringing.clone(), entry))
         .buffer_unordered(limits::FETCHES_PER_SOURCE)
         .try_collect::<()>();
-    let background = (0..limits::STREAMS).map(|_| async {
+    // A stream that makes way for a reader stands still and keeps its place at the source: one place must be left for what it makes way for.
+    let streams = limits::STREAMS.min(bringing.flying.source.reads_at_a_time().saturating_sub(1)).max(1);
+    let background = (0..streams).map(|_| async {
         loop {
             fetch::range(bringing, arriving.next_background().await).await?;
         }
@@ -179,14 +180,14 @@ async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
         outcome = sealed => outcome,
         failed = futures_util::future::try_join_all(background) => failed.map(|_: Vec<()>| ()),
         failed = futures_util::future::try_join_all(wanted) => failed.map(|_: Vec<()>| ()),
-        failed = fetch::record_units(bringing) => failed,
+        failed = arriving.record_units() => failed,
     }
 }
 
 /// What came before a failure is for the next attempt.
-async fn keep_units(bringing: &Bringing, error: &Error) {
+async fn keep_units(arriving: &Arriving, error: &Error) {
     if error.kind() != Kind::NoSpace
-        && let Err(second) = fetch::record_changed(bringing, &mut HashMap::new()).await
+        && let Err(second) = arriving.record_now().await
     {
         tracing::warn!(error = %second.report(), "what was filled before a failure could not be recorded");
     }

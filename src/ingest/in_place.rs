@@ -16,7 +16,7 @@ use futures_util::StreamExt as _;
 
 use super::fetch::{Flying, blocking, changed};
 use super::plan;
-use super::retry;
+use super::{rest, retry};
 use crate::catalog::placements::{self, Sighting};
 use crate::digest::{Digest, Digester};
 use crate::error::{Error, Kind, Result};
@@ -24,7 +24,7 @@ use crate::limits;
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::names::EntryPath;
 use crate::places::Stamp;
-use crate::source::{File, Listing, Opened, What};
+use crate::source::{File, Listing, What};
 
 /// Bytes read at a time: one request of a network file system.
 const READ_BYTES: usize = 1 << 20;
@@ -81,7 +81,7 @@ pub(super) async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manife
         }
     }
     recorder.record().await?;
-    check_revision(flying, &revision).await?;
+    rest::check_unchanged(flying, &revision).await?;
     Manifest::new(entries)
 }
 
@@ -163,19 +163,6 @@ fn read_counted(flying: &Flying, seen: &Seen, stopped: &AtomicBool, counted: &mu
     }
     flying.source.check_unchanged(&seen.file, &opened)?;
     if *counted == size { Ok(digester.finish()) } else { Err(changed(&seen.path.to_string())) }
-}
-
-/// # Errors
-/// `SOURCE_CHANGED` where the tree is not the one that was listed.
-async fn check_revision(flying: &Flying, revision: &str) -> Result<()> {
-    let attempts = flying.shared.settings.attempts;
-    match retry::until_it_works(attempts, || flying.source.open()).await? {
-        Opened::Listed(again) if again.revision == revision => Ok(()),
-        Opened::Listed(_) | Opened::Streamed(_) => {
-            let message = "files were added, removed or changed while their digests were taken";
-            Err(Error::wrong_state("SOURCE_CHANGED", message).remedy("let the directory come to rest, then retry"))
-        }
-    }
 }
 
 /// Records digests in batches.

@@ -8,6 +8,10 @@
 //! A task ends in exactly one of: `ready`; `failed` with the error recorded (durable units stay, `retry` resumes); or cancelled
 //! by removal. `kill -9` leaves `filling`, and the next start begins the task again. A panic is a failure.
 //!
+//! What was ready once and was evicted is filled like anything else, and comes to the same tree or fails ([`again`]). Whether there is room is decided
+//! before the first byte ([`admission`]).
+//! A source that somebody may still be writing to is looked at until it rests ([`rest`]).
+//!
 //! A source may want its bytes left where they are ([`in_place`]): then the flight only takes digests, and `ready` means that each file's
 //! stamp is recorded.
 //!
@@ -15,17 +19,24 @@
 //! `limits::SENDERS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
+mod admission;
+mod again;
 mod arrivals;
 pub mod arriving;
+mod conclude;
 mod copy;
+mod ending;
 pub mod estimate;
 mod extract;
 mod fetch;
 mod flight;
+mod healing;
 mod in_place;
 pub mod plan;
 pub mod progress;
 mod publish;
+pub mod quota;
+mod rest;
 pub mod retry;
 mod seal;
 mod stream;
@@ -38,35 +49,38 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Semaphore, broadcast, watch};
 
-use crate::catalog::checkpoints::{self, Bytes, Failure, Origin, Record, State};
-use crate::catalog::events::{self, NewEvent};
-use crate::catalog::forecasts;
+use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::fills;
 use crate::catalog::placements;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::manifest::Manifest;
-use crate::source::{Credentials, EntryStream, Opened, Source, SourceSpec};
+use crate::source::{Credentials, EntryStream, Listing, Opened, SOURCE_CHANGED, Source, SourceSpec};
 use crate::store::Store;
 use crate::units::now_unix_ms;
 
+pub use admission::MakeRoom;
 pub use arrivals::Arrival;
 use arrivals::Arrivals;
+pub use ending::Ending;
 use flight::Flight;
 use progress::{Progress, Reading};
+use quota::Quotas;
+use rest::Rest;
 use tasks::Task;
 pub use tasks::draining;
 
 /// Reason of an ingest that found nothing to do.
 const NOT_WANTED: &str = "NOT_WANTED";
 
-/// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
-const RECORD_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
+/// Files whose bytes are kept in one transaction: some milliseconds of the catalog's one writer.
+const KEPT_AT_A_TIME: usize = 4096;
 
 /// Makes a source of what a request asks for, its owner, and the secrets that came with it.
 pub type Connector = Arc<dyn Fn(&SourceSpec, &str, &Credentials) -> Result<Arc<dyn Source>> + Send + Sync>;
 
 /// What operators may set.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
@@ -74,8 +88,8 @@ pub struct Settings {
     pub checkpoint_bytes: u64,
     /// Attempts without progress before a fetch is given up.
     pub attempts: u32,
-    /// Physical bytes the store may occupy; 0: the whole filesystem.
-    pub capacity_bytes: u64,
+    /// How much owners may keep here.
+    pub quotas: Arc<Quotas>,
 }
 
 impl Default for Settings {
@@ -84,7 +98,7 @@ impl Default for Settings {
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             attempts: retry::ATTEMPTS_DEFAULT,
-            capacity_bytes: 0,
+            quotas: Arc::default(),
         }
     }
 }
@@ -96,8 +110,12 @@ pub struct Ingests(Arc<Shared>);
 struct Shared {
     store: Store,
     connect: Connector,
+    make_room: MakeRoom,
     settings: Settings,
     slots: Semaphore,
+    /// One flight is admitted at a time.
+    admission: Semaphore,
+    lately: admission::Lately,
     senders: Semaphore,
     /// Numbers of filling files, never used again: a write that outlives its flight can hit nobody else's file.
     next_number: AtomicU64,
@@ -111,17 +129,21 @@ struct Shared {
 }
 
 impl Ingests {
-    /// Ingests into `store`.
-    pub fn new(store: Store, connect: Connector, settings: Settings) -> Self {
+    /// Ingests into `store`, where `make_room` is asked for what it has no room for.
+    pub fn new(store: Store, connect: Connector, make_room: MakeRoom, settings: Settings) -> Self {
         let (changes, _) = broadcast::channel(limits::QUEUE_COMMANDS);
+        let bounds = fetch::Bounds::new(settings.memory_budget_bytes);
         Self(Arc::new(Shared {
             store,
             connect,
+            make_room,
             settings,
             slots: Semaphore::new(limits::INGESTS_AT_A_TIME),
+            admission: Semaphore::new(1),
+            lately: admission::Lately::default(),
             senders: Semaphore::new(limits::SENDERS_AT_A_TIME),
             next_number: AtomicU64::new(u64::try_from(now_unix_ms()).unwrap_or(0) << 20),
-            bounds: fetch::Bounds::new(settings.memory_budget_bytes),
+            bounds,
             tasks: Mutex::default(),
             flights: Mutex::default(),
             arrivals: Arrivals::default(),
@@ -130,23 +152,39 @@ impl Ingests {
         }))
     }
 
-    /// Whether a source can be made of a record that is to be: URI, options and named secrets, without contacting anybody.
+    /// The source of a record that is to be: URI, options and named secrets, without contacting anybody.
     ///
     /// # Errors
     /// What filling would fail with at once.
-    pub fn check(&self, record: &Record, credentials: &Credentials) -> Result<()> {
-        self.0.source_of(record, credentials).map(drop)
+    pub fn source(&self, record: &Record, credentials: &Credentials) -> Result<Arc<dyn Source>> {
+        self.0.source_of(record, credentials)
     }
 
     /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
     pub fn start(&self, record: &Record, credentials: Credentials) {
+        let (shared, made_of, given) = (self.0.clone(), record.clone(), !credentials.is_empty());
+        self.start_with(record, given, move || shared.source_of(&made_of, &credentials));
+    }
+
+    /// [`Ingests::start`] from a source that was made already, with secrets of the request if `secrets_given`.
+    pub fn start_from(&self, record: &Record, source: Arc<dyn Source>, secrets_given: bool) {
+        self.start_with(record, secrets_given, move || Ok(source));
+    }
+
+    fn start_with(
+        &self,
+        record: &Record,
+        secrets_given: bool,
+        source: impl FnOnce() -> Result<Arc<dyn Source>> + Send + 'static,
+    ) {
         if self.is_paused() {
             return;
         }
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(&record.clone(), true, |progress| async move {
-            let outcome = shared.fill_from_source(&record, &credentials, &progress).await;
+        self.spawn(&record.clone(), true, move |progress| async move {
+            let outcome = shared.fill_from_source(&record, source, secrets_given, &progress).await;
+            let outcome = outcome.map_err(|error| again::explain(&record, error));
             // What it failed with is in the record.
             let _ = shared.conclude(&record, outcome).await;
         });
@@ -167,7 +205,7 @@ impl Ingests {
         let record = record.clone();
         self.spawn(&record.clone(), false, move |progress| async move {
             progress.expect(bytes_total, 0);
-            let outcome = shared.fill_from_sender(&record, entries, &progress).await;
+            let outcome = shared.fill_from_sender(&record, entries, bytes_total, &progress).await;
             if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
                 shared.give_back(&record).await;
             }
@@ -186,6 +224,11 @@ impl Ingests {
         self.0.changes.subscribe()
     }
 
+    /// How much owners may keep here.
+    pub fn quotas(&self) -> &Quotas {
+        &self.0.settings.quotas
+    }
+
     /// Tells watchers that a record changed.
     pub fn note_change(&self, id: &str) {
         let _ = self.0.changes.send(id.to_owned());
@@ -197,21 +240,47 @@ type Filled = (String, Manifest, Option<Arc<Flight>>);
 
 impl Shared {
     fn source_of(&self, record: &Record, credentials: &Credentials) -> Result<Arc<dyn Source>> {
-        let Origin { kind, uri, options } = record.origin.clone();
-        (self.connect)(&SourceSpec { kind: kind.parse()?, uri, options }, &record.owner, credentials)
+        (self.connect)(&again::spec_of(record)?, &record.owner, credentials)
     }
 
     async fn fill_from_source(
         self: &Arc<Self>,
         record: &Record,
-        credentials: &Credentials,
+        source: impl FnOnce() -> Result<Arc<dyn Source>>,
+        secrets_given: bool,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
         self.set_filling(record).await?;
-        let source = self.source_of(record, credentials)?;
+        self.note_secrets(record, secrets_given).await?;
+        let source = source()?;
+        let mut rest = Rest::default();
+        loop {
+            let error = match self.fill_once(record, &source, &mut rest, progress).await {
+                // What was captured before comes back as it was or not at all: no look later helps.
+                Err(error) if error.reason() == SOURCE_CHANGED && source.may_change() && record.manifest.is_none() => {
+                    error
+                }
+                filled => return filled,
+            };
+            if self.is_shown(record).await {
+                return Err(error);
+            }
+            self.arrivals.forget(&record.id);
+            rest.wait(source.as_ref(), error).await?;
+            progress.restart();
+        }
+    }
+
+    async fn fill_once(
+        self: &Arc<Self>,
+        record: &Record,
+        source: &Arc<dyn Source>,
+        rest: &mut Rest,
+        progress: &Arc<Progress>,
+    ) -> Result<Filled> {
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
-                let flight = self.join_flight(record, source, listing, progress).await?;
+                let flight = self.join_flight(record, source.clone(), listing, rest, progress).await?;
                 let landed = flight.landed().await;
                 if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
                     arriving.fail(error);
@@ -221,7 +290,12 @@ impl Shared {
             }
             Opened::Streamed(entries) => {
                 let _slot = self.slot().await?;
-                self.fill_from_entries(record, entries, progress).await
+                let filled = self.fill_from_entries(record, entries, 0, progress).await;
+                if filled.as_ref().is_err_and(|error| error.reason() == SOURCE_CHANGED) && source.may_change() {
+                    // Members of an archive that is another now.
+                    self.give_back(record).await;
+                }
+                filled
             }
         }
     }
@@ -230,23 +304,30 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         entries: Box<dyn EntryStream>,
+        bytes_total: u64,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
         self.set_filling(record).await?;
+        plan::check_limit(bytes_total, self.settings.checkpoint_bytes)?;
         let closed = |_| Error::internal("the senders' slots are closed");
         let _slot = self.senders.acquire().await.map_err(closed)?;
         let entries = unpack::Unpacked::new(self.clone(), &record.id, entries);
-        self.fill_from_entries(record, Box::new(entries), progress).await
+        self.fill_from_entries(record, Box::new(entries), bytes_total, progress).await
     }
 
+    /// `known_bytes` are announced, less than all of it perhaps.
     async fn fill_from_entries(
         self: &Arc<Self>,
         record: &Record,
         entries: Box<dyn EntryStream>,
+        known_bytes: u64,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
-        let (id, flight) = (record.id.clone(), record.id.clone());
-        self.store.catalog().write(move |tx| checkpoints::set_listing(tx, &id, "", &flight, 0, 0)).await?;
+        self.note_streamed(record, known_bytes).await?;
+        if known_bytes > 0 {
+            // Refused before the first byte where it cannot fit; each file is admitted as it comes.
+            self.admit_more(known_bytes).await?;
+        }
         self.store.disk().clear_flight(&record.id, &[])?;
         self.store.disk().begin_flight(&record.id)?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
@@ -274,24 +355,31 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         source: Arc<dyn Source>,
-        listing: crate::source::Listing,
+        listing: Listing,
+        rest: &mut Rest,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
         let archive = extract::Archive::of(&listing, &record.origin.options);
-        let mut revision = listing.revision.clone();
+        let revision = again::revision_of(&listing, record);
         let mut plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
         if archive.is_some() {
-            revision = format!("archive:{revision}");
-            plan = plan::Sizes { files: 0, known_bytes: 0 };
+            plan = again::sizes_of(record);
         }
+        again::check_revision(record, &revision)?;
         let key = flight::key(record, &revision);
         self.check_shown(record, &key).await?;
         progress.expect(plan.known_bytes, plan.files);
+        if source.may_change() {
+            self.keep_unchanged(record, &key, rest.look(&listing)).await?;
+        }
         let (id, shown, key_row) = (record.id.clone(), revision.clone(), key.clone());
+        let (quotas, kept_bytes) =
+            (self.settings.quotas.clone(), listing.in_place.is_none().then_some(plan.known_bytes));
         let before = self
             .store
             .catalog()
             .write(move |tx| {
+                quota::charge_listed(tx, &quotas, &id, &key_row, kept_bytes)?;
                 let before = checkpoints::set_listing(tx, &id, &shown, &key_row, plan.files, plan.known_bytes)?;
                 if before != key_row {
                     placements::hand_over(tx, &before, &key_row)?;
@@ -303,7 +391,10 @@ impl Shared {
         if !before.is_empty() && before != key {
             self.drop_flight_if_unneeded(before).await?;
         }
-        let skipped = listing.skipped.clone();
+        if archive.is_none() {
+            self.share_right(record, &key, &listing).await?;
+        }
+        let skipped = if rest.is_first() { listing.skipped.clone() } else { Vec::new() };
         let flight = {
             let mut flights = lock(&self.flights);
             flights.retain(|_, flight| flight.strong_count() > 0);
@@ -331,7 +422,7 @@ impl Shared {
         key: String,
         revision: String,
         source: Arc<dyn Source>,
-        listing: crate::source::Listing,
+        listing: Listing,
         archive: Option<extract::Archive>,
     ) -> Result<Arc<Flight>> {
         let progress = Arc::new(Progress::default());
@@ -341,15 +432,40 @@ impl Shared {
             }
             _ => None,
         };
-        let flying = Arc::new(fetch::Flying::new(self.clone(), source, &record.origin, key.clone(), progress.clone()));
+        let flying = Arc::new(fetch::Flying::new(self.clone(), source, record, key.clone(), progress.clone()));
         let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
         Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
             match (archive, brought) {
                 (Some(archive), _) => extract::extract(&flying, &archive).await,
-                (None, Some(arriving)) => flight::fly(&flying, &arriving, listing).await,
+                (None, Some(arriving)) => {
+                    let revision = listing.revision.clone();
+                    let manifest = flight::fly(&flying, &arriving, listing).await?;
+                    if flying.source.may_change() {
+                        rest::check_unchanged(&flying, &revision).await?;
+                    }
+                    Ok(manifest)
+                }
                 (None, None) => in_place::fly(&flying, listing).await,
             }
         }))
+    }
+
+    /// What the record's last flight has sealed of `paths` is given to the flight `key`, which lists them alike.
+    async fn keep_unchanged(&self, record: &Record, key: &str, paths: Vec<Vec<u8>>) -> Result<()> {
+        let id = record.id.clone();
+        let before = self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
+        if before.is_empty() || before == key {
+            return Ok(());
+        }
+        let mut paths = paths.into_iter();
+        loop {
+            let batch: Vec<_> = paths.by_ref().take(KEPT_AT_A_TIME).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let (before, key) = (before.clone(), key.to_owned());
+            self.store.catalog().write(move |tx| fills::share_sealed(tx, &before, &key, &batch)).await?;
+        }
     }
 
     /// Refuses to go over to another revision under jobs that read the one before.
@@ -377,129 +493,6 @@ impl Shared {
         let message = format!("{} entries were left out: {}", skipped.len(), shown.join(", "));
         self.record_event("ENTRIES_SKIPPED", record, message).await
     }
-
-    /// Decides the record by what came of filling it.
-    ///
-    /// # Errors
-    /// What the record failed with, `NOT_WANTED` where it was decided before.
-    async fn conclude(self: &Arc<Self>, record: &Record, outcome: Result<Filled>) -> Result<()> {
-        let result = match outcome {
-            Ok((_, manifest, _)) if manifest.entries().is_empty() => Err(empty()),
-            Ok((revision, manifest, flight)) => self.make_ready(record, revision, manifest, flight).await,
-            Err(error) if error.reason() == NOT_WANTED => return Err(error),
-            Err(error) => Err(error),
-        };
-        self.arrivals.forget(&record.id);
-        if let Err(error) = &result {
-            tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
-            if error.kind() == Kind::NoSpace && !self.is_shown(record).await {
-                self.give_back(record).await;
-            }
-            while let Err(second) = self.make_failed(record, error).await {
-                tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
-                tokio::time::sleep(RECORD_AGAIN_AFTER).await;
-            }
-        }
-        let _ = self.changes.send(record.id.clone());
-        result
-    }
-
-    /// A task ended in a panic, which the log has: a bug of ours.
-    async fn conclude_panic(self: &Arc<Self>, record: &Record, resumes: bool) {
-        let id = record.id.clone();
-        let found = self.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await;
-        let is_open = |found: Record| matches!(found.state, State::New | State::Filling);
-        if found.is_ok_and(|found| !found.is_some_and(is_open)) {
-            return;
-        }
-        if !resumes {
-            self.give_back(record).await;
-        }
-        let error = Error::internal("bringing the checkpoint in ended in a panic: a bug of ours, which the log shows")
-            .remedy("report it, then retry the checkpoint");
-        // What it failed with is in the record.
-        let _ = self.conclude(record, Err(error)).await;
-    }
-
-    async fn make_ready(
-        self: &Arc<Self>,
-        record: &Record,
-        revision: String,
-        manifest: Manifest,
-        flight: Option<Arc<Flight>>,
-    ) -> Result<()> {
-        let id = record.id.clone();
-        let own_flight = flight.as_ref().map_or_else(|| record.id.clone(), |flight| flight.key().to_owned());
-        let in_place = flight.as_ref().and_then(|flight| flight.in_place().cloned());
-        let bytes = in_place.map_or(Bytes::Stored, |place| Bytes::InPlace(place, own_flight.clone()));
-        let message =
-            format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
-        self.store
-            .catalog()
-            .write(move |tx| {
-                let digest = manifest.digest();
-                checkpoints::set_ready(tx, &id, &revision, &manifest, &digest, &bytes)?;
-                forecasts::note_outcome(tx, &id, now_unix_ms())?;
-                let event =
-                    NewEvent { kind: "CHECKPOINT_READY", checkpoint: id.clone(), message, ..Default::default() };
-                events::record(tx, now_unix_ms(), &event)
-            })
-            .await?;
-        self.drop_flight_if_unneeded(own_flight).await
-    }
-
-    /// What was filled of a checkpoint goes: of one that did not fit, so that something smaller can come; of one that was sent, since
-    /// nobody can go on with it.
-    async fn give_back(&self, record: &Record) {
-        let id = record.id.clone();
-        let forget = move |tx: &rusqlite::Connection| {
-            let flight = checkpoints::flight_of(tx, &id)?;
-            checkpoints::clear_flight(tx, &id).map(|()| flight)
-        };
-        let flight = self.store.catalog().write(forget).await;
-        let given_back = match flight {
-            Ok(flight) if !flight.is_empty() => self.store.remove_flight(&flight).await.map(|_| ()),
-            Ok(_) => Ok(()),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = given_back {
-            tracing::warn!(checkpoint = record.id, error = %error.report(), "giving back what was filled failed");
-        }
-    }
-
-    async fn make_failed(&self, record: &Record, error: &Error) -> Result<()> {
-        let (id, failure) = (record.id.clone(), Failure::of(error));
-        let event = NewEvent {
-            kind: "CHECKPOINT_FAILED",
-            checkpoint: record.id.clone(),
-            message: format!("`{}` failed: {}", record.name, error.report()),
-            ..Default::default()
-        };
-        self.store
-            .catalog()
-            .write(move |tx| {
-                if checkpoints::set_state(tx, &id, State::Failed, Some(&failure))? {
-                    events::record(tx, now_unix_ms(), &event)?;
-                }
-                Ok(())
-            })
-            .await
-    }
-
-    async fn record_event(&self, kind: &'static str, record: &Record, message: String) -> Result<()> {
-        let event = NewEvent { kind, checkpoint: record.id.clone(), message, ..Default::default() };
-        self.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await
-    }
-
-    /// Forgets a flight that no record needs: rows and files, and what only it had sealed.
-    async fn drop_flight_if_unneeded(&self, flight: String) -> Result<()> {
-        self.store.remove_flight(&flight).await.map(|_| ())
-    }
-}
-
-/// A checkpoint of nothing is somebody's mistake.
-fn empty() -> Error {
-    Error::invalid("EMPTY_SOURCE", "the source has no files and no directories").remedy("check the address or path")
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use crate::catalog::fills::FillRow;
+use crate::catalog::retention::Standing;
 use crate::digest::Digest;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, TOO_MANY};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind};
 use crate::names::EntryPath;
@@ -35,7 +36,8 @@ impl Sizes {
                     listing.entries.len(),
                     limits::CHECKPOINT_ENTRIES
                 ),
-            ));
+            )
+            .remedy(TOO_MANY));
         }
         if let Some(link) = listing.entries.iter().find(|entry| matches!(entry.what, What::SameAs(_))) {
             return Err(Error::internal(format!("the listing has the hard link `{}`", link.path)));
@@ -151,28 +153,37 @@ impl Plan {
     }
 }
 
-/// Refuses what cannot fit, before anything is fetched.
-///
-/// # Errors
-/// `NO_SPACE` with the figures.
-pub fn admit(missing_bytes: u64, available_bytes: u64) -> Result<()> {
-    if missing_bytes <= available_bytes {
-        return Ok(());
+/// Why `needed_bytes` cannot be filled where `available_bytes` are, and what keeps the rest.
+pub fn no_space(needed_bytes: u64, available_bytes: u64, standing: &Standing) -> Error {
+    let lacking = needed_bytes.saturating_sub(available_bytes);
+    let mut message = format!(
+        "the checkpoint still needs {} and the store has {} left",
+        show_bytes(needed_bytes),
+        show_bytes(available_bytes)
+    );
+    let kept = [
+        (standing.leased_bytes, "is in use by jobs"),
+        (standing.pinned_bytes, "is pinned"),
+        (standing.not_refetchable_bytes, "cannot be fetched again"),
+        (standing.evictable_bytes, "could be evicted, which is not enough"),
+    ];
+    let kept: Vec<_> = kept
+        .iter()
+        .filter(|(bytes, _)| *bytes > 0)
+        .map(|(bytes, why)| format!("{} {why}", show_bytes(*bytes)))
+        .collect();
+    if !kept.is_empty() {
+        message.push_str(&format!("; of what it has {}", kept.join(", ")));
     }
-    let lacking = missing_bytes - available_bytes;
-    Err(Error::new(
-        Kind::NoSpace,
-        "NO_SPACE",
-        format!(
-            "the checkpoint still needs {} and the store has {} left",
-            show_bytes(missing_bytes),
-            show_bytes(available_bytes)
-        ),
-    )
-    .fact("needed_bytes", missing_bytes)
-    .fact("available_bytes", available_bytes)
-    .fact("lacking_bytes", lacking)
-    .remedy(format!("free {} or remove checkpoints, then retry", show_bytes(lacking))))
+    Error::new(Kind::NoSpace, "NO_SPACE", message)
+        .fact("needed_bytes", needed_bytes)
+        .fact("available_bytes", available_bytes)
+        .fact("lacking_bytes", lacking)
+        .fact("leased_bytes", standing.leased_bytes)
+        .fact("pinned_bytes", standing.pinned_bytes)
+        .fact("not_refetchable_bytes", standing.not_refetchable_bytes)
+        .fact("evictable_bytes", standing.evictable_bytes)
+        .remedy(format!("free {}: release jobs, unpin or remove checkpoints; then retry", show_bytes(lacking)))
 }
 
 #[cfg(test)]
@@ -221,8 +232,11 @@ mod tests {
     fn what_is_too_large_is_refused_with_the_figures() {
         let huge = listing(vec![listed("a", Some(u64::MAX)), listed("b", Some(9))]);
         assert_eq!(Sizes::of(&huge, 1 << 40).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
-        let error = admit(100, 40).unwrap_err();
+        let error = no_space(100, 40, &Standing { pinned_bytes: 7, ..Standing::default() });
         assert_eq!(error.reason(), "NO_SPACE");
-        assert!(error.facts().contains(&("lacking_bytes".to_owned(), "60".to_owned())));
+        for (key, value) in [("lacking_bytes", "60"), ("pinned_bytes", "7"), ("leased_bytes", "0")] {
+            assert!(error.facts().contains(&(key.to_owned(), value.to_owned())), "{key}");
+        }
+        assert!(error.report().contains("7 B is pinned"), "{}", error.report());
     }
 }

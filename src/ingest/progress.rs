@@ -1,7 +1,7 @@
 //! How far an ingest is: counters that anybody may read at any time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Time over which the rate is smoothed.
@@ -15,7 +15,7 @@ pub struct Progress {
     files_done: AtomicU64,
     files_total: AtomicU64,
     rate: Mutex<Option<Rate>>,
-    followed: OnceLock<Arc<Progress>>,
+    followed: Mutex<Option<Arc<Progress>>>,
 }
 
 #[derive(Debug)]
@@ -90,12 +90,13 @@ impl Progress {
 
     /// From now on reads like `other`.
     pub fn follow(&self, other: Arc<Progress>) {
-        let _ = self.followed.set(other);
+        *self.followed.lock().unwrap_or_else(PoisonError::into_inner) = Some(other);
     }
 
     /// The counters now.
     pub fn reading(&self) -> Reading {
-        if let Some(other) = self.followed.get() {
+        let followed = self.followed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(other) = followed {
             return other.reading();
         }
         let rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);

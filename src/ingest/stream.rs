@@ -18,8 +18,9 @@ use super::fetch::blocking;
 use super::plan;
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
+use super::quota::Growth;
 use super::seal::{self, Digested};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TOO_MANY};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::names::EntryPath;
@@ -39,7 +40,8 @@ pub(super) async fn fill(
     mut stream: Box<dyn EntryStream>,
     progress: &Arc<Progress>,
 ) -> Result<(String, Manifest)> {
-    let taker = Taker { shared, flight, progress };
+    let growth = Growth::new(shared, flight);
+    let taker = Taker { shared, flight, progress, growth: &growth };
     let mut entries = Vec::new();
     let mut links = Vec::new();
     // Small files wait until there are many, which costs one flush; a large one is sealed while the next arrives, so that a crash keeps it.
@@ -48,10 +50,8 @@ pub(super) async fn fill(
     let mut bytes = 0_u64;
     while let Some(listed) = stream.next_entry().await? {
         if entries.len() + links.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
-            return Err(Error::no_space(
-                "TOO_MANY_ENTRIES",
-                format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES),
-            ));
+            let message = format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES);
+            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
         }
         let file = match listed.what {
             What::Directory => {
@@ -70,7 +70,7 @@ pub(super) async fn fill(
         };
         if let Some((size, digest)) = stream.sealed() {
             bytes = bytes.saturating_add(size);
-            plan::check_limit(bytes, shared.settings.checkpoint_bytes)?;
+            growth.reach(bytes).await?;
             progress.resume(size);
             progress.sealed();
             let kind = EntryKind::File { size, executable: file.executable, digest };
@@ -99,7 +99,7 @@ pub(super) async fn fill(
     while let Some(entry) = published(large.join_next().await)? {
         entries.push(entry);
     }
-    resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?;
+    growth.reach(resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?).await?;
     Ok((stream.revision(), Manifest::new(entries)?))
 }
 
@@ -109,10 +109,10 @@ fn published(joined: Option<std::result::Result<Result<Entry>, JoinError>>) -> R
     joined.map(|joined| joined.map_err(ended)?).transpose()
 }
 
-/// Makes files of hard links, in the order they came, so that one may lead to another. `bytes` came before.
-fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: u64, limit_bytes: u64) -> Result<()> {
+/// Makes files of hard links, in the order they came, so that one may lead to another. `bytes` came before; returns what there are with them.
+fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: u64, limit_bytes: u64) -> Result<u64> {
     if links.is_empty() {
-        return Ok(());
+        return Ok(bytes);
     }
     let files = entries.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
     let mut files: HashMap<_, _> = files.map(|entry| (entry.path.clone(), entry.kind.clone())).collect();
@@ -131,13 +131,14 @@ fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: 
         files.insert(path.clone(), kind.clone());
         entries.push(Entry { path, kind });
     }
-    Ok(())
+    Ok(bytes)
 }
 
 struct Taker<'a> {
     shared: &'a Arc<Shared>,
     flight: &'a str,
     progress: &'a Arc<Progress>,
+    growth: &'a Growth,
 }
 
 impl Taker<'_> {
@@ -153,8 +154,8 @@ impl Taker<'_> {
         let Some(size) = file.size else {
             return self.take_unsized(stream, path, file, number, before).await;
         };
-        plan::check_limit(before.saturating_add(size), self.shared.settings.checkpoint_bytes)?;
-        plan::admit(size, self.shared.store.available_bytes()?)?;
+        self.growth.reach(before.saturating_add(size)).await?;
+        self.shared.admit_more(size).await?;
         let executable = file.executable;
         let (digested, synced) = if size <= UNIT_BYTES {
             (self.take_small(stream, &path, size, number, &file.expected).await?, false)
@@ -264,12 +265,12 @@ impl Taker<'_> {
         Ok(Filled { path, number, size, executable, digested, synced: true })
     }
 
-    /// Checks the limit for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
+    /// Checks limit and quota for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
     async fn check_growth(&self, from: u64, to: u64, before: u64) -> Result<()> {
-        plan::check_limit(before.saturating_add(to), self.shared.settings.checkpoint_bytes)?;
+        self.growth.reach(before.saturating_add(to)).await?;
         if from.div_ceil(ADMIT_BYTES) < to.div_ceil(ADMIT_BYTES) {
             let ahead = if to <= UNIT_BYTES { to } else { ADMIT_BYTES };
-            plan::admit(ahead, self.shared.available_bytes().await?)?;
+            self.shared.admit_more(ahead).await?;
         }
         Ok(())
     }
@@ -314,18 +315,23 @@ pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Res
     blocking(move || filling.write_at(&piece, at)).await
 }
 
+/// What to do about a file that was not as long as its sender said.
+const AT_REST: &str = "let nothing write to it meanwhile, and send it again";
+
 fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
     if got > size {
         return Err(Error::invalid(
             "BODY_TOO_LONG",
             format!("more than the {size} bytes announced were sent for `{path}`"),
-        ));
+        )
+        .remedy(AT_REST));
     }
     if ended && got < size {
         return Err(Error::invalid(
             "BODY_TOO_SHORT",
             format!("{got} of {size} bytes announced were sent for `{path}`"),
-        ));
+        )
+        .remedy(AT_REST));
     }
     Ok(())
 }
@@ -346,7 +352,7 @@ mod tests {
             vec![Entry { path: path("a"), kind: kind.clone() }, Entry { path: path("d"), kind: EntryKind::Directory }];
         let links = || vec![(path("b"), path("a")), (path("d/c"), path("b"))];
         let mut entries = sent.clone();
-        resolve(&mut entries, links(), 10, 30).unwrap();
+        assert_eq!(resolve(&mut entries, links(), 10, 30).unwrap(), 30);
         assert_eq!(entries[2..], [Entry { path: path("b"), kind: kind.clone() }, Entry { path: path("d/c"), kind }]);
         assert_eq!(resolve(&mut sent.clone(), links(), 10, 29).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
         for missing in ["x", "d"] {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use super::Shared;
 use super::fetch::blocking;
-use super::plan;
+use super::quota::Growth;
 use crate::archive::{About, Archived, Format, Members};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
@@ -83,8 +83,8 @@ impl Unpacked {
     }
 
     async fn spool(&mut self, size: u64) -> Result<Spool> {
-        plan::check_limit(size, self.shared.settings.checkpoint_bytes)?;
-        plan::admit(size, self.shared.available_bytes().await?)?;
+        Growth::new(&self.shared, &self.flight).reach(size).await?;
+        self.shared.admit_more(size).await?;
         let number = self.shared.next_number.fetch_add(1, Ordering::Relaxed);
         let (disk, flight) = (self.shared.store.disk().clone(), self.flight.clone());
         let file = blocking(move || {

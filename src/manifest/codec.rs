@@ -131,3 +131,95 @@ impl<'a> Input<'a> {
         Ok(Entry { path, kind })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Canonical bytes of entries that are encoded already, said to be `count`.
+    fn encoded(count: u64, entries: &[Vec<u8>]) -> Vec<u8> {
+        [MAGIC, &count.to_le_bytes(), &entries.concat()].concat()
+    }
+
+    fn short(bytes: &[u8]) -> Vec<u8> {
+        [&u16::try_from(bytes.len()).unwrap().to_le_bytes(), bytes].concat()
+    }
+
+    fn directory(path: &[u8]) -> Vec<u8> {
+        [b"d", short(path).as_slice()].concat()
+    }
+
+    fn link(path: &[u8], target: &[u8]) -> Vec<u8> {
+        [b"l", short(path).as_slice(), &short(target)].concat()
+    }
+
+    fn file(path: &[u8], size: u64) -> Vec<u8> {
+        [b"f", short(path).as_slice(), &size.to_le_bytes(), &[7; DIGEST_BYTES]].concat()
+    }
+
+    #[test]
+    fn names_that_are_no_text_have_golden_bytes() {
+        let golden: &[u8] = b"ckptd-manifest-1\n\x02\0\0\0\0\0\0\0d\x02\0a\xffl\x04\0a\xff/\xfe\x03\0..\x80";
+        let entries = vec![
+            Entry {
+                path: EntryPath::new(*b"a\xff/\xfe").unwrap(),
+                kind: EntryKind::Symlink { target: (*b"..\x80").into() },
+            },
+            Entry { path: EntryPath::new(*b"a\xff").unwrap(), kind: EntryKind::Directory },
+        ];
+        let manifest = Manifest::new(entries).unwrap();
+        assert_eq!(manifest.encode(), golden);
+        assert_eq!(decode(golden).unwrap(), manifest);
+        assert_eq!(manifest.digest(), Digest::of(golden));
+    }
+
+    #[test]
+    fn only_the_one_encoding_of_a_tree_is_read() {
+        let good = encoded(3, &[directory(b"a"), file(b"a/f", 1), link(b"b", b"a")]);
+        assert_eq!(decode(&good).unwrap().encode(), good);
+        for (why, bytes) in [
+            ("out of order", encoded(2, &[file(b"b", 1), file(b"a", 1)])),
+            ("a directory after what is below it", encoded(2, &[file(b"a/f", 1), directory(b"a")])),
+            ("the same path twice", encoded(2, &[file(b"a", 1), file(b"a", 1)])),
+            ("the same directory twice", encoded(2, &[directory(b"a"), directory(b"a")])),
+            ("no parent", encoded(1, &[file(b"a/f", 1)])),
+            ("no parent but its namesake's", encoded(2, &[directory(b"a"), file(b"a.b/f", 1)])),
+            ("a file as parent", encoded(2, &[file(b"a", 1), file(b"a/f", 1)])),
+            ("a link as parent", encoded(2, &[link(b"a", b"b"), file(b"a/f", 1)])),
+            ("the root", encoded(1, &[directory(b"")])),
+            ("the root as a file", encoded(1, &[file(b"", 1)])),
+            ("more entries than are there", encoded(2, &[file(b"a", 1)])),
+            ("more entries than memory", encoded(u64::MAX, &[file(b"a", 1)])),
+            ("fewer entries than are there", encoded(1, &[file(b"a", 1), file(b"b", 1)])),
+            ("an unknown kind", encoded(1, &[[b"z", short(b"a").as_slice()].concat()])),
+            ("a path that climbs", encoded(1, &[directory(b"..")])),
+            ("a path with two slashes", encoded(2, &[directory(b"a"), file(b"a//f", 1)])),
+            ("a path from the top", encoded(1, &[file(b"/a", 1)])),
+            ("a link to nothing", encoded(1, &[link(b"a", b"")])),
+            ("a link with a NUL", encoded(1, &[link(b"a", b"b\0")])),
+            ("more bytes than there are", encoded(2, &[file(b"a", u64::MAX), file(b"b", 1)])),
+            ("a path longer than the rest", encoded(1, &[b"d\xff\xffa".to_vec()])),
+            ("another version", good.iter().map(|byte| if *byte == b'1' { b'2' } else { *byte }).collect()),
+        ] {
+            let refused = decode(&bytes).map(|manifest| manifest.entries).expect_err(why);
+            assert_eq!(refused.reason(), "BAD_MANIFEST", "{why}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_read_is_written_the_same() {
+        let good = encoded(3, &[directory(b"a"), file(b"a/\xff", 1), link(b"b", b"a")]);
+        let mut read = 0;
+        for at in 0..good.len() {
+            for value in 0..=u8::MAX {
+                let mut bytes = good.clone();
+                bytes[at] = value;
+                if let Ok(manifest) = decode(&bytes) {
+                    assert_eq!(manifest.encode(), bytes, "byte {at} is {value}");
+                    read += 1;
+                }
+            }
+        }
+        assert!(read > good.len(), "digests and sizes may be anything");
+    }
+}

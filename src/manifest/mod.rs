@@ -15,9 +15,12 @@ pub use codec::CODEC_VERSION;
 pub use tree::{ROOT, Tree};
 
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TOO_MANY};
 use crate::limits;
 use crate::names::EntryPath;
+
+/// What helps where two names cannot be in one tree.
+const RENAME: &str = "rename one of them at the source, or give a path without them";
 
 /// What an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,7 +84,8 @@ impl Manifest {
                     entries.len(),
                     limits::CHECKPOINT_ENTRIES
                 ),
-            ));
+            )
+            .remedy(TOO_MANY));
         }
         let mut logical_bytes = 0_u64;
         let mut files = 0;
@@ -167,8 +171,14 @@ fn check_place<'a>(before: Option<&'a Entry>, entry: &'a Entry, open: &mut Vec<&
     if entry.path.is_root() {
         return Err(Error::invalid("BAD_ENTRY_PATH", "the root of a checkpoint must be a directory"));
     }
-    if before.is_some_and(|before| before.path == entry.path) {
-        return Err(Error::invalid("DUPLICATE_ENTRY", format!("the path `{}` occurs twice", entry.path)));
+    if let Some(before) = before.filter(|before| before.path == entry.path) {
+        let directories = [before, entry].map(|entry| entry.kind == EntryKind::Directory);
+        let path = &entry.path;
+        let message = match directories {
+            [false, false] => format!("the path `{path}` occurs twice"),
+            _ => format!("the path `{path}` occurs twice, as a directory and as what is none"),
+        };
+        return Err(Error::invalid("DUPLICATE_ENTRY", message).remedy(RENAME));
     }
     if before.is_some_and(|before| before.path > entry.path) {
         return Err(Error::invalid("BAD_MANIFEST", format!("the path `{}` is out of order", entry.path)));
@@ -184,7 +194,8 @@ fn check_place<'a>(before: Option<&'a Entry>, entry: &'a Entry, open: &mut Vec<&
         return Err(Error::invalid(
             "NOT_A_DIRECTORY",
             format!("`{}` is below `{parent}`, which is not a directory", entry.path),
-        ));
+        )
+        .remedy(RENAME));
     }
     Ok(())
 }
@@ -284,7 +295,9 @@ mod tests {
         for at in 0..bytes.len() {
             let mut flipped = bytes.clone();
             flipped[at] ^= 0x41;
-            let _ = Manifest::decode(&flipped);
+            if let Ok(manifest) = Manifest::decode(&flipped) {
+                assert_eq!(manifest.encode(), flipped, "flipped at {at}");
+            }
         }
     }
 }

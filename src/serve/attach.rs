@@ -23,9 +23,13 @@ use serde::{Deserialize, Serialize};
 
 use super::mount_calls::{self, Device, READ_ONLY};
 use super::namespace::{self, Entrance, MountNamespace};
-use super::target::{self, Whose};
+use super::target::{self, Reserved, Whose};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
+
+/// Looks for a view that is not where it is said to be, before something else is held to be over it. Each finds it with even chances while
+/// somebody swaps what is above it as fast as he can.
+const LOOKS: u32 = 32;
 
 /// Where a job wants its checkpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,14 +91,15 @@ pub struct Prepared {
     mounted: Mounted,
 }
 
-/// Builds the view of `views` for `place`; `reserved` is the sessions directory, into which nothing may be put.
+/// Builds the view of `views` for `place`. A process that has our mounts and our root is the host, as far as targets go.
 ///
 /// # Errors
 /// `TARGET_*` of the path itself (see [`target`]), `NO_SUCH_PROCESS`, `DUPLICATE_VIEW`, or what the kernel says.
-pub fn prepare(place: &Place, views: Views, reserved: &Path) -> Result<Prepared> {
-    let whose = if place.pid.is_some() { Whose::Process } else { Whose::Host };
-    target::check_path(&place.target, whose, reserved)?;
+pub fn prepare(place: &Place, views: Views, reserved: &Reserved) -> Result<Prepared> {
     let process = place.pid.map(namespace::of_process).transpose()?;
+    let process = process.map(|process| process.unless_host()).transpose()?.flatten();
+    let whose = if process.is_some() { Whose::Process } else { Whose::Host };
+    target::check_path(&place.target, whose, reserved)?;
     let namespace = process.as_ref().map_or_else(namespace::own_inode, |process| Ok(process.inode))?;
     let built = Built::new(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
     let found = mount_calls::standing(&built.root).map_err(|error| Error::io("looking at", &place.target, error))?;
@@ -138,23 +143,27 @@ impl Prepared {
 /// # Errors
 /// `TARGET_COVERED` where others have mounted something over it; or what the kernel says.
 pub fn detach(mounted: &Mounted) -> Result<Detached> {
-    at_mount(mounted, |found| {
-        let Some(path) = found else { return Ok(Detached::AlreadyGone) };
-        let Some(root) = open_if_ours(&path, mounted)? else {
+    at_mount(mounted, |proc, found| match found {
+        Found::Gone => Ok(Detached::AlreadyGone),
+        Found::Hidden(path) => {
             let message = format!("something else is mounted over the view at {}", path.display());
-            return Err(Error::wrong_state("TARGET_COVERED", message)
+            Err(Error::wrong_state("TARGET_COVERED", message)
                 .fact("target", path.display())
-                .remedy("unmount what covers it, then detach again"));
-        };
-        // By descriptor: the path may lead elsewhere by now.
-        let unmounted = match nix::unistd::fchdir(&root) {
-            Ok(()) => mount_calls::unmount_here(),
-            // Nobody can enter the root of a dead connection; its path is all there is.
-            Err(Errno::ENOTCONN) => mount_calls::unmount_at(&path),
-            Err(errno) => Err(io::Error::from(errno)),
-        };
-        unmounted.map_err(|error| Error::io("unmounting the view at", &path, error))?;
-        Ok(Detached::Removed)
+                .remedy("unmount what covers it, then detach again"))
+        }
+        Found::Here(path, root) => {
+            // By descriptor: the path may lead elsewhere by now.
+            let unmounted = match nix::unistd::fchdir(&root) {
+                Ok(()) => mount_calls::unmount_here(),
+                // Nobody can enter the root of a dead connection.
+                Err(Errno::ENOTCONN) => nix::unistd::fchdir(proc)
+                    .map_err(io::Error::from)
+                    .and_then(|()| mount_calls::unmount_descriptor_in_proc(&root)),
+                Err(errno) => Err(io::Error::from(errno)),
+            };
+            unmounted.map_err(|error| Error::io("unmounting the view at", &path, error))?;
+            Ok(Detached::Removed)
+        }
     })
 }
 
@@ -163,28 +172,50 @@ pub fn detach(mounted: &Mounted) -> Result<Detached> {
 /// # Errors
 /// What the kernel says.
 pub fn standing(mounted: &Mounted) -> Result<bool> {
-    at_mount(mounted, |found| match found {
-        Some(path) => open_if_ours(&path, mounted).map(|ours| ours.is_some()),
-        None => Ok(false),
-    })
+    at_mount(mounted, |_, found| Ok(matches!(found, Found::Here(..))))
 }
 
-/// Runs `work` in the view's namespace, with the path that the view has there now.
-fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(Option<PathBuf>) -> Result<T> + Send) -> Result<T> {
+/// What became of a view.
+enum Found {
+    Gone,
+    /// Something else is reached at its path.
+    Hidden(PathBuf),
+    /// Its path, and its root.
+    Here(PathBuf, OwnedFd),
+}
+
+/// Runs `work` in the view's namespace with what became of it there, and with our `/proc`.
+fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(&OwnedFd, Found) -> Result<T> + Send) -> Result<T> {
+    let proc = namespace::open_proc()?;
     let process = if mounted.namespace == namespace::own_inode()? {
         None
     } else {
         match namespace::find(mounted.namespace, mounted.pid) {
-            None => return work(None),
+            None => return work(&proc, Found::Gone),
             found => found,
         }
     };
-    let proc = namespace::open_proc()?;
     let entrance = process.as_ref().map_or(Entrance::Here, Entrance::AtRoot);
     namespace::act(&entrance, || {
-        let lines = namespace::mounts(&proc)?;
-        let line = lines.into_iter().find(|line| line.mount_id == mounted.mount_id && line.device == mounted.device);
-        work(line.map(|line| line.target))
+        // Whoever has the directories above may rename them while we look: then the path that the kernel tells leads elsewhere.
+        let mut looks = 1;
+        let found = loop {
+            match find(&proc, mounted)? {
+                Found::Hidden(_) if looks < LOOKS => looks += 1,
+                found => break found,
+            }
+        };
+        work(&proc, found)
+    })
+}
+
+fn find(proc: &OwnedFd, mounted: &Mounted) -> Result<Found> {
+    let lines = namespace::mounts(proc)?;
+    let line = lines.into_iter().find(|line| line.mount_id == mounted.mount_id && line.device == mounted.device);
+    let Some(path) = line.map(|line| line.target) else { return Ok(Found::Gone) };
+    Ok(match open_if_ours(&path, mounted)? {
+        Some(root) => Found::Here(path, root),
+        None => Found::Hidden(path),
     })
 }
 
@@ -193,7 +224,7 @@ fn open_if_ours(path: &Path, mounted: &Mounted) -> Result<Option<OwnedFd>> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = match open(path, flags, Mode::empty()) {
         Ok(root) => root,
-        Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
         Err(errno) => return Err(Error::io("opening the view at", path, errno.into())),
     };
     let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", path, error))?;
@@ -314,5 +345,24 @@ mod tests {
         mount_calls::unmount_at(target.path()).unwrap();
         assert!(filled);
         assert_eq!(entries(), 0);
+    }
+
+    #[test]
+    fn a_mount_that_cannot_be_entered_goes_by_its_descriptor() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let target = tempfile::tempdir().unwrap();
+        put(&half_built(c"a"), target.path()).unwrap();
+        namespace::act(&Entrance::Here, || {
+            let root = open(target.path(), OFlag::O_PATH, Mode::empty()).unwrap();
+            assert!(mount_calls::standing(&root).unwrap().is_mount_root);
+            nix::unistd::fchdir(namespace::open_proc()?).unwrap();
+            mount_calls::unmount_descriptor_in_proc(&root)
+                .map_err(|error| Error::io("unmounting", target.path(), error))
+        })
+        .unwrap();
+        let after = open(target.path(), OFlag::O_PATH, Mode::empty()).unwrap();
+        assert!(!mount_calls::standing(&after).unwrap().is_mount_root);
     }
 }

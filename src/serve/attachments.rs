@@ -11,13 +11,14 @@
 //! **Lazily attached** checkpoints are served from the listing on, which is durable before it is shown; their session goes on when they are
 //! ready, and nothing is mounted anew.
 //!
-//! **Rights may end by themselves**: [`leases`].
+//! **Rights may end by themselves**: [`leases`]. A job **keeps its owner**: [`owner`].
 //!
 //! **After a restart** what somebody has held goes on as it was, and what is dead is made again: [`recover`].
 
 mod contents;
 mod expiry;
 mod leases;
+mod owner;
 mod recover;
 
 use std::collections::{BTreeSet, HashMap};
@@ -31,7 +32,8 @@ use super::fuse::{self, ReadWaits};
 use super::gates::Gates;
 use super::keeping::{Keeping, Orphan, Outlive};
 use super::placed::InPlace;
-use super::{Features, NamedView, Place, ReadBuffers, Session, Views, features};
+use super::strays::Strays;
+use super::{Features, NamedView, Place, ReadBuffers, Reserved, Session, Views, features};
 use crate::catalog::checkpoints::Record;
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
 use crate::error::{Error, Kind, Result};
@@ -42,6 +44,8 @@ use crate::source::Datastores;
 use crate::store::Store;
 use crate::store::read::Reader;
 use crate::units::now_unix_ms;
+pub use contents::EVICTED_MEANWHILE;
+pub use owner::owner_of;
 pub use recover::Reconciled;
 
 /// Where a job inside a container expects its checkpoint.
@@ -86,6 +90,7 @@ struct Shared {
     in_place: InPlace,
     sessions_dir: PathBuf,
     jobs_dir: PathBuf,
+    reserved: Reserved,
     wishes: KernelWishes,
     features: Features,
     stack_depth: u32,
@@ -97,6 +102,7 @@ struct Shared {
     outlive: Option<Outlive>,
     /// What a predecessor has left, until it is adopted.
     orphans: Mutex<Vec<Orphan>>,
+    strays: Strays,
     reconciled: Mutex<Reconciled>,
     /// Told when a right has been given another end.
     ends_changed: Notify,
@@ -126,16 +132,22 @@ impl Attachments {
         for directory in [runtime_dir, &jobs_dir] {
             std::fs::create_dir_all(directory).map_err(|error| Error::io("creating", directory, error))?;
         }
-        let (outlive, orphans, reconciled) = recover::look_around(runtime_dir, keeping)?;
+        let strays = Strays::of(runtime_dir);
+        let (outlive, orphans, reconciled) = recover::look_around(runtime_dir, keeping, &strays)?;
+        if strays.may_be() {
+            store.punch_nothing();
+        }
         super::prepare_sessions_dir(&sessions_dir)?;
         let features = super::probe()?;
         let stack_depth = features::stack_depth(store.disk().root());
+        let reserved = reserved(store.disk().root(), runtime_dir, &jobs_dir);
         Ok(Self(Arc::new(Shared {
             in_place: InPlace::new(store.catalog().clone(), datastores),
             store,
             ingests,
             sessions_dir,
             jobs_dir,
+            reserved,
             wishes,
             features,
             stack_depth,
@@ -146,6 +158,7 @@ impl Attachments {
             session_gates: Gates::default(),
             outlive,
             orphans: Mutex::new(orphans),
+            strays,
             reconciled: Mutex::new(reconciled),
             ends_changed: Notify::new(),
         })))
@@ -170,7 +183,7 @@ impl Attachments {
     /// left as it is, save that its right may now end later.
     ///
     /// # Errors
-    /// `JOB_HAS_OTHERS`; those of the catalog.
+    /// `JOB_HAS_OTHERS`, `JOB_OF_ANOTHER`; those of the catalog.
     pub async fn reserve(
         &self,
         job: &JobId,
@@ -181,6 +194,7 @@ impl Attachments {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
         let leases = arrange(&wanted)?;
         if let Some(row) = self.row(job).await? {
+            owner_of(Some(&row), owner)?;
             return if same_checkpoints(&row.leases, &wanted) {
                 self.extend(row, expires_ms).await
             } else {
@@ -206,12 +220,13 @@ impl Attachments {
     /// Makes a job see checkpoints; stands on return.
     ///
     /// # Errors
-    /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`, `DATASTORE_*`; nothing is
-    /// mounted then.
+    /// `TARGET_*`, `NO_SUCH_PROCESS`, `DUPLICATE_DIRECTORY`, `JOB_ATTACHED_ELSEWHERE`, `JOB_HAS_OTHERS`, `JOB_OF_ANOTHER`,
+    /// `DATASTORE_*`, [`EVICTED_MEANWHILE`]; nothing is mounted then.
     pub async fn attach(&self, wanted: Wanted) -> Result<JobRow> {
         let _gate = self.0.job_gates.pass(wanted.job.as_str()).await?;
         let mut leases = arrange(&wanted.checkpoints)?;
         let before = self.row(&wanted.job).await?;
+        let owner = owner_of(before.as_ref(), &wanted.owner)?;
         let (target, made) = self.target_of(&wanted)?;
         if let Some(row) = &before {
             if !same_checkpoints(&row.leases, &wanted.checkpoints) {
@@ -232,7 +247,7 @@ impl Attachments {
         }
         let row = JobRow {
             job: wanted.job.to_string(),
-            owner: wanted.owner.clone(),
+            owner,
             state: JobState::Attaching,
             target: target.to_string_lossy().into_owned(),
             pid: wanted.pid,
@@ -249,7 +264,8 @@ impl Attachments {
         }
         self.put_checked(&row).await?;
         self.0.ends_changed.notify_one();
-        match self.mount(&row, &wanted.checkpoints).await {
+        let mounted = async { self.mount(&row, &self.still_here(&wanted.checkpoints).await?).await };
+        match mounted.await {
             Ok(row) => Ok(row),
             Err(error) => {
                 self.take_back(&row, before).await?;
@@ -258,26 +274,26 @@ impl Attachments {
         }
     }
 
-    /// Takes a job's view away and keeps its right; `None` for a job that is not known.
+    /// Takes a job's view away and keeps its right; `None` for a job that is not known, or not `owner`'s if that is given.
     ///
     /// # Errors
     /// `TARGET_COVERED`, or what the kernel says; the row stays as it was then.
-    pub async fn detach(&self, job: &JobId) -> Result<Option<JobRow>> {
+    pub async fn detach(&self, job: &JobId, owner: Option<&str>) -> Result<Option<JobRow>> {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
-        let Some(row) = self.row(job).await? else { return Ok(None) };
+        let Some(row) = self.row_of(job, owner).await? else { return Ok(None) };
         self.unmount(&row).await.map(Some)
     }
 
-    /// Detaches a job and forgets it; one that is not known is forgotten already.
+    /// Detaches a job and forgets it; one that is not known, or not `owner`'s if that is given, is forgotten already.
     ///
     /// # Errors
     /// As [`Attachments::detach`].
-    pub async fn release(&self, job: &JobId) -> Result<()> {
+    pub async fn release(&self, job: &JobId, owner: Option<&str>) -> Result<()> {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
-        let Some(row) = self.row(job).await? else { return Ok(()) };
+        let Some(row) = self.row_of(job, owner).await? else { return Ok(()) };
         self.unmount(&row).await?;
         let job = job.to_string();
-        self.0.store.catalog().write(move |tx| jobs::delete(tx, &job)).await
+        self.0.store.catalog().write(move |tx| jobs::delete(tx, &job, now_unix_ms())).await
     }
 
     /// Takes every view and session down: for a private instance that ends.
@@ -287,7 +303,7 @@ impl Attachments {
     pub async fn take_down(&self) -> Result<()> {
         let mut outcome = Ok(());
         for row in self.0.store.catalog().read(jobs::list).await? {
-            let released = self.release(&JobId::new(row.job)?).await;
+            let released = self.release(&JobId::new(row.job)?, None).await;
             outcome = outcome.and(released);
         }
         let dir = self.0.sessions_dir.clone();
@@ -317,7 +333,7 @@ impl Attachments {
 
     async fn put_checked(&self, row: &JobRow) -> Result<()> {
         let row = row.clone();
-        self.0.store.catalog().write(move |tx| jobs::put_checked(tx, &row)).await
+        self.0.store.catalog().write(move |tx| jobs::put_checked(tx, &row, now_unix_ms())).await
     }
 
     /// The target, and whether it is ours to make.
@@ -341,7 +357,7 @@ impl Attachments {
         }
         let place = Place { target: PathBuf::from(&row.target), pid: (row.pid != 0).then_some(row.pid) };
         let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
-        let reserved = self.0.sessions_dir.clone();
+        let reserved = self.0.reserved.clone();
         let view = blocking(move || super::prepare(&place, views(&served, &subdirs)?, &reserved)).await?;
         let row = self.note_mounted(row, view.mounted()).await?;
         blocking(move || view.show()).await?;
@@ -364,7 +380,7 @@ impl Attachments {
             Some(before) => self.put(&before).await,
             None => {
                 let job = row.job.clone();
-                self.0.store.catalog().write(move |tx| jobs::delete(tx, &job)).await
+                self.0.store.catalog().write(move |tx| jobs::delete(tx, &job, now_unix_ms())).await
             }
         }
     }
@@ -439,12 +455,18 @@ impl Attachments {
                 if unused { live.remove(&lease.checkpoint) } else { None }
             };
             let Some(session) = stopped.and_then(|served| lock(&served.session).take()) else { continue };
-            self.keep_order(session.read_order()).await;
+            self.keep_order(&lease.checkpoint, session.read_order()).await;
             if let Err(error) = blocking(move || session.stop(STOP_PATIENCE)).await {
                 tracing::warn!(checkpoint = lease.checkpoint, error = %error.report(), "stopping a session failed");
             }
         }
     }
+}
+
+/// What no target may be in. Without the links in it: the paths of targets have none.
+fn reserved(state_dir: &Path, runtime_dir: &Path, jobs_dir: &Path) -> Reserved {
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    Reserved { directories: vec![real(state_dir), real(runtime_dir)], free: Some(real(jobs_dir)) }
 }
 
 /// Whether the view of a row is still there: somebody may have unmounted it.

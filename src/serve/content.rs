@@ -90,7 +90,9 @@ pub trait OpenFile: Send + Sync {
 pub enum FileState {
     /// Sealed and whole: the kernel may read it itself.
     Passthrough,
-    /// The daemon answers: sealed with holes, or kept elsewhere.
+    /// Sealed with holes: the daemon answers until they are filled.
+    Compact,
+    /// The daemon answers: kept elsewhere.
     Daemon,
     /// Still arriving.
     Filling {

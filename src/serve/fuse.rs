@@ -29,9 +29,10 @@ use fuser::{
 use super::buffers::{READ_BYTES, ReadBuffers};
 use super::content::OpenFile;
 use super::features::Features;
+use super::namespace;
 use super::open_files::{Mode, OpenFiles};
 use super::refusal::Refusal;
-use super::view::{Attributes, NodeKind, STATFS_UNIT_BYTES, View};
+use super::view::{Asked, Attributes, NodeKind, STATFS_UNIT_BYTES, View};
 use super::waits::{Asker, Turn, Waits};
 use crate::error::Result;
 
@@ -41,8 +42,10 @@ const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Inodes are never used again within a session.
 const GENERATION: Generation = Generation(0);
 
-/// Requests that may be under way without a waiting process (read-ahead); the kernel's own bound is 12.
-const BACKGROUND_REQUESTS: u16 = 64;
+/// Requests that the kernel may have under way in the background: read-ahead and `O_DIRECT`, of which one that waits for bytes counts until they are here. Beyond, whoever
+/// reads what *is* here waits with them, of all jobs of the session; the kernel's own bound is 12. One that waits costs us some hundred bytes,
+/// so this is half of what one flight lets wait, and thrice what is promised.
+const BACKGROUND_REQUESTS: u16 = 1 << 15;
 
 /// Reads of all sessions that wait.
 pub(super) type ReadWaits = Waits<ReplyData>;
@@ -384,9 +387,13 @@ impl Filesystem for Adapter {
         reply.statfs(figures.units, 0, 0, figures.files, 0, STATFS_UNIT_BYTES, 255, STATFS_UNIT_BYTES);
     }
 
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         guarded("getxattr", ino, || {
-            match self.view.attribute(ino.0, name.as_bytes(), || self.open.offers_passthrough(ino.0)) {
+            let asked = || match namespace::is_of_our_root(req.pid()) {
+                true => Asked::ByHost(self.open.offers_passthrough(ino.0)),
+                false => Asked::ByJob(self.open.has_passthrough()),
+            };
+            match self.view.attribute(ino.0, name.as_bytes(), asked) {
                 Ok(value) => answer_attribute(reply, size, value.as_bytes()),
                 Err(refusal) => reply.error(refuse(ino.0, &refusal)),
             }

@@ -20,6 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::ledger::{Head, LedgerFile};
 use super::mount_calls::Device;
+use super::strays::Strays;
 use crate::error::{Error, Kind, Result};
 use crate::units::now_unix_ms;
 
@@ -118,6 +119,11 @@ impl Orphan {
         self.head.device
     }
 
+    /// Whether the kernel may read files for jobs that it was given through it, and goes on with that when it is let go.
+    pub(super) fn may_have_given(&self) -> bool {
+        self.kept.ledger.may_have_given()
+    }
+
     /// Lets it go: the kernel ends its connection.
     pub fn let_go(self) {
         drop(self.device);
@@ -140,7 +146,7 @@ pub(super) struct Inheritance {
 ///
 /// # Errors
 /// `LEDGER_TOO_NEW`: nothing has been touched then.
-pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive) -> Result<Inheritance> {
+pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive, strays: &Strays) -> Result<Inheritance> {
     let mut found = Inheritance::default();
     let mut useless = Vec::new();
     for HandedOver { name, descriptor } in handed.into_iter().filter(|one| one.name.starts_with(SESSION)) {
@@ -155,6 +161,11 @@ pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive) -> Result<Inhe
             Err(error) => useless.push((name, descriptor, error)),
         }
     }
+    let wanted: HashSet<String> = found.orphans.iter().map(|orphan| orphan.kept.name.clone()).collect();
+    let others = others(&outlive.ledgers, &wanted);
+    if others.iter().any(|ledger| may_have_given(ledger)) {
+        strays.note();
+    }
     for (name, descriptor, why) in useless {
         tracing::warn!(session = name, error = %why.report(), "a session cannot be taken over");
         drop(descriptor);
@@ -163,8 +174,7 @@ pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive) -> Result<Inhe
             tracing::warn!(session = name, error = %error.report(), "a descriptor could not be given back");
         }
     }
-    let wanted = found.orphans.iter().map(|orphan| orphan.kept.name.clone()).collect();
-    found.leftovers = remove_others(&outlive.ledgers, &wanted);
+    found.leftovers = others.iter().filter(|ledger| fs::remove_file(ledger).is_ok()).count();
     Ok(found)
 }
 
@@ -188,8 +198,14 @@ fn is_connected(device: &OwnedFd) -> bool {
     }
 }
 
-fn remove_others(ledgers: &Path, wanted: &HashSet<String>) -> usize {
+fn others(ledgers: &Path, wanted: &HashSet<String>) -> Vec<PathBuf> {
     let entries = fs::read_dir(ledgers).into_iter().flatten().flatten();
     let others = entries.filter(|entry| entry.file_name().to_str().is_none_or(|name| !wanted.contains(name)));
-    others.filter(|entry| fs::remove_file(entry.path()).is_ok()).count()
+    others.map(|entry| entry.path()).collect()
+}
+
+/// [`LedgerFile::may_have_given`] of a ledger that nobody goes on with. One without its final name was of a session that was not mounted yet.
+fn may_have_given(ledger: &Path) -> bool {
+    ledger.extension().is_none_or(|extension| extension != "new")
+        && LedgerFile::open(ledger).map_or(true, |(_, ledger)| ledger.may_have_given())
 }

@@ -136,6 +136,11 @@ impl LedgerFile {
         Ok(held)
     }
 
+    /// Whether the kernel may have been given files through this session that somebody has open still; so it is where that cannot be told.
+    pub(super) fn may_have_given(&self) -> bool {
+        self.held().map_or(true, |held| held.iter().any(|(_, held)| matches!(held, Held::Passthrough { .. })))
+    }
+
     /// Where it is.
     pub(super) fn path(&self) -> &Path {
         &self.path

@@ -15,6 +15,7 @@
 //! namespace.rs   acting inside another mount namespace
 //! keeping.rs     what outlives the daemon      ledger.rs    what a successor must know of a session
 //! mountinfo.rs   the kernel's list of mounts    sessions.rs    the sessions directory, stale mounts
+//! strays.rs      files read by the kernel that no session tells of
 //! ```
 //!
 //! **One session per served checkpoint; jobs get bind mounts of it.** Attaching is then a mount operation and no state of a
@@ -49,6 +50,7 @@ mod partial;
 mod placed;
 mod readers;
 mod stored;
+mod strays;
 mod target;
 mod waits;
 
@@ -60,3 +62,4 @@ pub use keeping::{HandedOver, Keeper, Keeping, Orphan, Outlive};
 pub use mount_calls::Device;
 pub use session::{Session, SessionConfig, Stopped};
 pub use sessions::{prepare_sessions_dir, release_sessions_dir, stale_mounts, unmount_stale, unmount_stale_but};
+pub use target::Reserved;

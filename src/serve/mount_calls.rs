@@ -186,9 +186,19 @@ pub(super) fn unmount_at(path: &Path) -> io::Result<()> {
     unmount(&CString::new(path.as_os_str().as_bytes())?)
 }
 
+/// Takes the mount away whose root `root` is, without entering it; the working directory of the calling thread is our `/proc`.
+pub(super) fn unmount_descriptor_in_proc(root: impl AsFd) -> io::Result<()> {
+    let link = CString::new(format!("thread-self/fd/{}", root.as_fd().as_raw_fd()))?;
+    unmount_with(&link, libc::MNT_DETACH)
+}
+
 fn unmount(path: &CStr) -> io::Result<()> {
+    unmount_with(path, libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW)
+}
+
+fn unmount_with(path: &CStr, flags: c_int) -> io::Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
-    check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) }.into()).map(drop)
+    check(unsafe { libc::umount2(path.as_ptr(), flags) }.into()).map(drop)
 }
 
 /// Makes the number of `old` stand for the open file of `new`, in one step.

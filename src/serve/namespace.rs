@@ -28,6 +28,21 @@ pub(super) struct MountNamespace {
     pub(super) inode: u64,
 }
 
+impl MountNamespace {
+    /// The same, unless its process sees just what we see.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(super) fn unless_host(self) -> Result<Option<Self>> {
+        let root = Path::new("/");
+        let failed = |error| Error::io("looking at", root, error);
+        let ours = fs::metadata(root).map_err(failed)?;
+        let theirs = nix::sys::stat::fstat(&self.root).map_err(|errno| failed(errno.into()))?;
+        let same_root = (theirs.st_dev, theirs.st_ino) == (ours.dev(), ours.ino());
+        Ok(if same_root && self.inode == own_inode()? { None } else { Some(self) })
+    }
+}
+
 /// Where a thread acts.
 pub(super) enum Entrance<'a> {
     /// In our own namespace.
@@ -42,6 +57,16 @@ pub(super) enum Entrance<'a> {
 pub(super) fn own_inode() -> Result<u64> {
     inode_of(Path::new("/proc/self/ns/mnt"))
         .map_err(|error| Error::io("looking at the mount namespace", "/proc/self/ns/mnt", error))
+}
+
+/// Whether a thread is root's and in our own mount namespace now. Looks at `/proc` only: since Linux 6.12 requests need not say whose they are.
+pub(super) fn is_of_our_root(thread: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    // Real, effective, saved and file system's.
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let is_root = users.is_some_and(|users| users.split_ascii_whitespace().all(|user| user == "0"));
+    let theirs = inode_of(Path::new(&format!("/proc/{thread}/ns/mnt")));
+    is_root && theirs.is_ok_and(|theirs| own_inode().is_ok_and(|own| own == theirs))
 }
 
 fn inode_of(path: &Path) -> std::io::Result<u64> {

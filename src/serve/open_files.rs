@@ -216,6 +216,11 @@ impl OpenFiles {
         }
     }
 
+    /// Whether the connection has passthrough.
+    pub fn has_passthrough(&self) -> bool {
+        self.passthrough.load(Ordering::Relaxed)
+    }
+
     /// Open handles of all inodes.
     pub fn handles(&self) -> u64 {
         self.lock().values().map(|open| u64::from(open.held.handles())).sum()

@@ -54,7 +54,7 @@ impl Content for PartialContent {
         let entry = entry_of(file);
         match self.arriving.here_bytes(entry) {
             None if self.arriving.is_whole(entry) => FileState::Passthrough,
-            None => FileState::Daemon,
+            None => FileState::Compact,
             Some(here) => {
                 let percent = here.saturating_mul(100).checked_div(file.size).unwrap_or(0).min(99);
                 FileState::Filling { percent: u8::try_from(percent).unwrap_or(99) }

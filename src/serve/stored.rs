@@ -17,7 +17,7 @@ impl Content for StoredContent {
     }
 
     fn state(&self, file: &FileNode) -> FileState {
-        if self.0.is_whole(&file.digest) { FileState::Passthrough } else { FileState::Daemon }
+        if self.0.is_whole(&file.digest) { FileState::Passthrough } else { FileState::Compact }
     }
 }
 

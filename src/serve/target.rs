@@ -6,7 +6,7 @@
 //! namespace the process sees nothing but its own, so links are followed there, except magic ones and the last.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -28,18 +28,34 @@ pub(super) enum Whose {
     Process,
 }
 
+/// Directories of the daemon's own on the host, into which nothing may be put; paths without links.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Those: state, sessions, whatever else is ours.
+    pub directories: Vec<PathBuf>,
+    /// What is below one of them and free all the same.
+    pub free: Option<PathBuf>,
+}
+
+impl Reserved {
+    fn has(&self, target: &Path) -> bool {
+        let is_free = self.free.as_ref().is_some_and(|free| target.starts_with(free) && target != free);
+        !is_free && self.directories.iter().any(|directory| target.starts_with(directory))
+    }
+}
+
 /// Checks the path itself, before anything is opened.
 ///
 /// # Errors
 /// `TARGET_NOT_ABSOLUTE`, `TARGET_RESERVED`.
-pub(super) fn check_path(target: &Path, whose: Whose, reserved: &Path) -> Result<()> {
+pub(super) fn check_path(target: &Path, whose: Whose, reserved: &Reserved) -> Result<()> {
     let plain = |component: Component<'_>| matches!(component, Component::RootDir | Component::Normal(_));
     if !target.is_absolute() || !target.components().all(plain) {
         let message = format!("the target {} is not an absolute path without `..`", target.display());
         return Err(wrong("TARGET_NOT_ABSOLUTE", target, message).remedy("give the whole path, from /"));
     }
-    if whose == Whose::Host && target.starts_with(reserved) {
-        let message = format!("the target {} is inside the sessions directory of ckptd", target.display());
+    if whose == Whose::Host && reserved.has(target) {
+        let message = format!("the target {} is inside a directory of ckptd's own", target.display());
         return Err(wrong("TARGET_RESERVED", target, message).remedy("choose a directory outside it"));
     }
     Ok(())
@@ -114,4 +130,31 @@ fn explain(target: &Path, errno: Errno) -> Error {
 
 fn wrong(reason: &str, target: &Path, message: String) -> Error {
     Error::invalid(reason, message).fact("target", target.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ours_is_reserved_but_for_the_views_of_jobs() {
+        let reserved = Reserved {
+            directories: vec!["/var/lib/ckptd".into(), "/run/ckptd".into()],
+            free: Some("/run/ckptd/jobs".into()),
+        };
+        for ours in
+            ["/var/lib/ckptd", "/var/lib/ckptd/quarantine", "/run/ckptd", "/run/ckptd/sessions/x", "/run/ckptd/jobs"]
+        {
+            let refused = check_path(Path::new(ours), Whose::Host, &reserved).unwrap_err();
+            assert_eq!(refused.reason(), "TARGET_RESERVED", "{ours}");
+            check_path(Path::new(ours), Whose::Process, &reserved).unwrap();
+        }
+        for free in ["/run/ckptd/jobs/j/checkpoint", "/var/lib/ckptd-other", "/var/lib", "/x"] {
+            check_path(Path::new(free), Whose::Host, &reserved).unwrap();
+        }
+        for bad in ["x", "/a/../b", "/.."] {
+            let refused = check_path(Path::new(bad), Whose::Process, &reserved).unwrap_err();
+            assert_eq!(refused.reason(), "TARGET_NOT_ABSOLUTE", "{bad}");
+        }
+    }
 }

@@ -194,11 +194,11 @@ impl View {
         })
     }
 
-    /// Value of the extended attribute `name`; `passthrough` says whether this file would be, or is, read by the kernel itself.
+    /// Value of the extended attribute `name`; `asked` says who asks how a file's bytes are here, where that matters.
     ///
     /// # Errors
     /// No such entry, or no such attribute.
-    pub fn attribute(&self, inode: u64, name: &[u8], passthrough: impl FnOnce() -> bool) -> Result<String, Refusal> {
+    pub fn attribute(&self, inode: u64, name: &[u8], asked: impl FnOnce() -> Asked) -> Result<String, Refusal> {
         let known = self.attribute_names(inode)?.iter().find(|known| known.as_bytes() == name);
         match known.copied() {
             Some(XATTR_CHECKPOINT) => Ok(self.checkpoint.clone()),
@@ -208,7 +208,7 @@ impl View {
             }
             Some(XATTR_STATE) => {
                 let file = self.file(inode)?;
-                Ok(show_state(self.content.state(&file), passthrough))
+                Ok(show_state(self.content.state(&file), asked))
             }
             _ => Err(Refusal::NoSuchAttribute),
         }
@@ -240,12 +240,24 @@ fn inode_of(node: u32) -> u64 {
     u64::from(node) + ROOT_INODE - u64::from(ROOT)
 }
 
-fn show_state(state: FileState, passthrough: impl FnOnce() -> bool) -> String {
-    match state {
-        FileState::Passthrough if passthrough() => "passthrough".to_owned(),
-        FileState::Passthrough | FileState::Daemon => "daemon".to_owned(),
-        FileState::Filling { percent } => format!("filling {}%", percent.min(99)),
-    }
+/// Who asks how a file's bytes are here, and what it is told of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// This host's root; whether this file would be, or is, read by the kernel itself.
+    ByHost(bool),
+    /// A job; whether the connection has passthrough at all.
+    ByJob(bool),
+}
+
+/// A file with holes has them because another has the same bytes, whose owner may be another: a job is told what it would be without.
+fn show_state(state: FileState, asked: impl FnOnce() -> Asked) -> String {
+    let is_the_kernels = match state {
+        FileState::Filling { percent } => return format!("filling {}%", percent.min(99)),
+        FileState::Daemon => false,
+        FileState::Passthrough => matches!(asked(), Asked::ByHost(true) | Asked::ByJob(true)),
+        FileState::Compact => asked() == Asked::ByJob(true),
+    };
+    if is_the_kernels { "passthrough".to_owned() } else { "daemon".to_owned() }
 }
 
 #[cfg(test)]
@@ -348,20 +360,31 @@ mod tests {
 
     #[test]
     fn extended_attributes_say_what_and_how() {
-        let value = |state, name: &str, passthrough: bool| {
+        let value = |state, name: &str| {
             let view = view(state);
-            view.attribute(find(&view, "weights"), name.as_bytes(), || passthrough)
+            view.attribute(find(&view, "weights"), name.as_bytes(), || Asked::ByHost(true))
         };
-        let word = |state, passthrough| value(state, XATTR_STATE, passthrough).unwrap();
-        assert_eq!(word(FileState::Passthrough, true), "passthrough");
-        assert_eq!(word(FileState::Passthrough, false), "daemon");
-        assert_eq!(word(FileState::Daemon, true), "daemon");
-        assert_eq!(word(FileState::Filling { percent: 43 }, true), "filling 43%");
-        assert_eq!(value(FileState::Daemon, XATTR_DIGEST, true).unwrap(), Digest::of(b"x").to_hex());
-        assert_eq!(value(FileState::Daemon, XATTR_CHECKPOINT, true).unwrap(), "cp-1");
-        assert!(matches!(value(FileState::Daemon, "security.capability", true), Err(Refusal::NoSuchAttribute)));
+        assert_eq!(value(FileState::Daemon, XATTR_DIGEST).unwrap(), Digest::of(b"x").to_hex());
+        assert_eq!(value(FileState::Daemon, XATTR_CHECKPOINT).unwrap(), "cp-1");
+        assert!(matches!(value(FileState::Daemon, "security.capability"), Err(Refusal::NoSuchAttribute)));
         let view = view(FileState::Daemon);
-        assert!(matches!(view.attribute(ROOT_INODE, XATTR_DIGEST.as_bytes(), || true), Err(Refusal::NoSuchAttribute)));
-        assert_eq!(view.attribute(ROOT_INODE, XATTR_CHECKPOINT.as_bytes(), || true).unwrap(), "cp-1");
+        let of_root = |name: &str| view.attribute(ROOT_INODE, name.as_bytes(), || Asked::ByHost(true));
+        assert!(matches!(of_root(XATTR_DIGEST), Err(Refusal::NoSuchAttribute)));
+        assert_eq!(of_root(XATTR_CHECKPOINT).unwrap(), "cp-1");
+    }
+
+    #[test]
+    fn a_job_is_not_told_that_a_file_is_compact() {
+        let word = |state, asked| show_state(state, || asked);
+        for (state, host, job) in [
+            (FileState::Passthrough, "passthrough", "passthrough"),
+            (FileState::Compact, "daemon", "passthrough"),
+            (FileState::Daemon, "daemon", "daemon"),
+            (FileState::Filling { percent: 43 }, "filling 43%", "filling 43%"),
+        ] {
+            assert_eq!((word(state, Asked::ByHost(true)), word(state, Asked::ByJob(true))), (host.into(), job.into()));
+            let without = (word(state, Asked::ByHost(false)), word(state, Asked::ByJob(false)));
+            assert!(without.0 != "passthrough" && without.0 == without.1, "{state:?}: {without:?}");
+        }
     }
 }

@@ -23,6 +23,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::error::guarded;
+
 /// How long a read waits before anybody looks at who asked: most are answered before.
 const GRACE: Duration = Duration::from_millis(200);
 
@@ -168,7 +170,11 @@ impl<R> Shared<R> {
     fn watch(&self) {
         while self.wait_for_one() {
             thread::sleep(TICK);
-            self.look(Instant::now());
+            // What it ended is one look: the next begins behind the read that it was about, or without it.
+            let _ = guarded("a look at those who wait", || {
+                self.look(Instant::now());
+                Ok(())
+            });
         }
     }
 
@@ -390,6 +396,23 @@ mod tests {
         assert_eq!(said.recv_timeout(Duration::from_secs(5)), Ok(1));
         drop(turn);
         assert!(waits.0.lock().watched);
+    }
+
+    #[test]
+    fn a_panic_in_a_look_leaves_the_others_their_answers() {
+        let (say, said) = mpsc::channel();
+        let waits = Waits::new(|answer: Answer| match answer.0 {
+            1 => panic!("on purpose"),
+            _ => answer.interrupt(),
+        });
+        let mut gone = sleeper();
+        let turns = [1, 2].map(|number| waits.begin(asker(&gone, false), Answer(number, say.clone())));
+        gone.kill().unwrap();
+        gone.wait().unwrap();
+        let mut heard = [said.recv_timeout(Duration::from_secs(5)), said.recv_timeout(Duration::from_secs(5))];
+        heard.sort_by_key(|number| number.unwrap_or(0));
+        assert_eq!(heard, [Ok(-1), Ok(2)]);
+        drop(turns);
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Directories and files of this host, held to what they were when they were looked at.
 //!
 //! Links are never followed: every path below a [`Root`] is resolved by `openat2` with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS`, so
-//! whoever swaps a directory for a link while it is listed or read gets an error, not another file's bytes.
+//! whoever swaps a directory for a link while it is listed or read gets an error, not another file's bytes. Nor may the path of the root itself
+//! have one: whoever fills a directory may have planted it. A file is looked at before it is opened for reading: opening a device does something.
+//!
+//! What a job shows us is looked at with the job's rights ([`rights`](super::rights)): each thing that is done with a [`Root`] sees to that itself.
 //!
 //! Nobody vouches that the tree stands still, so each file's [`Locator`] carries the [`Stamp`] it was listed with and a file that
 //! no longer bears it is `SOURCE_CHANGED`. What a network file system believes of a file may be old: stamps are compared with what it says
@@ -17,12 +20,15 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
+use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
+use super::rights::Rights;
 use super::source_changed;
 use crate::error::{Error, Result};
 use crate::names::{EntryName, EntryPath, show_bytes};
@@ -117,31 +123,42 @@ pub(super) struct Root {
     pub(super) directory: OwnedFd,
     /// Set where the root is one file: its name in `directory`.
     pub(super) only: Option<EntryName>,
+    /// Set where it is a job's to choose: what is mounted below it is refused, and so is what these rights do not permit.
+    pub(super) job: Option<Arc<Rights>>,
 }
 
 impl Root {
-    /// The directory or file at `path`, which is no link itself.
+    /// The directory or file at `path`, in which there is no link.
     ///
     /// # Errors
     /// `NOT_A_DIRECTORY`, the I/O error.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let fault = |error: Errno| Error::io("opening", path, error.into());
-        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let found = open(path, flags, Mode::empty()).map_err(|error| match error {
-            Errno::ENOENT | Errno::ENOTDIR => {
-                fault(error).remedy("give the path of a directory or file that exists on this host")
-            }
-            _ => fault(error),
-        })?;
+        let found =
+            open_plainly(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC).map_err(|error| match error {
+                Errno::ENOENT | Errno::ENOTDIR => {
+                    fault(error).remedy("give the path of a directory or file that exists on this host")
+                }
+                Errno::ELOOP => {
+                    unfit(path, "goes through a symbolic link").remedy("give the path that `realpath` prints")
+                }
+                _ => fault(error),
+            })?;
         if is_directory(&found, path)? {
-            let directory = openat(&found, HERE, DIRECTORY, Mode::empty()).map_err(fault)?;
-            return Ok(Self { path: path.to_owned(), directory, only: None });
+            return Self::at(path, &found).map_err(fault);
         }
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Err(unfit(path, "is not a directory"));
         };
-        let directory = open(parent, DIRECTORY, Mode::empty()).map_err(fault)?;
-        Ok(Self { path: parent.to_owned(), directory, only: Some(EntryName::new(name.as_bytes())?) })
+        let directory = open_plainly(parent, DIRECTORY).map_err(fault)?;
+        let only = Some(EntryName::new(name.as_bytes())?);
+        Ok(Self { path: parent.to_owned(), directory, only, job: None })
+    }
+
+    /// The directory that `found` stands for, shown as `path`.
+    pub(super) fn at(path: &Path, found: impl AsFd) -> nix::Result<Self> {
+        let directory = openat(found, HERE, DIRECTORY, Mode::empty())?;
+        Ok(Self { path: path.to_owned(), directory, only: None, job: None })
     }
 
     /// The directory at `path`, wherever links in it lead: for paths that the operator gave.
@@ -150,7 +167,7 @@ impl Root {
     /// The I/O error.
     pub(super) fn open_trusted(path: &Path) -> io::Result<Self> {
         let directory = open(path, DIRECTORY, Mode::empty())?;
-        Ok(Self { path: path.to_owned(), directory, only: None })
+        Ok(Self { path: path.to_owned(), directory, only: None, job: None })
     }
 
     /// The directory or file `below` this root as a root of its own.
@@ -168,43 +185,85 @@ impl Root {
         };
         let found = self.resolve(below, OFlag::O_PATH).map_err(fault)?;
         if is_directory(&found, &shown)? {
-            let directory = openat(&found, HERE, DIRECTORY, Mode::empty()).map_err(fault)?;
-            return Ok(Self { path: shown, directory, only: None });
+            return Self::at(&shown, &found).map_err(fault);
         }
         let parent = below.parent().unwrap_or_default();
         let directory = self.resolve(&parent, OFlag::O_DIRECTORY).map_err(fault)?;
-        Ok(Self { path: self.shown(&parent), directory, only: Some(EntryName::new(below.file_name())?) })
+        let only = Some(EntryName::new(below.file_name())?);
+        Ok(Self { path: self.shown(&parent), directory, only, job: self.job })
+    }
+
+    /// Whether there is nothing in the root directory.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub(super) fn is_empty(&self) -> Result<bool> {
+        let fault = |error: Errno| Error::io("listing", &self.path, error.into());
+        self.act(|| {
+            // A descriptor of its own: listing moves it.
+            let mut directory =
+                self.resolve(&EntryPath::root(), OFlag::O_DIRECTORY).and_then(Dir::from_fd).map_err(fault)?;
+            for entry in directory.iter() {
+                if !matches!(entry.map_err(fault)?.file_name().to_bytes(), b"." | b"..") {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    /// What `work` gives, done with the rights that what is below may be seen with; blocks.
+    ///
+    /// # Errors
+    /// Those of `work`, and of [`Rights::act`].
+    pub(super) fn act<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        match &self.job {
+            Some(rights) => rights.act(work),
+            None => work(),
+        }
     }
 
     pub(super) fn shown(&self, path: &EntryPath) -> PathBuf {
         self.path.join(OsStr::from_bytes(path.as_bytes()))
     }
 
-    /// Opens `path` beneath the root without following any link.
+    /// Opens `path` beneath the root without following any link, with the rights of the thread that calls.
     pub(super) fn resolve(&self, path: &EntryPath, flags: OFlag) -> nix::Result<OwnedFd> {
         let name = if path.is_root() { HERE.as_bytes() } else { path.as_bytes() };
+        let mounts = if self.job.is_some() { ResolveFlag::RESOLVE_NO_XDEV } else { ResolveFlag::empty() };
         let how = OpenHow::new()
             .flags(flags | OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | mounts);
         openat2(&self.directory, OsStr::from_bytes(name), how)
     }
 
-    /// Opens a file for reading, whatever it is.
+    /// Opens a regular file for reading, with the rights of the thread that calls; nothing happens to what is none.
+    ///
+    /// # Errors
+    /// ENXIO for what is none.
     pub(super) fn resolve_file(&self, path: &EntryPath) -> nix::Result<OpenFile> {
-        // Not to be held up by a FIFO that took the file's place; regular files do not know the flag.
-        self.resolve(path, OFlag::O_NONBLOCK).map(OpenFile::from)
+        let found = self.resolve(path, OFlag::O_PATH)?;
+        if SFlag::from_bits_truncate(fstat(&found)?.st_mode & SFlag::S_IFMT.bits()) != SFlag::S_IFREG {
+            return Err(Errno::ENXIO);
+        }
+        let link = format!("/proc/self/fd/{}", found.as_raw_fd());
+        open(Path::new(&link), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(OpenFile::from)
     }
 
     /// Opens a listed file and checks that it is still the one.
     pub(super) fn open_file(&self, locator: &Locator) -> Result<OpenFile> {
-        let opened = self.resolve_file(&locator.path).map_err(|error| self.fault("opening", &locator.path, error))?;
-        check_stamp(locator, &opened, &self.shown(&locator.path))?;
+        let path = &locator.path;
+        let opened = self.act(|| self.resolve_file(path).map_err(|error| self.fault("opening", path, error)))?;
+        check_stamp(locator, &opened, &self.shown(path))?;
         Ok(opened)
     }
 
     /// What is listed and cannot be found again has changed; anything else is the disk's.
     pub(super) fn fault(&self, doing: &str, path: &EntryPath, error: Errno) -> Error {
         let shown = self.shown(path);
+        if self.job.is_some() && error == Errno::EXDEV {
+            return mounted(&shown);
+        }
         if is_gone(error) {
             return changed(&shown, GONE).because(io::Error::from(error));
         }
@@ -217,7 +276,7 @@ pub(super) const GONE: &str = "it was moved, removed or replaced";
 
 /// Whether an error of opening says that something else, or nothing, is at the path now.
 pub(super) fn is_gone(error: Errno) -> bool {
-    // ENXIO: a socket.
+    // ENXIO: no regular file.
     matches!(error, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV | Errno::ENXIO)
 }
 
@@ -232,7 +291,20 @@ fn is_directory(found: impl AsFd, shown: &Path) -> Result<bool> {
     }
 }
 
-fn unfit(path: &Path, why: &str) -> Error {
+/// Opens `path`, in which no link is followed.
+fn open_plainly(path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
+    openat2(AT_FDCWD, path, OpenHow::new().flags(flags).resolve(ResolveFlag::RESOLVE_NO_SYMLINKS))
+}
+
+/// What a job mounts into its own tree is read with its rights, not with ours.
+fn mounted(path: &Path) -> Error {
+    let shown = show_bytes(path.as_os_str().as_bytes());
+    Error::invalid("MOUNT_IN_SOURCE", format!("reading {shown}: something else is mounted there"))
+        .fact("path", shown)
+        .remedy("let the job unmount it, or capture the directory by its path on the host")
+}
+
+pub(super) fn unfit(path: &Path, why: &str) -> Error {
     Error::invalid("NOT_A_DIRECTORY", format!("opening {}: it {why}", show_bytes(path.as_os_str().as_bytes())))
         .remedy("give the path of a directory or a regular file")
 }

@@ -4,18 +4,17 @@
 //! is made of it; a kind whose bytes are sent and not fetched is `SOURCE_NOT_SUPPORTED`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use reqwest::Url;
 
 use super::datastore::Datastores;
-use super::directory::DirectorySource;
 use super::egress::EgressPolicy;
 use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
-use super::patience::AllTurns;
-use super::{Credentials, Source, SourceKind, SourceSpec, git, huggingface, kaggle, objects, regional, web};
+use super::patience::{AllTurns, TurnsAsked};
+use super::{Credentials, Source, SourceKind, SourceSpec, captured, git, huggingface, kaggle, objects, regional, web};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
@@ -34,6 +33,10 @@ pub struct SourceContext {
     pub(super) datastores: Arc<Datastores>,
     /// Who may list them: one that does not answer must not take every thread there is.
     pub(super) turns: AllTurns,
+    /// Likewise for what is captured through processes.
+    pub(super) process_turns: TurnsAsked,
+    /// Likewise for what is captured by its path. Apart from the former, so that no job keeps the operator from it.
+    pub(super) path_turns: TurnsAsked,
     /// Times and proxies, for what connects by other means.
     pub(super) settings: HttpSettings,
     /// For what has to lie on disk while it is read.
@@ -66,6 +69,8 @@ impl SourceContext {
             host_credentials: None,
             datastores: Arc::default(),
             turns: AllTurns::default(),
+            process_turns: TurnsAsked::default(),
+            path_turns: TurnsAsked::default(),
             host_directories: false,
         })
     }
@@ -108,10 +113,7 @@ pub fn connect(spec: &SourceSpec, credentials: &Credentials, context: &SourceCon
         SourceKind::Kaggle => kaggle::connect(spec, credentials, context),
         SourceKind::Web => web::connect(spec, credentials, context),
         SourceKind::Regional => regional::connect(spec, context),
-        SourceKind::Directory if context.host_directories => {
-            let extract = spec.option("extract") != Some("false");
-            Ok(Arc::new(DirectorySource::new(Path::new(&spec.uri), extract)))
-        }
+        SourceKind::Directory if context.host_directories => captured::connect(spec, context),
         SourceKind::Directory => {
             Err(Error::denied("HOST_FILES_REFUSED", "directories of this host are not open to this request")
                 .remedy("let the scheduler capture it, or upload it"))

@@ -1,4 +1,4 @@
-//! A directory of this host, or a single file: what `capture` and `quickstart` bring in, and what datastores hold.
+//! A directory of this host, or a single file: what is [`captured`](super::captured), and what datastores hold.
 //!
 //! Opening lists everything below the root ([`walk`](super::walk)); every path is resolved beneath it and every file is held to the stamp it
 //! was listed with ([`beneath`](super::beneath)). The revision is a digest over all paths, stamps and link targets: it
@@ -21,7 +21,7 @@ use super::archived::ArchivedEntries;
 use super::beneath::{Locator, Root, changed, check_stamp};
 use super::patience::Pace;
 use super::walk::{Walked, walk};
-use super::{ByteStream, File, Listed, Listing, Opened, Source, What};
+use super::{ByteStream, File, Listed, Listing, Opened, Source, What, empty};
 use crate::archive::{About, Format};
 use crate::error::{Error, Result};
 
@@ -60,6 +60,16 @@ impl DirectorySource {
         root.as_ref().is_some_and(|root| root.only.is_some())
     }
 
+    /// Looks whether there is anything to list; blocks.
+    pub(super) fn glance(&self) -> impl FnOnce(&Pace) -> Result<()> + Send + use<> {
+        let find = self.find.clone();
+        move |pace| {
+            let root = find()?;
+            pace.step()?;
+            if root.only.is_some() || !root.is_empty()? { Ok(()) } else { Err(empty()) }
+        }
+    }
+
     /// What opening does to the file system; blocks.
     pub(super) fn look(&self) -> impl FnOnce(&Pace) -> Result<Looked> + Send + use<> {
         let (find, kind, extract) = (self.find.clone(), self.kind, self.extract);
@@ -82,10 +92,11 @@ impl DirectorySource {
         Ok(Opened::Listed(listing))
     }
 
-    /// The root as it was opened for listing, or opened now by a process that resumes without listing.
-    fn root(&self) -> Result<Arc<Root>> {
+    /// Gives the root as it was opened for listing, or opens it now for a process that resumes without listing; blocks.
+    fn root(&self) -> impl FnOnce() -> Result<Arc<Root>> + Send + use<> {
         let known = self.root.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        known.map_or_else(|| (self.find)().map(Arc::new), Ok)
+        let find = self.find.clone();
+        move || known.map_or_else(|| find().map(Arc::new), Ok)
     }
 }
 
@@ -100,8 +111,11 @@ impl Source for DirectorySource {
         let locator: Locator = file.locator.parse()?;
         let end = range.end.min(locator.stamp.size);
         let start = range.start;
-        let root = self.root()?;
-        let reading = unblocked(move || Ok(Reading { opened: root.open_file(&locator)?, root, locator, end }));
+        let root = self.root();
+        let reading = unblocked(move || {
+            let root = root()?;
+            Ok(Reading { opened: root.open_file(&locator)?, root, locator, end })
+        });
         let reading = Arc::new(reading.await?);
         Ok(Box::pin(stream::try_unfold((reading, start), |(reading, at)| async move {
             let (bytes, reading) = unblocked(move || Ok((reading.piece(at)?, reading))).await?;
@@ -117,12 +131,12 @@ impl Source for DirectorySource {
     }
 
     fn open_local(&self, file: &File) -> Result<Option<OpenFile>> {
-        self.root()?.open_file(&file.locator.parse()?).map(Some)
+        self.root()()?.open_file(&file.locator.parse()?).map(Some)
     }
 
     fn check_unchanged(&self, file: &File, opened: &OpenFile) -> Result<()> {
         let locator: Locator = file.locator.parse()?;
-        check_stamp(&locator, opened, &self.root()?.shown(&locator.path))
+        check_stamp(&locator, opened, &self.root()()?.shown(&locator.path))
     }
 }
 

@@ -16,7 +16,9 @@
 
 mod archived;
 mod beneath;
+mod captured;
 mod connect;
+mod covering;
 mod credentials;
 mod datastore;
 mod directory;
@@ -24,11 +26,13 @@ pub mod egress;
 mod git;
 mod http;
 mod huggingface;
+mod inside;
 mod kaggle;
 pub mod local;
 mod objects;
 mod patience;
 mod regional;
+mod rights;
 mod spec;
 mod stated;
 mod walk;
@@ -47,12 +51,14 @@ use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
 pub use archived::listed_member;
+pub use captured::PROCESS_OPTION;
 pub use connect::{
     SourceContext, check_options, check_uri, connect, shown_uri, split_signature, split_user_information,
 };
 pub use credentials::{Credentials, CredentialsDirectory};
 pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
+pub use inside::ProcessId;
 pub use spec::{SourceKind, SourceSpec};
 pub use stated::{Expected, Verifier};
 
@@ -68,6 +74,14 @@ pub trait Source: Send + Sync {
     /// Not found, denied (credentials missing or refused), invalid (no such shape), unavailable (try again).
     async fn open(&self) -> Result<Opened>;
 
+    /// Whether opening has a chance, before there is a record of what is wanted; what it finds is held for opening.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    async fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The bytes `range` of a listed file, of the revision that [`Source::open`] resolved.
     ///
     /// The stream yields exactly `range.end - range.start` bytes, or an error: unavailable when the connection broke
@@ -75,6 +89,16 @@ pub trait Source: Send + Sync {
     /// [`File::ranges`] is false, only ranges beginning at 0 are asked for; where the size is unknown the end
     /// is `u64::MAX` and the stream ends with the file.
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream>;
+
+    /// Reads that it lets be open at a time; more wait for their turn.
+    fn reads_at_a_time(&self) -> usize {
+        usize::MAX
+    }
+
+    /// Whether somebody may still be writing to it: then it is listed again once everything was read, and taken anew if it changed.
+    fn may_change(&self) -> bool {
+        false
+    }
 
     /// Whether files are opened by [`Source::open_local`], which may then wait for a disk or a server behind it.
     fn is_local(&self) -> bool {
@@ -206,9 +230,25 @@ pub trait EntryStream: Send {
     }
 }
 
+/// Begins a revision that equals no other: nobody vouches for the bytes.
+const UNPINNED: &str = "unpinned:";
+
+/// Whether a revision says nothing of whether the bytes are still the same.
+pub fn is_never_met_again(revision: &str) -> bool {
+    revision.strip_prefix("archive:").unwrap_or(revision).starts_with(UNPINNED)
+}
+
+/// Reason of a source that is no longer as it was when it was opened.
+pub const SOURCE_CHANGED: &str = "SOURCE_CHANGED";
+
+/// A checkpoint of nothing is somebody's mistake.
+pub fn empty() -> Error {
+    Error::invalid("EMPTY_SOURCE", "the source has no files and no directories").remedy("check the address or path")
+}
+
 /// The error of a source whose `what` is no longer as it was when it was opened; `how` says in which way.
 fn source_changed(what: &str, how: &str) -> Error {
-    Error::wrong_state("SOURCE_CHANGED", format!("reading {what}: {how} since it was opened"))
+    Error::wrong_state(SOURCE_CHANGED, format!("reading {what}: {how} since it was opened"))
         .remedy("retry, which takes it as it is then")
         .fact("file", what)
 }

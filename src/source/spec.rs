@@ -69,6 +69,12 @@ impl SourceKind {
         }
     }
 
+    /// Whether the daemon can fetch the bytes again by itself, as long as their source has them. What was sent, and what a job left in a directory, it
+    /// cannot count on.
+    pub const fn is_fetched(self) -> bool {
+        !matches!(self, Self::Local | Self::Directory | Self::Upload)
+    }
+
     /// The kind a URI can only mean, for requests without a type.
     ///
     /// # Errors
@@ -115,11 +121,21 @@ pub struct SourceSpec {
     pub kind: SourceKind,
     /// As the caller wrote it, less user information.
     pub uri: String,
-    /// Options by key: `branch`, `endpoint`, `region`, `account`, `anonymous`, `type`, `path`, `extract`, `copy`, `credentials`.
+    /// Options by key: `branch`, `endpoint`, `region`, `account`, `anonymous`, `type`, `path`, `extract`, `copy`, `credentials`, `process`.
     pub options: BTreeMap<String, String>,
 }
 
 impl SourceSpec {
+    /// The same at a revision that it resolved to before, where its kind can be asked for one: a branch may have moved since.
+    #[must_use]
+    pub fn at(mut self, revision: &str) -> Self {
+        let is_commit = matches!(revision.len(), 40 | 64) && revision.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if is_commit && matches!(self.kind, SourceKind::Git | SourceKind::HuggingFace) {
+            self.options.insert("branch".to_owned(), revision.to_owned());
+        }
+        self
+    }
+
     /// The option `key`, if given and not empty.
     pub fn option(&self, key: &str) -> Option<&str> {
         self.options.get(key).map(String::as_str).filter(|value| !value.is_empty())

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use nix::dir::{Dir, Type};
+use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, readlinkat};
 use nix::sys::stat::{SFlag, fstatat};
 
@@ -33,6 +34,10 @@ pub(super) struct Walked {
 /// # Errors
 /// `SOURCE_CHANGED`, `TOO_MANY_ENTRIES`, names and paths beyond the limits, the I/O error.
 pub(super) fn walk(root: &Root, pace: &Pace) -> Result<Walked> {
+    root.act(|| walk_below(root, pace))
+}
+
+fn walk_below(root: &Root, pace: &Pace) -> Result<Walked> {
     let mut walk =
         Walk { root, pace, entries: Vec::new(), skipped: Vec::new(), digester: Digester::new(), open: Vec::new() };
     match &root.only {
@@ -126,6 +131,8 @@ impl Walk<'_> {
         }
         if kind == SFlag::S_IFLNK {
             let target = readlinkat(directory, OsStr::from_bytes(name.as_bytes()))
+                // EINVAL: it is no link any more.
+                .map_err(|error| if error == Errno::EINVAL { Errno::ENOENT } else { error })
                 .map_err(|error| self.root.fault("reading the link", &path, error))?;
             let target = target.into_vec();
             self.record(b'l', &path, &target);

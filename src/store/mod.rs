@@ -7,21 +7,42 @@
 //! 4. one transaction makes the blobs `sealed`, enters their chunks, notes what they borrow, and marks the files of the flight;
 //! 5. borrowed ranges are punched (or shared, where the filesystem shares extents and offsets are congruent).
 //!
-//! A crash before 4 is undone at start from the `publishing` rows; a crash before 5 leaves a blob that is whole and reads right.
-//! Removal is the reverse and runs on the same thread, so it never meets a publish half-way: `doomed` rows, unlink or punch, rows gone.
+//! A crash before 4 is undone at start from the `publishing` rows, a failure at once; a crash before 5 leaves a blob that is whole and reads right.
+//! Removal ([`removal`]) is the reverse and runs on the same thread, in small steps that never meet a publish half-way: `doomed` rows, unlink or
+//! punch, rows gone.
 //!
 //! **Reading** ([`read`]) never touches the catalog: what a checkpoint's blobs borrow is read once when it is opened. A home is never
 //! punched or unlinked while a row borrows from it. The blobs of a served checkpoint and their homes are held ([`read::Holds`]) for as
-//! long as anything of its session lives, and what is held is never punched: the kernel may have been given it. Unlinking is harmless.
+//! long as anything of its session lives, and what is held is never punched: the kernel may have been given it. Unlinking is harmless. A hold is
+//! taken before the rows are read that say what is here; who punches writes the rows before it looks for holds. Where the kernel may read blobs of which no
+//! hold tells, given to it by a dead predecessor, nothing is punched but what was sealed just now ([`Store::punch_nothing`]).
 //!
 //! **Dedup.** Equal files are one blob. Of a new file, every run of known chunks of at least `limits::BORROW_MIN_BYTES` is borrowed.
+//!
+//! **Dedup is no oracle.** One store keeps what all owners have, and no owner is to learn from it what another has:
+//! * Nobody asks whether bytes are here. A file is known by its digest only after all of it has come, been written and been digested, so bringing in
+//!   what is here takes the same requests, bytes, space and memory as what is not; what is in excess goes when it is sealed. Flights, rates, orders of
+//!   reading, charges and figures are each owner's own, and how full the host is, is for operators.
+//! * A file whose blob is here goes through the same steps as another, flushes and transactions included, though it is dropped then: it would
+//!   be done sooner otherwise.
+//! * That a blob is compact is not told to a job: `user.ckptd.state` says of it what it would say were it whole.
+//!
+//! What remains is time, and it is the price of keeping equal bytes of different owners once. A compact file is read through the daemon until it is
+//! hydrated, in the background from the moment its checkpoint is served, so a job that measures may see a slower first reading; at rest under pressure
+//! that is as true of what an owner shares with itself. Pages of a blob that another's job reads are warm for all. A file with borrowed ranges is sealed
+//! a punch later than one without, one that is dropped an unlink later. Each of these takes possession of the same bytes to provoke, none gives bytes away.
 
 pub mod filling;
 pub mod hydrate;
+mod mend;
 mod publish;
 pub mod read;
+pub mod removal;
+mod rescue;
+pub mod room;
 mod runs;
 mod sweep;
+pub mod verify;
 mod warm;
 
 use std::path::Path;
@@ -29,7 +50,8 @@ use std::sync::Arc;
 
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-use crate::catalog::{Catalog, blobs, checkpoints, fills, placements};
+use crate::catalog::blobs::{BlobRow, RowState};
+use crate::catalog::{Catalog, blobs, checkpoints, fills};
 use crate::digest::Digest;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -37,7 +59,7 @@ use crate::limits;
 use crate::manifest::Manifest;
 
 pub use publish::Sealing;
-pub use sweep::Swept;
+pub use removal::{Removal, Swept, UnderWay};
 
 /// Handle to the store; cheap to clone.
 #[derive(Clone, Debug)]
@@ -47,26 +69,33 @@ pub struct Store {
     holds: read::Holds,
     publisher: mpsc::Sender<Command>,
     hydrations: Arc<Semaphore>,
+    removals: Arc<Semaphore>,
+    begun: removal::Begun,
+    bounds: room::Bounds,
 }
 
 /// What the publisher thread is asked.
 enum Command {
     Publish(Sealing, oneshot::Sender<Result<()>>),
-    Sweep(sweep::Order, oneshot::Sender<Result<Swept>>),
+    Sweep(sweep::Sweep),
+    GiveUp(BlobRow, oneshot::Sender<Result<u64>>),
 }
 
 impl Store {
-    /// Opens the state directory, finishes or undoes what a crash left, and starts the publisher. Blocks.
+    /// Opens the state directory, finishes or undoes the publishes that a crash left, and starts the publisher. Blocks, for a short time whatever
+    /// the store holds: interrupted removals are left to [`Store::sweep_unnamed`].
     ///
     /// # Errors
-    /// Those of [`Disk::open`] and [`Catalog::open`]; an interrupted publish or removal that cannot be mended.
+    /// Those of [`Disk::open`] and [`Catalog::open`]; an interrupted publish that cannot be mended.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let disk = Arc::new(Disk::open(state_dir)?);
         let catalog = Catalog::open(&disk.catalog_path())?;
         let holds = read::Holds::default();
         recover(&disk, &catalog)?;
         let publisher = publish::start(disk.clone(), catalog.clone(), holds.clone())?;
-        Ok(Self { disk, catalog, holds, publisher, hydrations: Arc::new(Semaphore::new(1)) })
+        let removals = Arc::new(Semaphore::new(limits::REMOVALS_UNDER_WAY));
+        let (hydrations, bounds) = (Arc::new(Semaphore::new(1)), room::Bounds::default());
+        Ok(Self { disk, catalog, holds, publisher, hydrations, removals, begun: Default::default(), bounds })
     }
 
     /// The catalog.
@@ -89,43 +118,16 @@ impl Store {
         receiver.await.map_err(|_| stopped())?
     }
 
-    /// Drops a checkpoint's record and gives back the bytes nothing else needs; free on return.
-    ///
-    /// # Errors
-    /// Poisoned store; what was begun is finished at the next start.
-    pub async fn remove_checkpoint(&self, id: &str) -> Result<Swept> {
-        self.sweep(sweep::Order::Checkpoint(id.to_owned())).await
-    }
-
-    /// Forgets a flight: its filling files, its rows, and what only it had sealed.
-    ///
-    /// # Errors
-    /// As [`Store::remove_checkpoint`].
-    pub async fn remove_flight(&self, flight: &str) -> Result<Swept> {
-        self.sweep(sweep::Order::Flight(flight.to_owned())).await
-    }
-
-    /// Gives back whatever nothing names: what interrupted removals left.
-    ///
-    /// # Errors
-    /// As [`Store::remove_checkpoint`].
-    pub async fn sweep_unnamed(&self) -> Result<Swept> {
-        self.sweep(sweep::Order::Unnamed).await
-    }
-
-    async fn sweep(&self, order: sweep::Order) -> Result<Swept> {
-        let (answer, receiver) = oneshot::channel();
-        self.publisher.send(Command::Sweep(order, answer)).await.map_err(|_| stopped())?;
-        receiver.await.map_err(|_| stopped())?
-    }
-
     /// The reading side of one manifest's blobs.
     ///
     /// # Errors
     /// Those of the catalog.
     pub async fn reader(&self, digest: Digest, manifest: Arc<Manifest>) -> Result<Arc<read::Reader>> {
+        let hold = self.holds.hold_files(&manifest);
         let compact = self.catalog.read(move |tx| blobs::compact_blobs(tx, &digest)).await?;
-        Ok(Arc::new(read::Reader::new(self.disk.clone(), &self.holds, &manifest, compact)))
+        let reader = self.growing_reader();
+        reader.add(hold, compact);
+        Ok(reader)
     }
 
     /// A reading side that knows no blob yet, for files that are sealed one after the other: see [`Store::add_to`].
@@ -138,23 +140,20 @@ impl Store {
     /// # Errors
     /// Those of the catalog.
     pub async fn add_to(&self, reader: &read::Reader, digests: Vec<Digest>) -> Result<()> {
-        let asked = digests.clone();
-        let compact = self.catalog.read(move |tx| blobs::compact_among(tx, &asked)).await?;
-        reader.add(digests, compact);
+        let hold = self.holds.hold(digests.clone());
+        let compact = self.catalog.read(move |tx| blobs::compact_among(tx, &digests)).await?;
+        reader.add(hold, compact);
         Ok(())
+    }
+
+    /// Keeps all blobs that are here from being punched for as long as the process lives.
+    pub fn punch_nothing(&self) {
+        self.holds.spare_all();
     }
 
     /// Keeps a blob from being punched, also one that is still to be published, for as long as what is returned lives.
     pub fn hold(&self, digest: Digest) -> read::Hold {
         self.holds.hold(vec![digest])
-    }
-
-    /// Bytes that may be taken from the filesystem now: what is free less the reserve.
-    ///
-    /// # Errors
-    /// The I/O error.
-    pub fn available_bytes(&self) -> Result<u64> {
-        Ok(self.disk.free_bytes()?.saturating_sub(limits::DISK_RESERVE_BYTES))
     }
 }
 
@@ -162,32 +161,12 @@ fn stopped() -> Error {
     Error::unavailable("STORE_STOPPED", "the store has stopped").remedy("restart ckptd and look at its log")
 }
 
-/// Undoes interrupted publishes, finishes interrupted removals, drops flights without an owner. Runs before anything else may.
+/// Undoes interrupted publishes and clears away the files of flights that nobody needs. Runs before anything else may. What it leaves of rows is
+/// for [`Store::sweep_unnamed`]: however much it is, nothing is served of it, and nothing waits for it.
 fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
-    let interrupted = catalog.write_blocking(blobs::interrupted_publishing)?;
-    for (digest, flight, number, has_row) in interrupted {
-        if !has_row && disk.unpublish(&digest, &flight, number)? {
-            disk.sync_filesystem()?;
-        }
-        catalog.write_blocking(move |tx| blobs::end_publishing(tx, &digest))?;
-    }
-    for blob in catalog.write_blocking(blobs::doomed)? {
-        disk.remove_blob(&blob.digest)?;
-        disk.sync_directories(std::iter::once(&blob.digest))?;
-        catalog.write_blocking(move |tx| blobs::forget(tx, blob.id))?;
-    }
-    catalog.write_blocking(|tx| checkpoints::drop_unnamed_manifests(tx).map(|_| ()))?;
-    let abandoned = catalog.write_blocking(|tx| {
-        let mut abandoned = Vec::new();
-        for flight in fills::flights(tx)?.into_iter().chain(placements::flights(tx)?) {
-            if !checkpoints::flight_is_needed(tx, &flight)? {
-                fills::delete(tx, &flight)?;
-                placements::forget_flight(tx, &flight)?;
-                abandoned.push(flight);
-            }
-        }
-        Ok(abandoned)
-    })?;
+    undo_publishes(disk, catalog)?;
+    disbelieve_lost_files(disk, catalog)?;
+    catalog.write_blocking(checkpoints::drop_unnamed_manifests)?;
     let on_disk = disk.flights()?;
     let needed = catalog.write_blocking(move |tx| {
         on_disk
@@ -198,8 +177,35 @@ fn recover(disk: &Disk, catalog: &Catalog) -> Result<()> {
     for (_, flight) in needed.into_iter().filter(|(needed, _)| !needed) {
         disk.end_flight(&flight)?;
     }
-    if !abandoned.is_empty() {
-        tracing::info!(flights = abandoned.len(), "dropped what interrupted flights had left");
+    Ok(())
+}
+
+/// Rows of units are durable with the bytes that they speak of, but not with the name of the file that has them: where a crash took it, nothing is
+/// here. This must be known before anybody makes that file again, empty and of the right size.
+fn disbelieve_lost_files(disk: &Disk, catalog: &Catalog) -> Result<()> {
+    for (flight, path, number, size) in catalog.write_blocking(fills::begun)? {
+        if !disk.has_filling(&flight, number, size)? {
+            tracing::info!(flight, number, "a file that was being filled is gone: it is fetched anew");
+            catalog.write_blocking(move |tx| fills::forget_units(tx, &flight, &path))?;
+        }
     }
     Ok(())
+}
+
+/// Undoes publishes that ended between note and rows; nothing may be publishing meanwhile.
+fn undo_publishes(disk: &Disk, catalog: &Catalog) -> Result<()> {
+    let interrupted = catalog.write_blocking(blobs::interrupted_publishing)?;
+    let mut changed = false;
+    for (digest, flight, number, row) in &interrupted {
+        changed |= match row {
+            None => disk.unpublish(digest, flight, *number)?,
+            // What has its name may be what was to be unlinked, which has holes: nothing can be gone on with.
+            Some(RowState::Doomed) => disk.remove_blob(digest).map(|()| true)?,
+            Some(RowState::Kept) => false,
+        };
+    }
+    if changed {
+        disk.sync_filesystem()?;
+    }
+    catalog.write_blocking(move |tx| interrupted.iter().try_for_each(|(digest, ..)| blobs::end_publishing(tx, digest)))
 }

@@ -1,5 +1,7 @@
 //! Which ranges of a new file are borrowed: a pure function over its chunks and their known homes.
 
+use std::ops::Range;
+
 use crate::catalog::blobs::{ChunkRow, Home};
 use crate::limits::{BORROW_MIN_BYTES, DISK_BLOCK_BYTES};
 
@@ -41,6 +43,12 @@ pub(super) fn borrowable(chunks: &[(ChunkRow, Option<Home>)]) -> Vec<Run> {
     runs
 }
 
+/// Whether a chunk has a byte in one of `ranges`, which are in order and do not overlap.
+pub(super) fn reaches_into(chunk: &ChunkRow, ranges: &[Range<u64>]) -> bool {
+    let next = ranges.partition_point(|range| range.end <= chunk.start);
+    ranges.get(next).is_some_and(|range| range.start < chunk.start + chunk.len)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,6 +74,17 @@ mod tests {
         let shape: Vec<_> = runs.iter().map(|run| (run.start, run.len, run.home.blob, run.home.start)).collect();
         assert_eq!(shape, [(40, 2 * MIB, 1, 0), (40 + 2 * MIB, MIB, 1, 9 * MIB), (40 + 3 * MIB, MIB, 2, 10 * MIB)]);
         assert!(!runs[0].is_congruent());
+    }
+
+    #[test]
+    fn a_chunk_reaches_into_what_it_has_a_byte_of() {
+        let ranges = [10..20, 30..40];
+        for (start, len, reaches) in
+            [(0, 10, false), (0, 11, true), (19, 1, true), (20, 10, false), (20, 11, true), (40, 9, false)]
+        {
+            assert_eq!(reaches_into(&chunk(start, len, None).0, &ranges), reaches, "{start}+{len}");
+        }
+        assert!(!reaches_into(&chunk(0, 9, None).0, &[]));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Bringing sealed blobs into the page cache, ahead of a job that maps them.
 //!
 //! Pages that were left by writing are small; mapped reads of large ones are two to three times as fast. So what is clean and not mapped
-//! is dropped first, and then read in order under a large read-ahead, which brings large pages in. What is brought in is charged to the
+//! is dropped first, and then read in order under a large read-ahead, which brings large pages in. Without POSIX_FADV_SEQUENTIAL: it doubles the
+//! read-ahead, and the pages that came were smaller (mapped reads at 85 GB/s against 110 to 140, on ext4). What is brought in is charged to the
 //! daemon's control group, not to the job's. Memory that is not available is left alone: the rest stays on disk.
 
 use std::fs::File;
@@ -56,7 +57,6 @@ impl Store {
 fn read_through(file: &File) -> std::io::Result<u64> {
     // Advice only: refusing it costs speed.
     let _ = posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-    let _ = posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
     let mut window = vec![0; WINDOW_BYTES];
     let mut at = 0;
     loop {

@@ -2,7 +2,7 @@
 //!
 //! It is stricter than any file system we run on. A file's bytes and its size are durable after a sync of that file or of
 //! everything; a name after a sync of its directory or of everything, whatever became of the file. A rename is one step, and takes with it
-//! what had happened to its two names before. What is not durable may be lost, kept, or lost in part: names in the order
+//! what had happened to its two names before; one of a directory moves whatever is named in it, durable or not. What is not durable may be lost, kept, or lost in part: names in the order
 //! they were changed, bytes in any order, each write whole, cut short, or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -146,9 +146,36 @@ impl Naming {
             Self::Move(from, to, node) => {
                 names.remove(from);
                 names.insert(to.clone(), *node);
+                if matches!(node, Node::Directory) {
+                    let below: Vec<_> =
+                        names.keys().filter_map(|path| Some((path.clone(), moved(path, from, to)?))).collect();
+                    for (before, after) in below {
+                        let node = names.remove(&before).unwrap();
+                        names.insert(after, node);
+                    }
+                }
             }
         }
     }
+
+    /// The same in a directory that has moved.
+    fn follow(&mut self, from: &str, to: &str) {
+        let follow = |path: &mut String| {
+            if let Some(after) = moved(path, from, to) {
+                *path = after;
+            }
+        };
+        match self {
+            Self::Add(path, _) | Self::Remove(path) => follow(path),
+            Self::Move(before, after, _) => [before, after].into_iter().for_each(follow),
+        }
+    }
+}
+
+/// Where what was in the directory `from` is once that is `to`; `None` for what was not in it.
+fn moved(path: &str, from: &str, to: &str) -> Option<String> {
+    let below = path.strip_prefix(from)?.strip_prefix('/')?;
+    Some(format!("{to}/{below}"))
 }
 
 /// What of the pending is there after the power comes back.
@@ -213,7 +240,6 @@ impl Disk {
             }
             Act::Rename { from, to } => {
                 let node = self.now[from];
-                assert!(matches!(node, Node::File(_)), "the directory {from} is renamed");
                 self.name(Naming::Move(from.clone(), to.clone(), node));
             }
             Act::Unlink(path) | Act::RemoveDirectory(path) => self.name(Naming::Remove(path.clone())),
@@ -243,9 +269,12 @@ impl Disk {
                 touched.extend(paths);
             }
         }
-        let mut left = Vec::new();
+        let mut left: Vec<Naming> = Vec::new();
         for (naming, due) in std::mem::take(&mut self.pending).into_iter().zip(due) {
             if due {
+                if let Naming::Move(from, to, Node::Directory) = &naming {
+                    left.iter_mut().for_each(|earlier| earlier.follow(from, to));
+                }
                 naming.carry_out(&mut self.durable);
             } else {
                 left.push(naming);

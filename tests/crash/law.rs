@@ -18,7 +18,7 @@ type Sum = [u8; 32];
 /// What was promised of a checkpoint to whoever asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Promise {
-    /// It was asked for.
+    /// It was asked for, for the first time or after it was evicted.
     Arriving,
     Ready,
     /// Its removal was asked for.
@@ -33,7 +33,7 @@ pub(crate) type Promises = BTreeMap<String, Promise>;
 pub(crate) fn note(promises: &mut Promises, remark: &str) {
     let (what, name) = remark.split_once(' ').unwrap();
     let promise = match what {
-        "begin" => Promise::Arriving,
+        "begin" | "evict" => Promise::Arriving,
         "ready" => Promise::Ready,
         "remove" => Promise::Leaving,
         "gone" => Promise::Gone,

@@ -7,7 +7,7 @@
 //! shown by taking out one kind of sync after the other.
 //!
 //! `TEST_CRASHES` says how many crashes a daemon starts from (default 40, or `all`), `TEST_SEED` which, and what is lost of
-//! what is half durable. Needs root, as mounting does, and a C compiler, as SQLite does.
+//! what is half durable; `TEST_CRASH=LEG:RECORD` (or `LEG:FIRST-LAST`) that it starts from those, as a failure names them. Needs root, as mounting does, and a C compiler, as SQLite does.
 
 #![cfg(test)]
 
@@ -20,7 +20,9 @@ mod reopen;
 mod story;
 mod trace;
 
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 
 use disk::{Disk, Image, Loss};
 use law::{Law, Promises};
@@ -153,9 +155,35 @@ fn the_law_breaks_where_a_sync_is_left_out() {
     }
 }
 
+/// The crashes that are asked for by name: a leg and its records.
+fn asked_for() -> Option<(usize, RangeInclusive<usize>)> {
+    let asked = std::env::var("TEST_CRASH").ok()?;
+    let (leg, records) = asked.split_once(':').expect("TEST_CRASH is LEG:RECORD");
+    let (first, last) = records.split_once('-').unwrap_or((records, records));
+    Some((leg.parse().unwrap(), first.parse().unwrap()..=last.parse().unwrap()))
+}
+
+/// Starts a daemon from one crash; a failure names it.
+fn start_from(story: &Arc<Story>, crash: &Crash, clear: bool) {
+    let start = AssertUnwindSafe(|| reopen::reopen(story, &crash.image, &crash.promises, clear));
+    if let Err(panic) = catch_unwind(start) {
+        eprintln!("this was {}", crash.name());
+        resume_unwind(panic);
+    }
+}
+
 #[test]
 fn a_daemon_starts_from_what_a_crash_left() {
     let story = Story::told();
+    if let Some((leg, records)) = asked_for() {
+        crashes(&story, None, |crash| {
+            if crash.leg == leg && records.contains(&crash.step) {
+                start_from(&story, crash, crash.step % 2 == 0);
+            }
+            false
+        });
+        return;
+    }
     let mut found = 0_u64;
     crashes(&story, None, |_| {
         found += 1;
@@ -168,13 +196,7 @@ fn a_daemon_starts_from_what_a_crash_left() {
     crashes(&story, None, |crash| {
         if random.below(left) < wanted {
             wanted -= 1;
-            let outcome = catch_unwind(AssertUnwindSafe(|| {
-                reopen::reopen(&story, &crash.image, &crash.promises, wanted % 2 == 0);
-            }));
-            if let Err(panic) = outcome {
-                eprintln!("this was {}", crash.name());
-                resume_unwind(panic);
-            }
+            start_from(&story, crash, wanted % 2 == 0);
         }
         left -= 1;
         wanted == 0

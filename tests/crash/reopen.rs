@@ -1,7 +1,10 @@
 //! A daemon on what a crash has left: it starts, serves what was ready, brings in what was arriving, and keeps nothing else.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
 
 use crate::disk::Image;
 use crate::law::{Law, Promise, Promises};
@@ -9,9 +12,9 @@ use crate::story::Story;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::files::{assert_same_tree, regular_files};
 use crate::support::place::Place;
-use crate::support::ran::wait_until;
+use crate::support::ran::{wait_until, wait_until_told};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Starts one on `image` and looks at everything; with `clear`, also removes everything in the end.
 pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, clear: bool) {
@@ -41,7 +44,9 @@ pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, cle
             *promise = Promise::Gone;
         }
     }
-    wait_until("nothing is half done", LIMIT, || regular_files(&state.join("filling")).is_empty());
+    wait_until("nothing is half done", LIMIT, || {
+        regular_files(&state.join("filling")).is_empty() && unneeded_blobs(&state) == 0
+    });
     let left = regular_files(&state.join("blobs"));
     assert!(!clear || left.is_empty(), "nothing is needed, and this is kept: {left:?}");
     daemon.stop();
@@ -50,17 +55,32 @@ pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, cle
     }
 }
 
+/// Blobs that are to go and are not gone yet, by the catalog.
+fn unneeded_blobs(state: &Path) -> i64 {
+    let catalog = Connection::open_with_flags(state.join("catalog.db"), OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
+    catalog
+        .query_row(
+            "SELECT COUNT(*) FROM blobs WHERE state = 'doomed' OR (names = 0 AND id NOT IN (SELECT home FROM borrows))",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap()
+}
+
 /// Compares it with its source through a mount, once it is here.
 fn read_back(story: &Story, daemon: &Daemon, name: &str) {
     let mut tries = 0;
-    wait_until(&format!("`{name}` is ready"), LIMIT, || {
+    wait_until_told(LIMIT, || {
         let record = daemon.json(&["get", name]);
+        if record["state"] == "evicted" {
+            daemon.ctl(&["prefetch", name]).ok();
+        }
         if record["state"] == "failed" {
             tries += 1;
             assert!(tries < 3, "`{name}` fails again and again: {record}");
             daemon.ctl(&["retry", name]).ok();
         }
-        record["state"] == "ready"
+        if record["state"] == "ready" { Ok(()) } else { Err(format!("`{name}` is not ready: {record}")) }
     });
     let target = daemon.attach(name, name);
     let tree = story.sources.place.join(if name == "a2" { "a" } else { name });

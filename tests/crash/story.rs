@@ -20,7 +20,7 @@ use crate::support::ran::wait_until;
 use crate::support::site::{Page, Site};
 use crate::trace::{Act, Marks, Recorder};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 const MIB: usize = 1 << 20;
 
 /// A file is filled, sealed, and shared; some are made whole again.
@@ -125,6 +125,7 @@ impl Story {
         let finishes = record(broken_off, |daemon, marks| {
             wait_until("it is gone", LIMIT, || daemon.rows("list").iter().all(|row| row["name"] != *leaving));
             marks.say(&format!("gone {leaving}"));
+            wait_until("its bytes are back", LIMIT, || freed(daemon, "interrupted removals"));
             daemon.stop();
         });
         let legs = vec![keeps, interrupted, removes, undoes, finishes];
@@ -159,11 +160,11 @@ fn interrupt(daemon: &mut Daemon, marks: &mut Marks, url: &str) {
     daemon.ctl(&["attach", "hasty", "w", "--lazy", "--at", target.to_str().unwrap()]).ok();
     let mut found = [0; 10];
     File::open(target.join("w.bin")).unwrap().read_exact_at(&mut found, 18 * MIB as u64).unwrap();
-    wait_until("half of it is here", LIMIT, || daemon.bytes_done("w") >= 12 * MIB as u64);
+    wait_until("half of it is here", LIMIT, || daemon.recorded_bytes("w") >= 12 * MIB as u64);
     daemon.kill9();
 }
 
-/// The rest of it; then removals: of what others borrow from, of what comes again, of everything.
+/// The rest of it; then removals: of what others borrow from, of what comes again, of everything. Between them one is evicted and comes back.
 fn resume_and_remove(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     daemon.wait_state("w", "ready", LIMIT);
     marks.say("ready w");
@@ -172,6 +173,11 @@ fn resume_and_remove(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     marks.say("begin a2");
     daemon.capture("a2", &place.join("a"));
     marks.say("ready a2");
+    marks.say("evict w");
+    daemon.ctl(&["evict", "w", "--force"]).ok();
+    daemon.ctl(&["prefetch", "w"]).ok();
+    daemon.wait_state("w", "ready", LIMIT);
+    marks.say("ready w");
     for name in ["b", "w", "c"] {
         remove(daemon, marks, name);
     }
@@ -182,6 +188,13 @@ fn remove(daemon: &Daemon, marks: &mut Marks, name: &str) {
     marks.say(&format!("remove {name}"));
     daemon.ctl(&["remove", name, "--yes"]).ok();
     marks.say(&format!("gone {name}"));
+    wait_until("its bytes are back", LIMIT, || freed(daemon, &format!("`{name}`")));
+}
+
+/// Whether an event says so of what these words are about.
+fn freed(daemon: &Daemon, words: &str) -> bool {
+    let about = |event: &serde_json::Value| event["message"].as_str().is_some_and(|message| message.contains(words));
+    daemon.rows("events").iter().any(|event| event["kind"] == "SPACE_FREED" && about(event))
 }
 
 /// Runs a daemon on what it begins with and writes down what it does. `play` ends it.

@@ -84,6 +84,7 @@ fn looking_answers_with_one_document_and_no_talk() {
         ("--json usage", "/logical_bytes", json!(10)),
         ("--json status", "/features/passthrough", json!(true)),
         ("--json events", "/events/1/id", json!(2)),
+        ("--json scrub m --full-rate", "/running", json!(true)),
     ] {
         let output = host.run(line);
         assert_eq!(document(&output).pointer(pointer), Some(&expected), "{line} {pointer}");
@@ -272,7 +273,7 @@ fn upload_sends_the_tree_as_it_is() {
     assert_eq!(document(&output)["state"], "ready");
 
     let entry = |path: &[u8], kind, content: &[u8]| Sent { path: path.to_vec(), kind, content: content.to_vec() };
-    let file = |size_bytes, executable| Kind::File(UploadFile { size_bytes, executable });
+    let file = |size_bytes, executable| Kind::File(UploadFile { size_bytes, executable, modified_unix_ns: 0 });
     let expected = [
         entry(b"big", file(big.len() as u64, false), &big),
         entry(b"empty", Kind::Directory(UploadDirectory {}), b""),
@@ -348,7 +349,7 @@ fn remove_does_nothing_unasked() {
     assert!(stderr(&output).ends_with("; give --yes if you mean it\n"), "{}", stderr(&output));
     assert_eq!(host.calls(), [""; 0]);
     let output = host.run("--json remove good --yes");
-    assert_eq!(document(&output), json!({"id": "c1", "freed_bytes": 1 << 20}));
+    assert_eq!(document(&output), json!({"id": "c1", "freed_bytes": 1 << 20, "freeing": false}));
     assert_eq!(code(&host.run("remove refuse-9 --yes")), 4);
 }
 

@@ -266,7 +266,7 @@ impl Checkpoints for Answers {
     ) -> Answer<wire::RemoveCheckpointResponse> {
         self.note(request.get_ref());
         named(&request.get_ref().checkpoint)?;
-        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20 }))
+        Ok(Response::new(wire::RemoveCheckpointResponse { id: ID.into(), freed_bytes: 1 << 20, freeing: false }))
     }
 
     async fn upload_checkpoint(
@@ -282,7 +282,11 @@ impl Checkpoints for Answers {
                     asked.start = Some(start);
                 }
                 Message::Entry(entry) => {
-                    asked.sent.push(Sent { path: entry.path, kind: entry.kind.unwrap(), content: Vec::new() });
+                    let mut kind = entry.kind.unwrap();
+                    if let Kind::File(file) = &mut kind {
+                        assert_ne!(std::mem::take(&mut file.modified_unix_ns), 0);
+                    }
+                    asked.sent.push(Sent { path: entry.path, kind, content: Vec::new() });
                 }
                 Message::Data(data) => asked.sent.last_mut().unwrap().content.extend_from_slice(&data),
                 Message::Finish(_) => {
@@ -293,6 +297,10 @@ impl Checkpoints for Answers {
         }
         self.0.lock().unwrap().calls.push("upload without an end".to_owned());
         Err(Status::invalid_argument("the stream ended without finish"))
+    }
+
+    async fn get_upload(&self, _: Request<wire::GetUploadRequest>) -> Answer<wire::Upload> {
+        Err(Status::not_found("nothing is kept"))
     }
 
     async fn prefetch_checkpoint(
@@ -370,8 +378,34 @@ impl Node for Answers {
         Ok(Response::new(wire::Status { pid: 7, version: "0.1.0".into(), features, ..Default::default() }))
     }
 
+    async fn start_scrub(&self, request: Request<wire::StartScrubRequest>) -> Answer<wire::Scrub> {
+        self.note(request.get_ref());
+        Ok(Response::new(wire::Scrub { running: true, by_hand: true, started_unix_ms: 1, ..Default::default() }))
+    }
+
     async fn drain(&self, _: Request<wire::DrainRequest>) -> Answer<wire::DrainResponse> {
         Ok(Response::new(wire::DrainResponse {}))
+    }
+
+    async fn evict_checkpoints(
+        &self,
+        request: Request<wire::EvictCheckpointsRequest>,
+    ) -> Answer<wire::EvictCheckpointsResponse> {
+        self.note(request.get_ref());
+        let request = request.into_inner();
+        let evicted = request.checkpoints.into_iter().map(|id| wire::Eviction {
+            name: format!("name of {id}"),
+            id,
+            freed_bytes: 3 << 20,
+            idle_ms: 61_000,
+            ..Default::default()
+        });
+        Ok(Response::new(wire::EvictCheckpointsResponse {
+            evicted: evicted.collect(),
+            dry_run: request.dry_run,
+            lacking_bytes: request.until_available_bytes,
+            ..Default::default()
+        }))
     }
 
     async fn get_usage(&self, _: Request<wire::GetUsageRequest>) -> Answer<wire::Usage> {

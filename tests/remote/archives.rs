@@ -1,19 +1,26 @@
 //! Archives behind an address: extracted while they arrive, whatever the server can and cannot do.
 
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use crate::support::corpus::{odd_tree, random_file, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
-use crate::support::files::{assert_same_tree, disk_bytes, regular_files};
+use crate::support::files::{assert_same_tree, disk_bytes};
+use crate::support::loopfs::LoopFs;
 use crate::support::place::Place;
-use crate::support::ran::{run, wait_until};
+use crate::support::ran::{run, shell, wait_until};
 use crate::support::site::{Page, Site};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How a site gives bytes.
+type Served = fn(Arc<Vec<u8>>) -> Page;
 
 /// A tree with everything an archive can carry, and one file of several fill units.
 fn tree(place: &Place) -> PathBuf {
@@ -30,6 +37,15 @@ fn packed(tree: &Path, kind: &str) -> Arc<Vec<u8>> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/archives.py");
     run(Command::new("python3").arg(script).arg(kind).arg(tree).arg(&out)).ok();
     Arc::new(fs::read(out).unwrap())
+}
+
+/// The tree, and a folder with `a.tar.gz` and `b.zip` of it.
+pub(super) fn two_archives(place: &Place) -> (PathBuf, PathBuf) {
+    let (tree, folder) = (tree(place), place.dir("packed"));
+    for (kind, name) in [("tar-gz", "a.tar.gz"), ("zip-deflated", "b.zip")] {
+        fs::write(folder.join(name), &*packed(&tree, kind)).unwrap();
+    }
+    (tree, folder)
 }
 
 fn create(daemon: &Daemon, name: &str, url: &str) {
@@ -59,7 +75,7 @@ fn an_archive_is_its_tree_whatever_the_server_can_do() {
     }
     let digests: Vec<_> = daemon.rows("list").iter().map(|row| row["digest"].clone()).collect();
     assert!(digests.windows(2).all(|pair| pair[0] == pair[1]), "one tree has one digest: {digests:?}");
-    assert!(regular_files(&daemon.state().join("filling")).is_empty());
+    daemon.wait_empty("filling");
     assert!(disk_bytes(&daemon.state().join("blobs")) < 30 << 20, "members are kept once");
 }
 
@@ -163,8 +179,8 @@ fn what_is_hostile_or_no_archive_fails_by_name_and_leaves_nothing() {
         daemon.ctl(&["create", name, "--uri", &url, "--wait"]).refused(&[code], &[name, words]);
         daemon.ctl(&["remove", name, "--yes"]).ok();
     }
-    assert!(regular_files(&daemon.state().join("blobs")).is_empty());
-    assert!(regular_files(&daemon.state().join("filling")).is_empty());
+    daemon.wait_empty("blobs");
+    daemon.wait_empty("filling");
 }
 
 #[test]
@@ -197,4 +213,59 @@ fn an_archive_asked_for_twice_is_fetched_once() {
         daemon.wait_state(name, "ready", PATIENCE);
     }
     assert!(site.take_sent() < size + size / 2, "fetched once");
+}
+
+/// The most that `fs` came to hold while `work` went on, beyond what it held before.
+fn most_beyond(fs: &LoopFs, work: impl FnOnce()) -> u64 {
+    let before = fs.used_bytes();
+    let (done, most) = (AtomicBool::new(false), AtomicU64::new(before));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                most.fetch_max(fs.used_now(), Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+        // Whoever looks ends also where this fails.
+        let worked = catch_unwind(AssertUnwindSafe(work));
+        done.store(true, Ordering::Relaxed);
+        worked.unwrap_or_else(|panic| resume_unwind(panic));
+    });
+    most.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn an_archive_is_on_no_disk_while_it_is_extracted() {
+    let (place, site, fs) = (Place::new(), Site::open(), LoopFs::ext4(512));
+    let daemon = Daemon::start_on(fs.dir("state"), &[LOOPBACK]);
+    // Many names of the same bytes, which do not compress: what is kept is a small part of what arrives.
+    let (each, copies) = (5 << 20, 16);
+    site.limit(32 << 20);
+    let cases: [(&str, &str, Served, bool); 3] = [
+        ("unsized.tar.zst", "tar -cf - . | zstd -q -1", Page::Unsized, false),
+        ("ranges.zip", "zip -q0r - .", Page::Ranged, false),
+        // Without ranges a zip has to lie somewhere: what looks for a copy finds this one, which has no name.
+        ("whole.zip", "zip -q0r - .", Page::Whole, true),
+    ];
+    for (number, (name, pack, page, copied)) in (0..).zip(cases) {
+        let tree = place.dir(name);
+        random_file(&tree.join("00.bin"), seed() ^ number, each);
+        for copy in 1..copies {
+            fs::copy(tree.join("00.bin"), tree.join(format!("{copy:02}.bin"))).unwrap();
+        }
+        let archive = place.join("archive");
+        shell(&format!("cd \"$1\"; {pack} >\"$2\""), &[&tree, &archive]).ok();
+        let bytes = fs::read(&archive).unwrap();
+        let size = bytes.len() as u64;
+        assert!(size > each * copies, "{name} has only {size} bytes");
+        let url = site.put(&format!("/{name}"), page(Arc::new(bytes)));
+        let before = fs.used_bytes();
+        let most = most_beyond(&fs, || create(&daemon, name, &url));
+        eprintln!("{name}: {most} bytes at a time, of {size}");
+        // Some members may wait to be sealed, were the disk slow.
+        assert!(if copied { most > size } else { most < 12 * each }, "{name}: {most} bytes at a time, of {size}");
+        // What was doomed may go a little later.
+        wait_until("only the bytes themselves are kept", PATIENCE, || fs.used_bytes() < before + each + (4 << 20));
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
 }

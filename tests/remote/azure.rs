@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::archives::two_archives;
+use super::buckets::{
+    HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes,
+};
 use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
@@ -13,7 +16,9 @@ use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
 use crate::support::ran::wait_until;
+use crate::support::relay::Relay;
 use crate::support::server::{Server, free_port, tool};
+use crate::support::webserver::{certificates, nginx_tls_before};
 
 const ACCOUNT: &str = "ckptaccount";
 const KEY: &str = "c2VjcmV0LWtleS1vZi10aGUtdGVzdHMtMDEyMzQ1Njc4OQ==";
@@ -101,7 +106,7 @@ impl Azurite {
         let saved = |name: &str, word: &str| {
             std::fs::read_to_string(azurite.place.join(name)).is_ok_and(|text| text.contains(word))
         };
-        wait_until("azurite has saved what it has", Duration::from_secs(60), || {
+        wait_until("azurite has saved what it has", Duration::from_secs(180), || {
             saved("__azurite_db_blob__.json", "\"name\":\"first\"")
                 && saved("__azurite_db_blob_extent__.json", "\"locationId\"")
         });
@@ -153,6 +158,10 @@ fn a_prefix_comes_whole_through_every_fault() {
     assert_eq!(faults.faults_left(), 0);
     let heads = faults.heads();
     assert!(heads.iter().filter(|head| head.contains(".json")).all(|head| head.contains("if-match: \"")));
+
+    assert_comes_back_later(&faults, &format!("GET /{ACCOUNT}/ckpt/some/pre%20fix/deep/1/2/3/7.json"), || {
+        create(&daemon, "azure", "later", &uri("ckpt/some/pre%20fix/deep/1/2/3/7.json"), &[&own, &key])
+    });
 
     // A signature as a credential, and in the address.
     create(&daemon, "azure", "sas", &uri("ckpt/some/pre fix"), &[&own, &format!("@sas={good}")]).ok();
@@ -240,18 +249,18 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();
-    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
     assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
     assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
 
     faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
     faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
-    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 15"), 1);
+    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 15"), 1);
     start(&daemon, "azure", "replaced", &uri("open/big.bin"), &[&endpoint(&faults)]);
-    wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+    wait_until("both ranges have to wait", Duration::from_secs(180), || faults.faults_left() == 0);
     azurite.fill(&json!({"trees": put(&second)}));
-    daemon.wait_state("replaced", "failed", Duration::from_secs(60));
+    daemon.wait_state("replaced", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
@@ -288,4 +297,77 @@ fn twenty_thousand_blobs_are_listed_and_come() {
     let heads = faults.heads();
     let pages = heads.iter().filter(|head| head.contains("comp=list")).count();
     assert!((20..40).contains(&pages), "{pages} pages");
+}
+
+#[test]
+fn a_blob_that_is_an_archive_is_extracted() {
+    let place = Place::new();
+    let (tree, folder) = two_archives(&place);
+    let azurite = Azurite::start();
+    azurite.fill(&json!({"containers": [["open", true]], "trees": [["open", "some/", folder]]}));
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let endpoint = format!("endpoint={}", azurite.server.url(&format!("/{ACCOUNT}")));
+    for (name, blob) in [("tar", "a.tar.gz"), ("zip", "b.zip")] {
+        create(&daemon, "azure", name, &uri(&format!("open/some/{blob}")), &[&endpoint]).ok();
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
+}
+
+#[test]
+fn credentials_of_the_environment_go_to_their_own_account_at_azure_alone() {
+    let place = Place::new();
+    let azurite = Azurite::start();
+    let (sas, _) = azurite.fill(&json!({"containers": [["ckpt", false]], "put": [["ckpt", "a", "x"]]}));
+    // Azure itself, as far as the daemon can tell, behind the one way out of here.
+    let wildcard = "*.blob.core.windows.net";
+    let made = certificates(&place, &[wildcard]);
+    let (azure, foreign) = (Faults::before(azurite.server.port), Faults::before(azurite.server.port));
+    let tls = nginx_tls_before(&place, azure.port(), &made.join(format!("{wildcard}.pem")));
+    let proxy = Relay::proxy(tls.port);
+    let (address, authority) = (proxy_url(&proxy), made.join("ca.pem").display().to_string());
+    let signature = sas.split("sig=").nth(1).unwrap().split('&').next().unwrap();
+    for (number, (name, secret)) in
+        [("AZURE_STORAGE_KEY", KEY), ("AZURE_STORAGE_SAS_TOKEN", sas.as_str())].into_iter().enumerate()
+    {
+        let environment: [(&'static str, &str); 6] = [
+            LOOPBACK,
+            ("CKPTD_SOURCES__ATTEMPTS", "1"),
+            ("SSL_CERT_FILE", &authority),
+            ("HTTPS_PROXY", &address),
+            ("AZURE_STORAGE_ACCOUNT", ACCOUNT),
+            (name, secret),
+        ];
+        let daemon = Daemon::start_with(&environment);
+        let asked = azure.heads().len();
+        create(&daemon, "azure", "own", &uri("ckpt/"), &[]).ok();
+        assert_eq!(std::fs::read(daemon.attach(&format!("job-{number}"), "own").join("a")).unwrap(), b"x");
+        let heads = azure.heads().split_off(asked);
+        assert!(heads.iter().all(|head| head.contains("SharedKey ") || head.contains("sig=")), "{heads:?}");
+
+        let asked = azure.heads().len();
+        let account = format!("account={ACCOUNT}");
+        for (name, uri, more) in [
+            ("endpoint", uri("ckpt/"), vec![endpoint(&foreign)]),
+            (
+                "endpoint-of-account",
+                "https://other.blob.core.windows.net/ckpt/".to_owned(),
+                vec![account.clone(), endpoint(&foreign)],
+            ),
+            ("other-account", "https://other.blob.core.windows.net/ckpt/".to_owned(), vec![]),
+            ("other-host", "https://other.blob.core.windows.net/ckpt/".to_owned(), vec![account]),
+        ] {
+            let more: Vec<_> = more.iter().map(String::as_str).collect();
+            create(&daemon, "azure", name, &uri, &more).refused(&[2, 3, 7], &[]);
+        }
+        let heads = [foreign.heads(), azure.heads().split_off(asked)].concat();
+        assert!(heads.len() >= 4, "{heads:?}");
+        for head in heads {
+            assert!(!head.contains("SharedKey") && !head.contains("sig="), "{head}");
+        }
+        assert_kept_nowhere(&daemon, &[KEY, signature]);
+    }
+}
+
+fn proxy_url(proxy: &Relay) -> String {
+    format!("http://127.0.0.1:{}", proxy.port())
 }

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK, clean};
+use crate::support::faults::{Fault, Faults};
 use crate::support::ran::{Ran, run, wait_until};
 use crate::support::server::tool;
 
@@ -67,9 +68,19 @@ pub(crate) fn reason(daemon: &Daemon, name: &str) -> String {
 
 /// Waits until so many bytes of a checkpoint are here and recorded as such.
 pub(crate) fn wait_bytes(daemon: &Daemon, name: &str, bytes: u64) {
-    wait_until(&format!("{bytes} bytes of {name} are here"), Duration::from_secs(60), || {
-        daemon.bytes_done(name) >= bytes
+    wait_until(&format!("{bytes} bytes of {name} are here"), Duration::from_secs(180), || {
+        daemon.recorded_bytes(name) >= bytes
     });
+}
+
+/// Fails unless a server that answers the request of `words` by asking to come back in three seconds is left alone for as long.
+pub(crate) fn assert_comes_back_later(faults: &Faults, words: &str, create: impl FnOnce() -> Ran) {
+    faults.spoil(words, Fault::Status(429, "Retry-After: 3"), 1);
+    let began = Instant::now();
+    create().ok();
+    let took = began.elapsed();
+    assert_eq!(faults.faults_left(), 0, "nobody asked for `{words}`");
+    assert!(took >= Duration::from_secs(3), "asked again after {took:?}");
 }
 
 /// Fails if any of `secrets` is in the state directory, in what the client shows, or in what the daemon wrote.

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::buckets::{HASTY, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::archives::two_archives;
+use super::buckets::{
+    HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes,
+};
 use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
@@ -15,7 +18,9 @@ use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
 use crate::support::ran::{shell, wait_until};
+use crate::support::relay::Relay;
 use crate::support::server::{Server, free_port, tool};
+use crate::support::webserver::{certificates, nginx_tls_before};
 
 /// Fills buckets as the plan says: `buckets`, `put` [bucket, name, text], `gzip` [bucket, name, text], `trees` [bucket, prefix, folder].
 const FILL: &str = r#"
@@ -135,6 +140,9 @@ fn a_prefix_comes_whole_through_every_fault() {
     let heads = faults.heads();
     assert!(heads.iter().filter(|head| head.contains("alt=media")).all(|head| head.contains("generation=")));
     assert!(heads.iter().all(|head| !head.contains("authorization")));
+    assert_comes_back_later(&faults, "7.json?alt=media", || {
+        create(&daemon, "gcp", "later", "gs://ckpt/some/pre fix/deep/1/2/3/7.json", &[&endpoint(&faults)])
+    });
 }
 
 #[test]
@@ -227,18 +235,18 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();
-    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
     assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
     assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
 
     faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
     faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
-    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 15"), 1);
+    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 15"), 1);
     start(&daemon, "gcp", "replaced", "gs://open/big.bin", &[&endpoint(&faults)]);
-    wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+    wait_until("both ranges have to wait", Duration::from_secs(180), || faults.faults_left() == 0);
     server.fill(&json!({"trees": put(&second)}));
-    daemon.wait_state("replaced", "failed", Duration::from_secs(60));
+    daemon.wait_state("replaced", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
@@ -273,4 +281,47 @@ fn twenty_thousand_objects_are_listed_and_come() {
     let heads = faults.heads();
     let pages = heads.iter().filter(|head| head.contains("maxResults")).count();
     assert!((20..40).contains(&pages), "{pages} pages");
+}
+
+#[test]
+fn an_object_that_is_an_archive_is_extracted() {
+    let place = Place::new();
+    let (tree, folder) = two_archives(&place);
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "some/", folder]]}));
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let endpoint = format!("endpoint={}", server.0.url(""));
+    for (name, object) in [("tar", "a.tar.gz"), ("zip", "b.zip")] {
+        create(&daemon, "gcp", name, &format!("gs://ckpt/some/{object}"), &[&endpoint]).ok();
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
+}
+
+#[test]
+fn the_service_account_of_the_environment_is_shown_to_google_alone() {
+    let place = Place::new();
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "put": [["ckpt", "a", "x"]]}));
+    // Google itself, as far as the daemon can tell, behind the one way out of here.
+    let name = "storage.googleapis.com";
+    let made = certificates(&place, &[name]);
+    let (google, foreign) = (Faults::before(server.0.port), Faults::before(server.0.port));
+    let tls = nginx_tls_before(&place, google.port(), &made.join(format!("{name}.pem")));
+    let proxy = Relay::proxy(tls.port);
+    let account = place.join("account.json");
+    python(MAKE_ACCOUNT, &[&account.display().to_string()]);
+    let daemon = Daemon::start_with(&[
+        LOOPBACK,
+        ("SSL_CERT_FILE", &made.join("ca.pem").display().to_string()),
+        ("HTTPS_PROXY", &format!("http://127.0.0.1:{}", proxy.port())),
+        ("GOOGLE_APPLICATION_CREDENTIALS", &account.display().to_string()),
+    ]);
+    create(&daemon, "gcp", "own", "gs://ckpt/", &[]).ok();
+    assert_eq!(fs::read(daemon.attach("job", "own").join("a")).unwrap(), b"x");
+    let heads = google.heads();
+    assert!(!heads.is_empty() && heads.iter().all(|head| head.contains("Bearer ey")), "{heads:?}");
+    create(&daemon, "gcp", "foreign", "gs://ckpt/a", &[&endpoint(&foreign)]).ok();
+    let heads = foreign.heads();
+    assert!(!heads.is_empty() && heads.iter().all(|head| !head.contains("Bearer")), "{heads:?}");
+    assert_kept_nowhere(&daemon, &[&key_line(&account)]);
 }

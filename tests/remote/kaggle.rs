@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use super::buckets::{assert_comes_back_later, assert_kept_nowhere, reason};
 use crate::support::daemon::{Daemon, LOCALHOST, clean};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::assert_same_tree;
@@ -52,7 +53,8 @@ fn client(endpoint: &str, arguments: &[&str], home: &Path) -> Ran {
 
 #[test]
 fn datasets_competitions_and_kernels_are_what_the_official_clients_bring() {
-    let (daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
+    let daemon = Daemon::start_with(&[LOCALHOST, ("RUST_LOG", "debug")]);
+    let (service, place) = (Standin::of("kaggle.py"), Place::new());
     let (token, username, key) = (format!("token={TOKEN}"), "username=alice", format!("key={KEY}"));
     for (number, (kind, uri, hub_name, credentials, revision)) in [
         ("dataset", "acme/tables", "acme/tables", &[][..], "version:2;"),
@@ -74,10 +76,7 @@ fn datasets_competitions_and_kernels_are_what_the_official_clients_bring() {
     }
     let storage: Vec<_> = service.requests().into_iter().filter(|line| line.contains(" /storage/")).collect();
     assert!(storage.iter().all(|line| line.contains("auth=- ")), "{storage:?}");
-    let shown = daemon.ctl(&["events"]).ok().stdout + &daemon.ctl(&["--json", "list"]).ok().stdout;
-    let kept = run(clean("grep").args(["-rlF", "kaggle_secret"]).arg(daemon.state()));
-    assert!(!shown.contains("kaggle_secret") && !daemon.stderr_tail().contains("kaggle_secret"));
-    assert_eq!(kept.stdout, "", "a secret is in the state directory");
+    assert_kept_nowhere(&daemon, &["kaggle_secret"]);
 }
 
 #[test]
@@ -111,6 +110,8 @@ fn the_services_refusals_say_what_to_do() {
         ("dataset", "acme/private", "", &[2], "not open to this account"),
         ("dataset", "acme/tables/versions/9", &token, &[3], "version"),
         ("dataset", "acme/empty", "", &[2, 3], "no files"),
+        ("dataset", "acme/below", "", &[2], "`weights/part1` is below `weights`, which is not a directory"),
+        ("dataset", "acme/above", "", &[2], "`weights` occurs twice, as a directory"),
         ("dataset", "acme/changing", "", &[4], "changed since it was opened"),
         ("kernel", "acme/none", "", &[2], "not open to this account"),
         ("model", "acme/tables", "", &[2], "competition, dataset or kernel"),
@@ -151,6 +152,11 @@ fn every_fault_on_the_way_is_got_over() {
         create(&daemon, &faults.url(""), &name, kind, uri, &[]).ok();
         assert_eq!(faults.faults_left(), 0, "{kind} {words} {fault:?} was not met");
         assert_same_tree(&expected, &daemon.attach(&name, &name));
+    }
+    for (number, words) in ["/datasets/view/", "/datasets/download/", "/storage/"].into_iter().enumerate() {
+        assert_comes_back_later(&faults, words, || {
+            create(&daemon, &faults.url(""), &format!("later{number}"), "dataset", "acme/tables", &[])
+        });
     }
     // Signed addresses that are good for two requests each.
     create(&daemon, &faults.url(""), "expiring", "dataset", "acme/expiring", &[]).ok();
@@ -193,4 +199,19 @@ fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
     let arguments = ["hub", "dataset", "acme/big", expected.to_str().unwrap()];
     client(&service.url(""), &arguments, &place.join("home"));
     assert_same_tree(&expected, &daemon.attach("job", "big"));
+}
+
+#[test]
+fn a_redirect_to_where_sources_may_not_go_is_refused() {
+    let (daemon, service) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"));
+    let faults = Faults::before(service.port);
+    let metadata = Fault::Status(302, "Location: http://169.254.169.254/x");
+    for (number, words) in ["/datasets/view/", "/datasets/download/", "/storage/"].into_iter().enumerate() {
+        faults.spoil(words, metadata.clone(), 9);
+        let name = format!("n{number}");
+        create(&daemon, &faults.url(""), &name, "dataset", "acme/tables", &[])
+            .refused(&[2], &["169.254.169.254", "which sources may not reach"]);
+        assert_eq!(reason(&daemon, &name), "EGRESS_REFUSED", "{words}");
+        faults.spare();
+    }
 }

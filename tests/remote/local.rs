@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::corpus::random_file;
 use crate::support::daemon::Daemon;
@@ -43,6 +43,7 @@ fn the_sdk_sends_trees_files_and_archives() {
     fs::create_dir_all(tree.join("a b/ü%+#\nx")).unwrap();
     fs::create_dir(tree.join("empty")).unwrap();
     fs::write(tree.join("a b/ü%+#\nx/f"), b"f").unwrap();
+    fs::write(tree.join("nothing"), b"").unwrap();
     random_file(&tree.join("w.bin"), 1, 20 << 20);
     fs::hard_link(tree.join("w.bin"), tree.join("same")).unwrap();
     symlink("w.bin", tree.join("link")).unwrap();
@@ -117,7 +118,7 @@ fn what_the_sdk_never_does_changes_nothing_and_is_answered() {
 
 #[test]
 fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
-    let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "1")]);
+    let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "3")]);
     run(&mut client("half", &create(&daemon, "left", &[]))).ok();
     wait_until("the upload expires", Duration::from_secs(20), || {
         daemon.ctl(&["events"]).ok().stdout.contains("UPLOAD_EXPIRED")
@@ -134,13 +135,59 @@ fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
 }
 
 #[test]
+fn a_first_piece_that_stalls_begins_no_upload_and_holds_nothing() {
+    let daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "2")]);
+    let transfer = create(&daemon, "k", &[]);
+    run(&mut client("stalled", &transfer)).ok();
+    assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for an upload");
+    let events = daemon.ctl(&["events"]).ok().stdout;
+    assert!(!events.contains("UPLOAD_EXPIRED"), "none was begun: {events}");
+    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0);
+    let port: u16 = transfer["url"].as_str().unwrap().rsplit(':').next().unwrap().parse().unwrap();
+    wait_until("no connection is held", Duration::from_secs(20), || held_connections(port) == 0);
+    run(&mut client("go-on", &transfer)).ok();
+    assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
+}
+
+/// Connections to `port` of this host that are open at either end: listeners and what is only remembered do not count.
+fn held_connections(port: u16) -> usize {
+    let (table, end) = (fs::read_to_string("/proc/net/tcp").unwrap(), format!(":{port:04X}"));
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row[1].ends_with(&end) && !["0A", "06"].contains(&row[3])).count()
+}
+
+#[test]
+fn a_name_that_is_both_a_file_and_a_directory_is_refused_by_name() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    for (order, words) in
+        [("below", "`weights/part1` is below `weights`"), ("above", "`weights` occurs twice, as a directory")]
+    {
+        let ran = run(client("clash", &create(&daemon, order, &[])).arg(order)).ok();
+        assert!(ran.stdout.starts_with("422 ") && ran.stdout.contains(words), "{ran}");
+        let record = daemon.json(&["get", order]);
+        assert_eq!((&record["state"], &record["error"]["reason"]), (&json!("failed"), &json!("ARCHIVE_REFUSED")));
+    }
+    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_checkpoint_of_nothing_is_refused_however_it_is_sent() {
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let nothing = daemon.place().dir("nothing");
+    daemon.ctl(&["upload", "uploaded", nothing.to_str().unwrap()]).refused(&[2], &["no files and no directories"]);
+    run(client("sdk", &create(&daemon, "sent", &[])).arg(&nothing));
+    daemon.wait_state("sent", "failed", Duration::from_secs(30));
+    assert_eq!(daemon.json(&["get", "sent"])["error"]["reason"], "EMPTY_SOURCE");
+}
+
+#[test]
 fn a_drained_daemon_takes_no_uploads_and_its_successor_does() {
     let mut daemon = Daemon::start_with(&[ANY_PORT]);
     run(&mut client("half", &create(&daemon, "k", &[]))).ok();
     daemon.ctl(&["drain"]).ok();
     run(&mut client("drained", &daemon.json(&["get", "k"])["transfer"])).ok();
     assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
-    assert_eq!(fs::read_dir(daemon.state().join("filling")).unwrap().count(), 0, "nothing of it is left");
+    daemon.wait_empty("filling");
     daemon.stop();
     daemon.restart();
     run(&mut client("go-on", &daemon.json(&["get", "k"])["transfer"])).ok();

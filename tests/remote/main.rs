@@ -19,6 +19,7 @@ mod git;
 mod huggingface;
 mod kaggle;
 mod local;
+mod proxies;
 mod regional;
 mod s3;
 mod web;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::corpus::{Random, odd_tree, random_file, seed};
+use crate::support::corpus::{Random, odd_names, odd_tree, random_file, seed};
 use crate::support::daemon::Daemon;
 use crate::support::faultfs::FaultFs;
 use crate::support::files::{assert_same_tree, b3sum, disk_bytes, regular_files, xattr};
@@ -20,7 +20,7 @@ use crate::support::place::Place;
 use crate::support::ran::{Ran, run, shell, wait_until};
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(180);
 const MODELS: &str = "CKPTD_DATASTORES__MODELS__PATH";
 
 fn daemon_with(datastore: &Path) -> Daemon {
@@ -59,6 +59,7 @@ fn a_directory_of_a_datastore_is_served_where_it_is() {
     let store = LoopFs::ext4(160);
     let tree = store.dir("sub/dir");
     odd_tree(&tree, seed());
+    odd_names(&tree);
     random_file(&tree.join("weights.bin"), seed(), 48 * MIB);
     let daemon = daemon_with(store.root());
     let before = disk_bytes(daemon.state());
@@ -104,6 +105,8 @@ fn a_copy_and_a_view_of_the_same_tree_come_and_go_without_each_other() {
     daemon.ctl(&["release", "of-copy"]).ok();
 
     daemon.ctl(&["remove", "copy", "--yes"]).ok();
+    // A busy disk may give them back after the answer.
+    wait_until("its bytes are back", PATIENCE, || daemon.json(&["usage"])["physical_bytes"] == 0);
     assert_eq!(regular_files(&daemon.state().join("blobs")).len(), 0, "nothing names these blobs any more");
     assert_same_tree(&tree, &daemon.attach("of-view", "view"));
 
@@ -340,6 +343,76 @@ fn an_interrupted_ingest_keeps_the_digests_it_had_and_a_restart_serves_again() {
     for (name, bytes) in &files {
         assert!(fs::read(target.join(name)).unwrap() == *bytes, "{name}");
     }
+}
+
+#[test]
+fn a_copy_is_waited_for_and_the_answer_says_so() {
+    let files: Vec<_> = (0..20).map(|number| (format!("f{number:02}"), noise(number, 256 << 10))).collect();
+    let store = FaultFs::mount(files.clone());
+    let daemon = daemon_with(store.root());
+    store.slow_down(Duration::from_millis(100));
+    daemon.ctl(&["create", "w", "--type", "regional", "--uri", "models", "--option", "copy=true"]).ok();
+    let target = daemon.place().dir("at");
+    let ran = run(daemon.ctl_command().args(["attach", "job", "w", "--lazy", "--at"]).arg(&target)).ok();
+    let words = ["waited until all bytes were here", "its source is this host itself"];
+    assert!(words.iter().all(|words| ran.stderr.contains(words)), "{}", ran.stderr);
+    assert_eq!(daemon.json(&["get", "w"])["state"], "ready");
+    for (name, bytes) in &files {
+        assert!(fs::read(target.join(name)).unwrap() == *bytes, "{name}");
+    }
+}
+
+#[test]
+fn a_file_that_is_replaced_while_it_is_ingested_is_not_mixed() {
+    let place = Place::new();
+    let store = place.dir("store");
+    let daemon = daemon_with(&store);
+    for (name, option) in [("view", "copy=false"), ("copy", "copy=true")] {
+        let tree = store.join(name);
+        fs::create_dir(&tree).unwrap();
+        // A hole takes no room and as long to read: a longer one, should it have been read before it was replaced.
+        let in_time = [2, 8, 24].into_iter().any(|gib| replaced_in_time(&daemon, &place, &tree, name, option, gib));
+        assert!(in_time, "{name} was read before it could be replaced");
+        daemon.wait_state(name, "failed", PATIENCE);
+        assert_eq!(daemon.json(&["get", name])["error"]["reason"], "SOURCE_CHANGED", "{name}");
+    }
+}
+
+/// Creates `name` of one file of so many GiB and replaces that while it is read; nothing is left of `name` where it was too late.
+fn replaced_in_time(daemon: &Daemon, place: &Place, tree: &Path, name: &str, option: &str, gib: u64) -> bool {
+    let other = place.join(&format!("other-{name}"));
+    for file in [&tree.join("w.bin"), &other] {
+        File::create(file).unwrap().set_len(gib << 30).unwrap();
+    }
+    let path = format!("path=/{name}");
+    let line = ["create", name, "--type", "regional", "--uri", "models", "--option", &path, "--option", option];
+    daemon.ctl(&line).ok();
+    let mut record = daemon.json(&["get", name]);
+    wait_until("it is listed", PATIENCE, || {
+        record = daemon.json(&["get", name]);
+        record["fill"]["bytes_total"].as_u64() > Some(0) || record["state"] != "filling" && record["state"] != "new"
+    });
+    fs::rename(&other, tree.join("w.bin")).unwrap();
+    let is_in_time = record["state"] == "filling" && daemon.json(&["get", name])["state"] != "ready";
+    if !is_in_time {
+        daemon.ctl(&["remove", name, "--yes"]).ok();
+    }
+    is_in_time
+}
+
+#[test]
+fn a_copy_that_is_killed_half_way_is_made_whole() {
+    let place = Place::new();
+    let tree = place.dir("store/tree");
+    (0..24).for_each(|number| random_file(&tree.join(format!("{number}.bin")), seed() ^ number, 16 * MIB));
+    let mut daemon = daemon_with(&place.join("store"));
+    let line = ["create", "w", "--type", "regional", "--uri", "models", "--option", "path=/tree", "--option"];
+    daemon.ctl(&[&line[..], &["copy=true"]].concat()).ok();
+    wait_until("some is here", PATIENCE, || daemon.bytes_done("w") > 0);
+    daemon.kill9();
+    daemon.restart();
+    daemon.wait_state("w", "ready", PATIENCE);
+    assert_same_tree(&tree, &daemon.attach("job", "w"));
 }
 
 #[test]

@@ -9,18 +9,21 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::buckets::{HASTY, LARGE, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes};
+use super::archives::two_archives;
+use super::buckets::{
+    HASTY, LARGE, assert_comes_back_later, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes,
+};
 use super::faltering;
 use crate::support::corpus::random_file;
-use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::daemon::{Daemon, LOCALHOST, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, regular_files, walk};
 use crate::support::place::Place;
 use crate::support::ran::{run, wait_until};
 use crate::support::server::{Server, free_port, tool};
 
-const KEY_ID: &str = "AKIATESTTESTTESTTEST";
-const SECRET: &str = "s3cr3t/of+the/te5ts";
+pub(super) const KEY_ID: &str = "AKIATESTTESTTESTTEST";
+pub(super) const SECRET: &str = "s3cr3t/of+the/te5ts";
 
 /// Fills buckets as the plan says: `buckets`, `versioned`, `put` [bucket, key, text], `trees` [bucket, prefix, folder].
 const FILL: &str = r#"
@@ -87,7 +90,7 @@ impl Moto {
 }
 
 /// rclone serving `folder`, each directory in it a bucket, to whoever has the keys; to everybody where there are none.
-fn rclone(folder: &Path, keys: Option<(&str, &str)>) -> Server {
+pub(super) fn rclone(folder: &Path, keys: Option<(&str, &str)>) -> Server {
     let port = free_port();
     let mut command = Command::new(tool("objects/bin/rclone"));
     command.args(["serve", "s3", "--config", "/dev/null", "--addr"]).arg(format!("127.0.0.1:{port}"));
@@ -113,21 +116,28 @@ fn a_prefix_comes_whole_through_every_fault() {
     let folder = place.join("tree");
     moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "some/pre fix/", folder]]}));
     let faults = Faults::before(moto.0.port);
-    faults.spoil("list-type=2", Fault::Status(500, ""), 1);
-    faults.spoil("list-type=2", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("HEAD ", Fault::Status(500, ""), 1);
-    faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
-    faults.spoil("/2.json", Fault::Reset(1), 1);
-    faults.spoil("/3.json", Fault::Truncate(2), 1);
-    faults.spoil("/4.json", Fault::Stall(0), 1);
-    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
-    let daemon = Daemon::start_with(HASTY);
-    for (name, uri) in [("slash", "s3://ckpt/some/pre fix/"), ("bare", "s3://ckpt/some/pre fix")] {
-        create(&daemon, "aws", name, uri, &[&endpoint(&faults), ANY_ID, ANY_SECRET]).ok();
-        assert_same_tree(&folder, &daemon.attach(name, name));
+    for kind in ["aws", "wasabi"] {
+        faults.spoil("list-type=2", Fault::Status(500, ""), 1);
+        faults.spoil("list-type=2", Fault::Status(503, "Retry-After: 0"), 1);
+        faults.spoil("HEAD ", Fault::Status(500, ""), 1);
+        faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
+        faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
+        faults.spoil("/2.json", Fault::Reset(1), 1);
+        faults.spoil("/3.json", Fault::Truncate(2), 1);
+        faults.spoil("/4.json", Fault::Stall(0), 1);
+        faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+        let daemon = Daemon::start_with(HASTY);
+        let own = endpoint(&faults);
+        let given = [own.as_str(), ANY_ID, ANY_SECRET];
+        for (name, uri) in [("slash", "s3://ckpt/some/pre fix/"), ("bare", "s3://ckpt/some/pre fix")] {
+            create(&daemon, kind, name, uri, &given).ok();
+            assert_same_tree(&folder, &daemon.attach(name, name));
+        }
+        assert_eq!(faults.faults_left(), 0, "{kind}");
+        assert_comes_back_later(&faults, "GET /ckpt/some/pre%20fix/deep/1/2/3/7.json", || {
+            create(&daemon, kind, "later", "s3://ckpt/some/pre fix/deep/1/2/3/7.json", &given)
+        });
     }
-    assert_eq!(faults.faults_left(), 0);
     let heads = faults.heads();
     let mut large = heads.iter().filter(|head| head.starts_with("GET") && head.contains("weights.bin"));
     assert!(large.all(|head| head.contains("range: bytes=0-0\r\n") || head.contains("if-match: \"")));
@@ -212,7 +222,7 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();
-    daemon.wait_state("resumed", "ready", Duration::from_secs(60));
+    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
     assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
     assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
 
@@ -220,15 +230,15 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
         // Both ranges end early, and the store asks to wait before they go on.
         faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
         faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
-        faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 5"), 1);
-        faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 5"), 1);
+        faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 15"), 1);
+        faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 15"), 1);
         start(&daemon, "aws", bucket, &format!("s3://{bucket}/big.bin"), &[&endpoint(&faults)]);
-        wait_until("both ranges have to wait", Duration::from_secs(30), || faults.faults_left() == 0);
+        wait_until("both ranges have to wait", Duration::from_secs(180), || faults.faults_left() == 0);
         moto.fill(&json!({"trees": [[bucket, "", second.parent().unwrap()]], "extra": {"ACL": "public-read"}}));
     }
-    daemon.wait_state("plain", "failed", Duration::from_secs(60));
+    daemon.wait_state("plain", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "plain"), "SOURCE_CHANGED");
-    daemon.wait_state("versions", "ready", Duration::from_secs(60));
+    daemon.wait_state("versions", "ready", Duration::from_secs(180));
     assert_same_file(&first, &daemon.attach("versions", "versions").join("big.bin"));
     daemon.ctl(&["retry", "plain", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("plain", "plain").join("big.bin"));
@@ -285,7 +295,7 @@ fn wrong_bytes_that_were_shown_are_put_aside_and_healed(daemon: &Daemon, faults:
     let at = daemon.place().dir("at-early");
     run(daemon.ctl_command().args(["attach", "early", "early", "--lazy", "--at"]).arg(&at)).ok();
     fs::File::open(at.join("large")).unwrap().read_exact_at(&mut [0; 10], 8 << 20).unwrap();
-    daemon.wait_state("early", "failed", Duration::from_secs(60));
+    daemon.wait_state("early", "failed", Duration::from_secs(180));
     assert_eq!(reason(daemon, "early"), "DIGEST_MISMATCH");
     assert_eq!(aside(), before + 1);
     assert!(!regular_files(&daemon.state().join("quarantine")).is_empty());
@@ -332,7 +342,7 @@ fn signatures_are_verified_and_ranges_that_are_ignored_do_no_harm() {
     start(&daemon, "aws", "changed", "s3://ckpt/p/deep", &keys);
     wait_until("the file was asked for", Duration::from_secs(20), || faults.faults_left() == 0);
     fs::write(place.join("store/ckpt/p/deep/1/2/3/1.json"), "{\"n\": 7}").unwrap();
-    daemon.wait_state("changed", "failed", Duration::from_secs(30));
+    daemon.wait_state("changed", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "changed"), "SOURCE_CHANGED");
 
     // Credentials are not kept across a crash; given again, what is here counts.
@@ -342,7 +352,7 @@ fn signatures_are_verified_and_ranges_that_are_ignored_do_no_harm() {
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();
-    daemon.wait_state("killed", "failed", Duration::from_secs(30));
+    daemon.wait_state("killed", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "killed"), "CREDENTIALS_REQUIRED");
     let ran = daemon.ctl(&["retry", "killed", "--credential", &id[1..], "--credential", &secret[1..], "--wait"]);
     ran.ok();
@@ -352,6 +362,85 @@ fn signatures_are_verified_and_ranges_that_are_ignored_do_no_harm() {
     );
     assert!(fs::metadata(place.join("store/ckpt/p/model/weights.bin")).unwrap().len() == LARGE);
     assert_kept_nowhere(&daemon, &[SECRET, "wr0ng-secret", KEY_ID]);
+}
+
+/// What stores say of a session that is over.
+const EXPIRED: &str = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>";
+
+#[test]
+fn temporary_credentials_that_expire_in_the_middle_are_given_anew() {
+    let place = Place::new();
+    let file = place.join("tree/big.bin");
+    random_file(&file, 5, 40 << 20);
+    let moto = Moto::start();
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "", file.parent().unwrap()]]}));
+    let faults = Faults::before(moto.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    let given = [own.as_str(), ANY_ID, ANY_SECRET, "@token=t3mporary-one"];
+    faults.spoil("HEAD ", Fault::Refusal(400, ""), 9);
+    faults.spoil("GET ", Fault::Refusal(400, EXPIRED), 9);
+    create(&daemon, "aws", "late", "s3://ckpt/big.bin", &given).refused(&[2], &["expired", "fresh credentials"]);
+    assert_eq!(reason(&daemon, "late"), "CREDENTIALS_EXPIRED");
+    faults.spare();
+
+    // The first range ends early, and what is asked for then is refused.
+    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=4194304-", Fault::Refusal(400, EXPIRED), 9);
+    start(&daemon, "aws", "midway", "s3://ckpt/big.bin", &given);
+    daemon.wait_state("midway", "failed", Duration::from_secs(180));
+    assert_eq!(reason(&daemon, "midway"), "CREDENTIALS_EXPIRED");
+    faults.spare();
+    let (before, asked) = (faults.body_bytes(), faults.heads().len());
+    let fresh = ["key_id=another", "secret=other", "token=t3mporary-two"];
+    let line = fresh.iter().flat_map(|secret| ["--credential", *secret]);
+    daemon.ctl(&["retry", "midway", "--wait"].into_iter().chain(line).collect::<Vec<_>>()).ok();
+    assert_same_file(&file, &daemon.attach("midway", "midway").join("big.bin"));
+    let again = faults.body_bytes() - before;
+    assert!(again <= 37 << 20, "{again} bytes were fetched again, of which 4 MiB were here");
+    let sent = |heads: &[String], token: &str| {
+        heads.iter().all(|head| head.contains(&format!("x-amz-security-token: {token}\r\n")))
+    };
+    let heads = faults.heads();
+    assert!(sent(&heads[..asked], "t3mporary-one") && sent(&heads[asked..], "t3mporary-two"), "{heads:?}");
+    assert_kept_nowhere(&daemon, &["t3mporary"]);
+}
+
+#[test]
+fn keys_of_the_environment_go_to_no_endpoint_that_a_request_chooses() {
+    let (own, foreign) = (Faults::before(1), Faults::before(1));
+    for store in [&own, &foreign] {
+        store.spoil("", Fault::Status(403, ""), usize::MAX / 2);
+    }
+    let operators = own.url("/");
+    let environment =
+        [("AWS_ACCESS_KEY_ID", KEY_ID), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_SESSION_TOKEN", "s3ssion-token")];
+    let by_name = [&environment[..], &[("AWS_ENDPOINT_URL", operators.as_str()), LOCALHOST]].concat();
+    let by_service = [&environment[..], &[("AWS_ENDPOINT_URL_S3", operators.as_str()), LOCALHOST]].concat();
+    let without = [&environment[..], &[LOCALHOST]].concat();
+    for environment in [&by_name, &by_service, &without] {
+        let daemon = Daemon::start_with(environment);
+        for (number, kind) in ["aws", "wasabi"].into_iter().enumerate() {
+            for (name, endpoint) in [
+                ("foreign", foreign.url("")),
+                ("by-another-name", format!("http://localhost:{}", own.port())),
+                ("below", own.url("/below")),
+            ] {
+                let name = format!("{name}-{number}");
+                let endpoint = format!("endpoint={endpoint}");
+                create(&daemon, kind, &name, "s3://ckpt/x", &[&endpoint]).refused(&[2], &["key_id"]);
+                assert_eq!(reason(&daemon, &name), "CREDENTIALS_REQUIRED");
+            }
+        }
+        let heads = [own.heads(), foreign.heads()].concat().join("").to_ascii_lowercase();
+        assert!(heads.contains("/ckpt/x http") && !heads.contains("authorization"), "{heads}");
+        assert!(!heads.contains("x-amz-security-token") && !heads.contains(&KEY_ID.to_lowercase()), "{heads}");
+    }
+    let daemon = Daemon::start_with(&[&by_name[..], &[("RUST_LOG", "debug")]].concat());
+    create(&daemon, "aws", "own", "s3://ckpt/x", &[&endpoint(&own)]).refused(&[2], &[]);
+    let heads = own.heads().concat();
+    assert!(heads.contains(&format!("Credential={KEY_ID}/")) && heads.contains("x-amz-security-token: s3ssion-token"));
+    assert_kept_nowhere(&daemon, &[SECRET, KEY_ID, "s3ssion-token"]);
 }
 
 #[test]
@@ -365,7 +454,13 @@ fn twenty_thousand_objects_and_the_environments_credentials() {
         fs::write(folder.join(format!("{}/{number}.txt", number / 1000)), format!("{number}\n")).unwrap();
     }
     let server = rclone(&place.join("store"), Some((KEY_ID, SECRET)));
-    let keys = [("AWS_ACCESS_KEY_ID", KEY_ID), ("AWS_SECRET_ACCESS_KEY", SECRET), LOOPBACK];
+    let own = server.url("");
+    let keys = [
+        ("AWS_ACCESS_KEY_ID", KEY_ID),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_ENDPOINT_URL", own.as_str()),
+        LOOPBACK,
+    ];
     let daemon = Daemon::start_with(&keys);
     create(&daemon, "aws", "many", "s3://ckpt/many", &[&format!("endpoint={}", server.url(""))]).ok();
     assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
@@ -389,4 +484,17 @@ fn jobs_that_read_a_bucket_lazily_see_nothing_of_a_network_that_falters() {
     let endpoint = format!("endpoint={}", network.url(""));
     start(&daemon, "aws", "k", "s3://ckpt/lazy/", &[&endpoint, ANY_ID, ANY_SECRET]);
     faltering::assert_read_lazily(&daemon, &network, "k", &tree);
+}
+
+#[test]
+fn an_object_that_is_an_archive_is_extracted() {
+    let place = Place::new();
+    let (tree, folder) = two_archives(&place);
+    let moto = Moto::start();
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "some/", folder]]}));
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    for (name, key) in [("tar", "a.tar.gz"), ("zip", "b.zip")] {
+        create(&daemon, "aws", name, &format!("s3://ckpt/some/{key}"), &[&moto.endpoint(), ANY_ID, ANY_SECRET]).ok();
+        assert_same_tree(&tree, &daemon.attach(name, name));
+    }
 }

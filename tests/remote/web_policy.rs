@@ -1,17 +1,17 @@
-//! Who may be talked to: certificates, redirects, and proxies of the operator.
+//! Who may be talked to: certificates, endpoints, redirects, and proxies of the operator.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
+use super::buckets::{self, assert_kept_nowhere};
 use super::web::{create, refused};
 use crate::support::corpus::{random_file, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
+use crate::support::faults::{Fault, Faults};
 use crate::support::files::assert_same_tree;
 use crate::support::place::Place;
 use crate::support::ran::wait_until;
-use crate::support::server::{Server, free_port};
-use crate::support::webserver::{certificates, nginx, nginx_tls};
+use crate::support::webserver::{certificates, nginx, nginx_tls, tinyproxy};
 
 /// One loopback address, so that there is another that is refused.
 const ONE_ADDRESS: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.1/32"]"#);
@@ -80,16 +80,48 @@ fn redirects_are_followed_where_the_policy_permits() {
     create(&daemon, "same-scheme", &down.url("/x"));
 }
 
-/// A proxy of Debian's that does both plain requests and `CONNECT`, and keeps a log.
-fn tinyproxy(place: &Place, log: &Path) -> Server {
-    let port = free_port();
-    let config = place.join("tinyproxy.conf");
-    let text = format!(
-        "Port {port}\nListen 127.0.0.1\nTimeout 60\nLogFile \"{}\"\nLogLevel Connect\nMaxClients 50\nAllow 127.0.0.1\n",
-        log.display()
-    );
-    fs::write(&config, text).unwrap();
-    Server::start(Command::new("tinyproxy").arg("-d").arg("-c").arg(&config), port)
+/// Sources of every type that takes an endpoint: the type, an address, the path below the endpoint, and what is given besides.
+const WITH_ENDPOINT: &[(&str, &str, &str, &[&str])] = &[
+    ("aws", "s3://bucket/x", "", &["@key_id=k", "@secret=s"]),
+    ("wasabi", "s3://bucket/x", "", &["@key_id=k", "@secret=s"]),
+    ("azure", "https://account.blob.core.windows.net/container/x", "/account", &["@account_key=c2VjcmV0"]),
+    ("gcp", "gs://bucket/x", "", &["@token=t"]),
+    ("huggingface", "acme/model", "", &[]),
+    ("kaggle", "acme/tables", "", &["type=dataset"]),
+];
+
+#[test]
+fn an_endpoint_where_sources_may_not_go_is_refused_and_asked_nothing() {
+    let (site, daemon) = (Faults::before(1), Daemon::start());
+    for (kind, uri, below, more) in WITH_ENDPOINT {
+        for (number, host) in ["localhost", "127.0.0.1", "[::ffff:127.0.0.1]"].into_iter().enumerate() {
+            let endpoint = format!("endpoint=http://{host}:{}{below}", site.port());
+            let more = [*more, &[endpoint.as_str()][..]].concat();
+            buckets::create(&daemon, kind, &format!("{kind}-{number}"), uri, &more)
+                .refused(&[2], &["which sources may not reach"]);
+        }
+    }
+    assert_eq!(site.heads(), [] as [&str; 0]);
+}
+
+#[test]
+fn what_is_signed_for_one_store_is_not_taken_to_another() {
+    let (elsewhere, store) = (Faults::before(1), Faults::before(1));
+    let location: &'static str = format!("Location: {}", elsewhere.url("/x")).leak();
+    let daemon = Daemon::start_with(&[LOOPBACK, ONE_ATTEMPT]);
+    for status in [302, 307] {
+        store.spoil("", Fault::Status(status, location), 1000);
+        for (kind, uri, below, more) in WITH_ENDPOINT.iter().take(4) {
+            let endpoint = format!("endpoint={}", store.url(below));
+            let more = [*more, &[endpoint.as_str()][..]].concat();
+            let name = format!("{kind}-{status}");
+            buckets::create(&daemon, kind, &name, uri, &more).refused(&[2, 3, 4, 6, 7], &[&status.to_string()]);
+            assert_eq!(daemon.json(&["get", &name])["state"], "failed");
+        }
+        store.spare();
+    }
+    assert!(!store.heads().is_empty());
+    assert_eq!(elsewhere.heads(), [] as [&str; 0]);
 }
 
 #[test]
@@ -99,7 +131,7 @@ fn a_proxy_of_the_environment_carries_plain_and_protected_requests() {
     let authority = made.join("ca.pem").display().to_string();
     let tls = nginx_tls(&place, &site, &made.join("good.pem"));
     let plain = nginx(&place, &site, "");
-    let proxy = tinyproxy(&place, &log);
+    let proxy = tinyproxy(&place, &log, None);
     let address = proxy.url("");
     let environment = [
         ONE_ADDRESS,
@@ -146,5 +178,33 @@ fn the_operators_proxy_needs_no_place_on_the_allow_list_and_opens_nothing() {
         }
         let direct = Daemon::start_with(&[ONE_ATTEMPT, ("HTTP_PROXY", &address), ("NO_PROXY", "localhost")]);
         refused(&direct, "direct", &format!("http://localhost:{}/weights.bin", web.port), "EGRESS_REFUSED");
+    }
+}
+
+#[test]
+fn a_password_of_the_operators_proxy_is_shown_nowhere() {
+    let place = Place::new();
+    let (site, made) = (site(&place), certificates(&place, &[]));
+    let authority = made.join("ca.pem").display().to_string();
+    let (plain, tls) = (nginx(&place, &site, ""), nginx_tls(&place, &site, &made.join("good.pem")));
+    let proxy = tinyproxy(&place, &place.join("proxy.log"), None);
+    for (name, port) in [("there", proxy.port), ("away", 1)] {
+        let address = format!("http://reader:pr0xy-passw0rd@127.0.0.1:{port}");
+        let daemon = Daemon::start_with(&[
+            ONE_ADDRESS,
+            ONE_ATTEMPT,
+            ("RUST_LOG", "debug"),
+            ("SSL_CERT_FILE", &authority),
+            ("HTTPS_PROXY", &address),
+            ("HTTP_PROXY", &address),
+        ]);
+        for (number, url) in [plain.url("/"), format!("https://localhost:{}/", tls.port)].into_iter().enumerate() {
+            match name {
+                "there" => create(&daemon, &format!("{name}-{number}"), &url),
+                _ => refused(&daemon, &format!("{name}-{number}"), &url, "CONNECT_FAILED"),
+            }
+        }
+        // As it is, and as a header has it.
+        assert_kept_nowhere(&daemon, &["pr0xy-passw0rd", "cmVhZGVyOnByMHh5LXBhc3N3MHJk"]);
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use ckptd::error::Result;
 use ckptd::names::EntryName;
-use ckptd::serve::{Detached, Mounted, NamedView, Place, Views, detach, prepare, standing};
+use ckptd::serve::{Detached, Mounted, NamedView, Place, Reserved, Views, detach, prepare, standing};
 
 use super::fixture::{Ground, Holder, Served, can_mount, mounts_below, wait_for};
 
@@ -19,7 +19,8 @@ fn one(served: &Served) -> Views {
 
 /// What was made durable before must find the view that is there afterwards.
 fn put(place: &Place, views: Views, sessions: &Path) -> Result<Mounted> {
-    let prepared = prepare(place, views, sessions)?;
+    let reserved = Reserved { directories: vec![sessions.to_owned()], free: None };
+    let prepared = prepare(place, views, &reserved)?;
     let foretold = recorded(prepared.mounted());
     assert!(!standing(&foretold)?, "the view is there before it is shown");
     let mounted = prepared.show()?;

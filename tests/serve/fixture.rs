@@ -18,7 +18,7 @@ use ckptd::serve::{
     Content, FileNode, FileState, OpenFile, ReadBuffers, Resume, Session, SessionConfig, Stopped, prepare_sessions_dir,
 };
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Whether the machine can run these tests.
 pub(crate) fn can_mount() -> bool {

@@ -47,8 +47,8 @@ const TOKEN: &str = "hf_secret_token";
 
 fn settings() -> HttpSettings {
     HttpSettings {
-        connect_timeout: Duration::from_secs(5),
-        inactivity_timeout: Duration::from_millis(400),
+        connect_timeout: Duration::from_secs(60),
+        inactivity_timeout: Duration::from_secs(60),
         environment_proxy: false,
     }
 }

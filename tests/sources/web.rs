@@ -111,15 +111,18 @@ async fn a_file_that_changes_under_the_reader_is_noticed() {
 #[tokio::test]
 async fn silence_ends_a_transfer() {
     let standin = Standin::start();
-    let source = standin.web("/stalls");
+    let mut settings = settings();
+    settings.inactivity_timeout = Duration::from_secs(2);
+    let policy = || EgressPolicy::new(vec!["127.0.0.0/8".parse().unwrap()]);
+    let source = source_at(&standin.url("/stalls"), &SourceContext::new(&settings, policy()).unwrap());
     let (_, file) = only(&list(&source).await.unwrap());
     let begun = Instant::now();
     let error = read(&source, &file, 0..200_000).await.unwrap_err();
     assert_eq!((error.kind(), error.reason()), (Kind::Unavailable, "STALLED"));
-    assert!(begun.elapsed() < Duration::from_secs(10));
-    let mut settings = settings();
+    assert!(begun.elapsed() < Duration::from_secs(60));
     settings.connect_timeout = Duration::from_millis(100);
-    let context = SourceContext::new(&settings, EgressPolicy::new(vec!["127.0.0.0/8".parse().unwrap()])).unwrap();
+    settings.inactivity_timeout = Duration::from_millis(400);
+    let context = SourceContext::new(&settings, policy()).unwrap();
     let source = source_at(&standin.url("/silent"), &context);
     assert_eq!(fault(&source).await.reason(), "STALLED");
 }

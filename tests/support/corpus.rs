@@ -1,7 +1,9 @@
 //! Checkpoints made from a seed: safetensors, PyTorch-style zips, odd trees. Nothing in them compresses or repeats by chance.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::LazyLock;
@@ -209,6 +211,14 @@ pub(crate) fn odd_tree(root: &Path, seed: u64) {
     for index in 0..3000 {
         fs::write(root.join(format!("deep/f{index}")), format!("{index}\n")).unwrap();
     }
+}
+
+/// Adds names that are bytes and no text, and the longest one.
+pub(crate) fn odd_names(root: &Path) {
+    let no_text = OsStr::from_bytes(b"caf\xe9\xff new\nline");
+    fs::write(root.join(no_text), b"bytes").unwrap();
+    symlink(no_text, root.join("link-to-bytes")).unwrap();
+    fs::write(root.join("n".repeat(255)), b"a long name").unwrap();
 }
 
 /// One file of random bytes.

@@ -9,10 +9,12 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rusqlite::{Connection, OpenFlags};
 use serde_json::Value;
 
+use super::files::regular_files;
 use super::place::{Place, unmount_below};
-use super::ran::{Ran, run, wait_for, wait_until};
+use super::ran::{Ran, run, wait_for, wait_until, wait_until_told};
 use super::seccomp;
 
 /// The daemon under test.
@@ -27,8 +29,11 @@ pub(crate) const LOCALHOST: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"
 /// Keeps every read in the daemon.
 pub(crate) const NO_PASSTHROUGH: (&str, &str) = ("CKPTD_SERVE__PASSTHROUGH", r#""never""#);
 
-const READY_LIMIT: Duration = Duration::from_secs(60);
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+const READY_LIMIT: Duration = Duration::from_secs(120);
+/// Bytes of a fill unit.
+const UNIT_BYTES: u64 = 4 << 20;
+
+const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// A daemon that lives as long as the guard; what it mounted goes with it.
 #[derive(Debug)]
@@ -174,14 +179,49 @@ impl Daemon {
         });
     }
 
-    /// Bytes of the checkpoint that are here, by its record; 0 when it is not filling.
+    /// Bytes of the checkpoint that are here, by its record: more than any number when it is ready. Fails where it failed.
     pub(crate) fn bytes_done(&self, checkpoint: &str) -> u64 {
-        self.json(&["get", checkpoint])["fill"]["bytes_done"].as_u64().unwrap_or(0)
+        self.done(checkpoint, "bytes_done")
     }
 
-    /// Files of a checkpoint that are sealed while it fills.
+    /// Files of a checkpoint that are sealed while it fills, as [`Daemon::bytes_done`].
     pub(crate) fn files_done(&self, checkpoint: &str) -> u64 {
-        self.json(&["get", checkpoint])["fill"]["files_done"].as_u64().unwrap_or(0)
+        self.done(checkpoint, "files_done")
+    }
+
+    fn done(&self, checkpoint: &str, figure: &str) -> u64 {
+        let record = self.json(&["get", checkpoint]);
+        assert_ne!(record["state"], "failed", "{record}");
+        if record["state"] == "ready" { u64::MAX } else { record["fill"][figure].as_u64().unwrap_or(0) }
+    }
+
+    /// Bytes of the checkpoint that a start after a kill would find, by the catalog; else as [`Daemon::bytes_done`].
+    pub(crate) fn recorded_bytes(&self, checkpoint: &str) -> u64 {
+        if self.bytes_done(checkpoint) == u64::MAX {
+            return u64::MAX;
+        }
+        let id = self.json(&["get", checkpoint])["id"].as_str().unwrap().to_owned();
+        let catalog =
+            Connection::open_with_flags(self.state.join("catalog.db"), OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
+        catalog.busy_timeout(READY_LIMIT).unwrap();
+        let mut rows = catalog
+            .prepare("SELECT f.size, f.units, f.blob IS NOT NULL FROM fills f JOIN checkpoints c USING (flight) WHERE c.id = ?")
+            .unwrap();
+        let bytes = |row: &rusqlite::Row<'_>| {
+            let (size, units, is_sealed): (i64, Option<Vec<u8>>, bool) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            let size = u64::try_from(size).unwrap();
+            Ok(if is_sealed { size } else { size.min(units_in(&units.unwrap_or_default()) * UNIT_BYTES) })
+        };
+        rows.query_map([id], bytes).unwrap().sum::<Result<u64, _>>().unwrap()
+    }
+
+    /// Waits until no file is left in a directory of the state directory: bytes may go a moment after their record.
+    pub(crate) fn wait_empty(&self, directory: &str) {
+        let directory = self.state.join(directory);
+        wait_until_told(READY_LIMIT, || match regular_files(&directory).as_slice() {
+            [] => Ok(()),
+            left => Err(format!("{left:?} are left")),
+        });
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -256,6 +296,11 @@ fn command(verb: &str, state: &Path, run: &Path) -> Command {
     let mut command = clean(CKPTD);
     command.arg(verb).arg("--state-dir").arg(state).arg("--runtime-dir").arg(run);
     command
+}
+
+/// Units that a bitmap says are here.
+fn units_in(bitmap: &[u8]) -> u64 {
+    bitmap.iter().map(|byte| u64::from(byte.count_ones())).sum()
 }
 
 /// `program` without what the caller's environment says about ckptd.

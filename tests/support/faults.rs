@@ -17,6 +17,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 pub(crate) enum Fault {
     /// It is answered with this status and these header lines (`Retry-After: 1`), and not passed on.
     Status(u16, &'static str),
+    /// It is answered with this status and this document, and not passed on.
+    Refusal(u16, &'static str),
     /// So many bytes of the body pass, then the connection is reset.
     Reset(u64),
     /// So many bytes of the body pass, then it ends as if that were all.
@@ -125,6 +127,11 @@ impl Shared {
             let answer = format!("HTTP/1.1 {status} Spoiled\r\n{lines}Content-Length: 0\r\nConnection: close\r\n\r\n");
             return (&mut (&*client)).write_all(answer.as_bytes());
         }
+        if let Some(Fault::Refusal(status, document)) = fault {
+            let length = document.len();
+            let head = format!("HTTP/1.1 {status} Spoiled\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+            return (&mut (&*client)).write_all(format!("{head}{document}").as_bytes());
+        }
         let mut server = TcpStream::connect(("127.0.0.1", port))?;
         server.write_all(with_close(&head).as_bytes())?;
         let length = header(&head, "content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
@@ -138,7 +145,7 @@ impl Shared {
     fn pass_body(&self, from: &mut impl Read, client: &TcpStream, fault: Option<Fault>) -> std::io::Result<()> {
         let until = match fault {
             Some(Fault::Reset(bytes) | Fault::Truncate(bytes) | Fault::Stall(bytes)) => bytes,
-            Some(Fault::Status(..) | Fault::Damage(_)) | None => u64::MAX,
+            Some(Fault::Status(..) | Fault::Refusal(..) | Fault::Damage(_)) | None => u64::MAX,
         };
         let mut passed = 0;
         let mut buffer = vec![0; 64 << 10];

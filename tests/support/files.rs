@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,16 +22,22 @@ pub(crate) fn assert_same_file(expected: &Path, found: &Path) {
     shell("cmp \"$1\" \"$2\"", &[expected, found]).ok();
 }
 
-/// Every path below `root`, sorted, the root left out.
+/// Every path below `root`, sorted, the root left out. What vanishes meanwhile may be missing.
 pub(crate) fn walk(root: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![root.to_owned()];
     while let Some(directory) = open.pop() {
-        for entry in fs::read_dir(&directory).unwrap_or_else(|error| panic!("listing {}: {error}", directory.display()))
-        {
+        let listed = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == ErrorKind::NotFound && directory != root => continue,
+            listed => listed.unwrap_or_else(|error| panic!("listing {}: {error}", directory.display())),
+        };
+        for entry in listed {
             let entry = entry.unwrap();
-            if entry.file_type().unwrap().is_dir() {
-                open.push(entry.path());
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => open.push(entry.path()),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => panic!("examining {}: {error}", entry.path().display()),
             }
             found.push(entry.path());
         }
@@ -42,13 +48,19 @@ pub(crate) fn walk(root: &Path) -> Vec<PathBuf> {
 
 /// Regular files below `root`, sorted.
 pub(crate) fn regular_files(root: &Path) -> Vec<PathBuf> {
-    walk(root).into_iter().filter(|path| path.symlink_metadata().unwrap().is_file()).collect()
+    walk(root).into_iter().filter(|path| path.symlink_metadata().is_ok_and(|found| found.is_file())).collect()
 }
 
 /// Bytes that `path` and what is below it occupy, as `du` counts them, everything written out before. What vanishes meanwhile counts nothing.
 pub(crate) fn disk_bytes(path: &Path) -> u64 {
     shell("sync -f \"$1\"", &[path]).ok();
     occupied(path)
+}
+
+/// Bytes on disk of all regular files below `path`, without directories, as they are this moment.
+pub(crate) fn file_bytes(path: &Path) -> u64 {
+    let found = regular_files(path).into_iter().filter_map(|file| file.metadata().ok());
+    found.map(|meta| meta.blocks() * 512).sum()
 }
 
 fn occupied(path: &Path) -> u64 {

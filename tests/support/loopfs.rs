@@ -51,6 +51,11 @@ impl LoopFs {
     /// Bytes in use, shared extents counted once, everything written out before.
     pub(crate) fn used_bytes(&self) -> u64 {
         shell("sync -f \"$1\"", &[&self.root]).ok();
+        self.used_now()
+    }
+
+    /// The same as it is this moment: bytes that are yet to be written out count, and files without a name.
+    pub(crate) fn used_now(&self) -> u64 {
         let stat = statvfs(&self.root).unwrap();
         (stat.blocks() - stat.blocks_free()) * stat.fragment_size()
     }

@@ -96,6 +96,15 @@ pub(crate) fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> 
     }
 }
 
+/// As [`wait_until`], for what can say why it is not so yet: the test fails with the last that it said.
+pub(crate) fn wait_until_told(limit: Duration, mut done: impl FnMut() -> Result<(), String>) {
+    let until = Instant::now() + limit;
+    while let Err(why) = done() {
+        assert!(Instant::now() < until, "waited {limit:?} in vain: {why}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     thread::spawn(move || {
         let mut bytes = Vec::new();

@@ -1,9 +1,11 @@
 //! Servers that nobody here wrote, run on loopback for as long as a guard lives.
 
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
@@ -66,9 +68,23 @@ impl Drop for Server {
     }
 }
 
-/// A port of loopback that nobody listens on just now.
+/// A port of loopback that nobody listens on just now, and that this process gives once: below those that the kernel gives to anybody, so that it
+/// is free still when a server that takes its time to start comes to listen.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    free_ports(1).start
+}
+
+/// As [`free_port`], so many in a row, each free at the first two addresses of loopback.
+pub(crate) fn free_ports(count: u16) -> Range<u16> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let base = 10_000 + u16::try_from(std::process::id() % 200).unwrap() * 100;
+    let free = |port| ["127.0.0.1", "127.0.0.2"].iter().all(|host| TcpListener::bind((*host, port)).is_ok());
+    loop {
+        let start = base + NEXT.fetch_add(count, Ordering::Relaxed) % 2_000;
+        if (start..start + count).all(free) {
+            return start..start + count;
+        }
+    }
 }
 
 /// A program or folder that `tests/run` installed below its tools: `venv/bin/moto_server`, `azurite/...`.

@@ -17,6 +17,8 @@ pub(crate) enum Page {
     Whole(Arc<Vec<u8>>),
     /// The whole, its length not stated: it ends with the connection.
     Unsized(Arc<Vec<u8>>),
+    /// The whole, as HTML.
+    Html(Arc<Vec<u8>>),
     /// As `Ranged`, but the first so many bodies break off in the middle.
     Short(Arc<Vec<u8>>, u64),
     /// Elsewhere, with status 302.
@@ -113,7 +115,11 @@ impl Page {
     /// Changes with the content, as an ETag must.
     fn entity_tag(&self) -> String {
         match self {
-            Self::Ranged(bytes) | Self::Whole(bytes) | Self::Unsized(bytes) | Self::Short(bytes, _) => {
+            Self::Ranged(bytes)
+            | Self::Whole(bytes)
+            | Self::Unsized(bytes)
+            | Self::Html(bytes)
+            | Self::Short(bytes, _) => {
                 format!("\"{}\"", &blake3::hash(bytes).to_hex()[..16])
             }
             Self::Moved(_) | Self::Status(_) => String::new(),
@@ -132,8 +138,11 @@ impl Shared {
             None => bare(stream, "404 Not Found", ""),
             Some(Page::Status(status)) => bare(stream, &format!("{status} As Told"), ""),
             Some(Page::Moved(to)) => bare(stream, "302 Found", &format!("Location: {to}\r\n")),
-            Some(Page::Whole(bytes)) => self.whole(stream, &request, &bytes, true),
-            Some(Page::Unsized(bytes)) => self.whole(stream, &request, &bytes, false),
+            Some(Page::Whole(bytes)) => self.whole(stream, &request, &bytes, &sized(&bytes)),
+            Some(Page::Unsized(bytes)) => self.whole(stream, &request, &bytes, ""),
+            Some(Page::Html(bytes)) => {
+                self.whole(stream, &request, &bytes, &format!("{}Content-Type: text/html\r\n", sized(&bytes)))
+            }
             Some(Page::Ranged(bytes)) => self.ranged(stream, &request, &bytes, u64::MAX),
             Some(Page::Short(bytes, times)) => {
                 let first = !request.head && self.short.fetch_add(1, Ordering::Relaxed) < times;
@@ -143,9 +152,8 @@ impl Shared {
         }
     }
 
-    fn whole(&self, stream: &TcpStream, request: &Request, bytes: &[u8], sized: bool) -> std::io::Result<()> {
-        let length = if sized { format!("Content-Length: {}\r\n", bytes.len()) } else { String::new() };
-        head(stream, "200 OK", &format!("{length}ETag: {}\r\n", request.tag))?;
+    fn whole(&self, stream: &TcpStream, request: &Request, bytes: &[u8], fields: &str) -> std::io::Result<()> {
+        head(stream, "200 OK", &format!("{fields}ETag: {}\r\n", request.tag))?;
         if request.head { Ok(()) } else { self.body(stream, bytes) }
     }
 
@@ -175,8 +183,9 @@ impl Shared {
         self.bodies.fetch_add(1, Ordering::Relaxed);
         for piece in bytes.chunks(64 << 10) {
             self.wait_turn(piece.len() as u64);
-            stream.write_all(piece)?;
+            // Counted before whoever asked has it.
             self.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
+            stream.write_all(piece)?;
         }
         stream.flush()
     }
@@ -223,6 +232,10 @@ fn read_request(reader: &mut impl BufRead) -> std::io::Result<Option<Request>> {
 fn parse_range(value: &str) -> Option<(u64, Option<u64>)> {
     let (from, last) = value.strip_prefix("bytes=")?.split_once('-')?;
     Some((from.parse().ok()?, last.parse().ok()))
+}
+
+fn sized(bytes: &[u8]) -> String {
+    format!("Content-Length: {}\r\n", bytes.len())
 }
 
 fn bare(stream: &TcpStream, status: &str, fields: &str) -> std::io::Result<()> {

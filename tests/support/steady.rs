@@ -19,7 +19,7 @@ use super::ran::wait_until;
 const PIECE: usize = 64 << 10;
 
 /// How long a reader may be without an answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Readers of one file, whose bytes are known: one that keeps it open, one that keeps it mapped, one that opens it again each time.
 pub(crate) struct Readers {

@@ -1,4 +1,4 @@
-//! Servers of files that nobody here wrote, configured for one directory: nginx, Apache, Python's, Caddy, pyftpdlib, vsftpd; and certificates.
+//! Servers of files that nobody here wrote, configured for one directory: nginx, Apache, Python's, Caddy, pyftpdlib, vsftpd; a proxy; and certificates.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,6 +36,29 @@ fn nginx_with(place: &Place, root: &Path, listen: &str, locations: &str) -> Serv
     let config = own.join("nginx.conf");
     fs::write(&config, text).unwrap();
     Server::start(Command::new("nginx").arg("-e").arg("stderr").arg("-p").arg(&own).arg("-c").arg(&config), port)
+}
+
+/// TLS at nginx before the plain HTTP server at `port`, which is asked for the very paths that clients write.
+pub(crate) fn nginx_tls_before(place: &Place, port: u16, certificate: &Path) -> Server {
+    let file = certificate.display();
+    let locations = format!(
+        "ssl_certificate {file}; ssl_certificate_key {file};\n\
+         location / {{ proxy_pass http://127.0.0.1:{port}; proxy_set_header Host $http_host; proxy_buffering off; }}"
+    );
+    nginx_with(place, place.path(), " ssl", &locations)
+}
+
+/// A proxy of Debian's that does both plain requests and `CONNECT`, and keeps a log; for whoever has the login if there is one.
+pub(crate) fn tinyproxy(place: &Place, log: &Path, login: Option<(&str, &str)>) -> Server {
+    let port = free_port();
+    let config = place.join(&format!("tinyproxy-{port}.conf"));
+    let login = login.map_or_else(String::new, |(name, word)| format!("BasicAuth {name} {word}\n"));
+    let text = format!(
+        "Port {port}\nListen 127.0.0.1\nTimeout 60\nLogFile \"{}\"\nLogLevel Connect\nMaxClients 50\nAllow 127.0.0.1\n{login}",
+        log.display()
+    );
+    fs::write(&config, text).unwrap();
+    Server::start(Command::new("tinyproxy").arg("-d").arg("-c").arg(&config), port)
 }
 
 /// Apache with plain index pages of `root`, and fancy ones as a table below `/fancy/`.

@@ -1,10 +1,10 @@
 //! Reading a tree into messages.
 //!
 //! A file is stated with the size it has when opened, and exactly that is sent; a file that is another afterwards fails the upload by
-//! name, since what was sent may be neither the one nor the other.
+//! name, since what was sent may be neither the one nor the other. What the daemon has already ([`Kept`]) is looked at again and not sent.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{Read as _, Take};
+use std::io::{Read as _, Seek as _, SeekFrom, Take};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
+use super::kept::Kept;
 use super::tree::{self, Entry, EntryKind};
 use crate::control::wire;
 use crate::control::wire::upload_checkpoint_request::Message;
@@ -32,49 +33,81 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// Sends to `out`, counting bytes of files in `bytes_sent`.
+    /// Sends to `out`; `bytes_sent` is told how many bytes of files are there or on their way.
     pub(super) fn new(out: mpsc::Sender<wire::UploadCheckpointRequest>, bytes_sent: Arc<AtomicU64>) -> Self {
         Self { out, bytes_sent }
     }
 
-    /// Sends `start`, everything below `root`, `finish`. Blocks while the connection is busy. Returns well when nobody takes the
-    /// messages any more.
+    /// Sends `start`, everything below `root` that is not `kept`, `finish`. Blocks while the connection is busy. Returns well when nobody
+    /// takes the messages any more.
     ///
     /// # Errors
-    /// What cannot be read; wrong state for a file that changed meanwhile.
-    pub(super) fn send(&self, start: wire::UploadStart, root: &Path) -> Result<()> {
-        let sent = self
-            .message(Message::Start(start))
-            .and_then(|()| tree::walk(root, &mut |entry| self.entry(entry)))
-            .and_then(|()| self.message(Message::Finish(wire::UploadFinish {})));
-        match sent {
+    /// What cannot be read; wrong state for a file that changed meanwhile, or a tree that is not the one of which some is kept.
+    pub(super) fn send(&self, start: wire::UploadStart, root: &Path, kept: Kept) -> Result<()> {
+        match self.send_rest(start, root, kept) {
             Err(error) if error.reason() == NOT_TAKEN => Ok(()),
             sent => sent,
         }
     }
 
-    fn entry(&self, entry: Entry) -> Result<()> {
-        let path = entry.path.as_bytes().to_vec();
-        let stated = |kind| Message::Entry(wire::UploadEntry { path, kind: Some(kind) });
-        match entry.kind {
-            EntryKind::Directory => self.message(stated(SentKind::Directory(wire::UploadDirectory {}))),
+    fn send_rest(&self, start: wire::UploadStart, root: &Path, mut kept: Kept) -> Result<()> {
+        self.message(Message::Start(start))?;
+        if kept.is_all() {
+            return Ok(());
+        }
+        self.note(&kept);
+        tree::walk(root, &mut |entry| self.entry(&entry, &mut kept))?;
+        kept.end(root)?;
+        self.message(Message::Finish(wire::UploadFinish {}))
+    }
+
+    fn entry(&self, entry: &Entry, kept: &mut Kept) -> Result<()> {
+        let place = &entry.place;
+        let fault = |error| Error::io("reading", place, error);
+        let mut content = None;
+        let kind = match entry.kind {
+            EntryKind::Directory => SentKind::Directory(wire::UploadDirectory {}),
             EntryKind::Symlink => {
-                let target =
-                    std::fs::read_link(&entry.place).map_err(|error| Error::io("reading", &entry.place, error))?;
-                self.message(stated(SentKind::Symlink(target.into_os_string().into_vec())))
+                let target = std::fs::read_link(place).map_err(fault)?;
+                SentKind::Symlink(target.into_os_string().into_vec())
+            }
+            // It is not opened again: the tree may have very many.
+            EntryKind::File(_) if kept.has_next_whole() => {
+                SentKind::File(stated(&std::fs::symlink_metadata(place).map_err(fault)?))
             }
             EntryKind::File(_) => {
-                let (file, seen) = open(&entry.place)?;
-                let executable = seen.mode() & 0o111 != 0;
-                self.message(stated(SentKind::File(wire::UploadFile { size_bytes: seen.len(), executable })))?;
-                self.content(&entry.place, file, &seen)
+                let (file, seen) = open(place)?;
+                let kind = SentKind::File(stated(&seen));
+                content = Some((file, seen));
+                kind
             }
+        };
+        let sent = wire::UploadEntry { path: entry.path.as_bytes().to_vec(), kind: Some(kind) };
+        let there = kept.meet(&sent, place)?;
+        match there {
+            Some(_) => self.note(kept),
+            None => self.message(Message::Entry(sent))?,
+        }
+        match content {
+            Some((file, seen)) => self.content(place, file, &seen, there.unwrap_or(0)),
+            None => Ok(()),
         }
     }
 
-    fn content(&self, place: &Path, file: File, seen: &Metadata) -> Result<()> {
+    /// Counts what is there, once it was met.
+    fn note(&self, kept: &Kept) {
+        if let Some(bytes) = kept.bytes() {
+            self.bytes_sent.store(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Sends the content of a file from byte `from` on.
+    fn content(&self, place: &Path, mut file: File, seen: &Metadata, from: u64) -> Result<()> {
         let fault = |error| Error::io("reading", place, error);
-        let mut left = seen.len();
+        if from > 0 {
+            file.seek(SeekFrom::Start(from)).map_err(fault)?;
+        }
+        let mut left = seen.len().saturating_sub(from);
         let mut content = file.take(left);
         while left > 0 {
             let data = next_data(&mut content, left.min(DATA_BYTES)).map_err(fault)?;
@@ -99,6 +132,12 @@ impl Sender {
     }
 }
 
+/// What is said of a file beforehand.
+fn stated(seen: &Metadata) -> wire::UploadFile {
+    let modified_unix_ns = seen.mtime().saturating_mul(1_000_000_000).saturating_add(seen.mtime_nsec());
+    wire::UploadFile { size_bytes: seen.len(), executable: seen.mode() & 0o111 != 0, modified_unix_ns }
+}
+
 /// Up to `length` bytes; none only at the end of the file. `length` is bounded by [`DATA_BYTES`].
 fn next_data(content: &mut Take<File>, length: u64) -> std::io::Result<Vec<u8>> {
     let mut data = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
@@ -115,7 +154,8 @@ fn open(place: &Path) -> Result<(File, Metadata)> {
     if seen.is_file() { Ok((file, seen)) } else { Err(changed(place)) }
 }
 
-fn changed(place: &Path) -> Error {
+/// That the file at `place` is not what was, or is to be, sent.
+pub(super) fn changed(place: &Path) -> Error {
     Error::wrong_state("FILE_CHANGED", format!("{} changed while it was sent", place.display()))
         .remedy("upload it again when nothing writes to it")
         .fact("path", place.display())
@@ -140,7 +180,7 @@ mod tests {
         let content: Vec<u8> = (0..5 << 19).map(|at: u32| at.to_le_bytes()[1]).collect();
         std::fs::write(root.path().join("f"), &content).unwrap();
         let (sender, messages) = sender();
-        sender.send(wire::UploadStart::default(), root.path()).unwrap();
+        sender.send(wire::UploadStart::default(), root.path(), Kept::default()).unwrap();
         let bytes_sent = sender.bytes_sent.load(Ordering::Relaxed);
         drop(sender);
         let sent = sent(messages);
@@ -164,7 +204,7 @@ mod tests {
             let (file, seen) = open(&place).unwrap();
             std::fs::write(&place, after).unwrap();
             let (sender, _messages) = sender();
-            let error = sender.content(&place, file, &seen).unwrap_err();
+            let error = sender.content(&place, file, &seen, 0).unwrap_err();
             assert_eq!((error.kind(), error.reason()), (Kind::WrongState, "FILE_CHANGED"), "{after}");
         }
     }
@@ -182,6 +222,6 @@ mod tests {
     fn nobody_taking_the_messages_is_no_fault_of_reading() {
         let (sender, messages) = sender();
         drop(messages);
-        assert!(sender.send(wire::UploadStart::default(), Path::new("/")).is_ok());
+        assert!(sender.send(wire::UploadStart::default(), Path::new("/"), Kept::default()).is_ok());
     }
 }

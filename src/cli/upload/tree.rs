@@ -57,7 +57,10 @@ pub(super) fn measure(root: &Path) -> Result<u64> {
 /// # Errors
 /// Those of `visit`; what cannot be read; invalid for what is no file, directory or symbolic link.
 pub(super) fn walk(root: &Path, visit: &mut dyn FnMut(Entry) -> Result<()>) -> Result<()> {
-    let seen = fs::metadata(root).map_err(|error| Error::io("reading", root, error))?;
+    let seen = fs::metadata(root).map_err(|error| {
+        Error::io("reading", root, error)
+            .remedy("give the path of a file or directory of this computer that you may read")
+    })?;
     if seen.is_dir() {
         return walk_directory(root, &EntryPath::root(), visit);
     }

@@ -1,5 +1,6 @@
 //! How values are read: what a key accepts, and what it says of anything else.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,6 +42,14 @@ pub(super) fn at_least(value: &Value, least: u64) -> std::result::Result<u64, St
         .ok()
         .filter(|number| *number >= least)
         .ok_or_else(|| format!("must be a number of bytes, at least {least}"))
+}
+
+/// A fraction, in thousandths.
+pub(super) fn fraction(value: &Value) -> std::result::Result<u64, String> {
+    let given = value.as_float().filter(|given| (0.001..=1.0).contains(given));
+    let given = given.or_else(|| value.as_integer().filter(|given| *given == 1).map(|_| 1.0));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is between 1 and 1000")]
+    given.map(|given| (given * 1000.0).round() as u64).ok_or_else(|| "must be a fraction from 0.001 to 1".to_owned())
 }
 
 pub(super) fn auto_or_never(value: &Value) -> std::result::Result<bool, String> {
@@ -95,12 +104,33 @@ pub(super) fn owners(value: &Value) -> std::result::Result<Vec<String>, String> 
         .collect()
 }
 
+/// A table of owners and bytes.
+pub(super) fn bytes_of_owners(value: &Value) -> std::result::Result<BTreeMap<String, u64>, String> {
+    let expected = "must be a table of owners and bytes such as { \"team-a\" = 2000000000000 }";
+    let table = value.as_table().ok_or_else(|| expected.to_owned())?;
+    let of_owner = |(owner, value): (&String, &Value)| {
+        let owner = OwnerId::new(owner.clone()).map_err(|error| error.report())?;
+        let bytes = bytes(value).map_err(|what| format!("is wrong: `{owner}` {what}"))?;
+        Ok((owner.to_string(), bytes))
+    };
+    table.iter().map(of_owner).collect()
+}
+
 pub(super) fn attempts(value: &Value) -> std::result::Result<u32, String> {
     value
         .as_integer()
         .and_then(|number| u32::try_from(number).ok())
         .filter(|number| (1..=100).contains(number))
         .ok_or_else(|| "must be a number from 1 to 100".to_owned())
+}
+
+pub(super) fn days(value: &Value) -> std::result::Result<Duration, String> {
+    value
+        .as_integer()
+        .and_then(|number| u64::try_from(number).ok())
+        .filter(|number| (1..=3650).contains(number))
+        .map(|days| Duration::from_secs(days * super::DAY_SECONDS))
+        .ok_or_else(|| "must be a number of days from 1 to 3650".to_owned())
 }
 
 pub(super) fn seconds(value: &Value) -> std::result::Result<Duration, String> {

@@ -1,5 +1,8 @@
 //! `ckptd quickstart`: the whole job in one command, on a private instance.
 //!
+//! Its configuration is the built-in one, changed by the environment alone: the file in /etc is the installed daemon's, and so are the addresses
+//! that daemon listens on.
+//!
 //! A temporary directory holds state, runtime directory and, where nothing better is given, the model and the target. The instance is
 //! driven over its own socket, as a scheduler would. Whatever happens (an error, Ctrl-C at any time) everything is
 //! unmounted and removed at the end.
@@ -12,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use comfy_table::{Table, presets};
 
-use super::config::Config;
+use super::config::{self, Config};
 use super::holder::Inherited;
 use super::{Instance, stop_signal};
 use crate::cli::connect::{Daemon, Way, connect};
@@ -20,11 +23,21 @@ use crate::cli::progress::Progress;
 use crate::control::wire;
 use crate::error::{Error, Kind, Result};
 use crate::serve::attachments::CONTAINER_TARGET;
+use crate::source::{SourceKind, shown_uri};
 use crate::units::show_bytes;
 use verify::Verified;
 
 /// The job that the quickstart plays.
 const JOB: &str = "quickstart";
+
+/// A configuration file that says nothing.
+const NO_FILE: &str = "/dev/null";
+
+/// Beginnings of the variables that are about addresses to listen on.
+const OF_LISTENERS: &[&str] = &["CKPTD_HTTP__", "CKPTD_TLS__"];
+
+/// Name of a checkpoint whose source suggests none.
+const NAMELESS: &str = "checkpoint";
 
 /// What the command line says.
 #[derive(Clone, Debug, Default)]
@@ -37,6 +50,18 @@ pub struct Arguments {
     pub exit: bool,
 }
 
+/// The built-in defaults, with what the environment says besides; nothing of it listens.
+///
+/// # Errors
+/// `BAD_CONFIG` with every problem of the environment.
+pub fn configuration(environment: impl Iterator<Item = (String, String)>) -> Result<Config> {
+    let of_listeners = |name: &str| {
+        let name = name.to_ascii_uppercase();
+        OF_LISTENERS.iter().any(|beginning| name.starts_with(beginning))
+    };
+    config::load(Some(Path::new(NO_FILE)), environment.filter(|(name, _)| !of_listeners(name)))
+}
+
 /// Runs it all; returns when everything is cleaned up.
 ///
 /// # Errors
@@ -45,8 +70,7 @@ pub async fn run(arguments: Arguments, config: Config) -> Result<()> {
     let home = Home::new()?;
     let stop = stop_signal()?;
     let (state_dir, runtime_dir) = (home.path.join("state"), home.path.join("run"));
-    // The configured HTTP address is the installed daemon's.
-    let config = Config { state_dir, runtime_dir, http_listen: None, ..config };
+    let config = Config { state_dir, runtime_dir, http_listen: None, tls_listen: Vec::new(), ..config };
     let instance = Instance::start(&config, Inherited::default()).await?;
     let attachments = instance.floors().attachments.clone();
     let endpoint = format!("unix:{}", instance.socket().display());
@@ -109,18 +133,35 @@ async fn create(daemon: &Daemon, source: Option<&str>, home: &Path) -> Result<wi
         return capture(daemon, &directory, "generated").await;
     };
     if source.contains("://") || source.starts_with("hf:") {
-        let kind = if source.starts_with("s3://") { "aws" } else { "" };
-        let request = wire::CreateCheckpointRequest {
-            name: source.rsplit('/').find(|part| !part.is_empty()).unwrap_or("checkpoint").to_owned(),
-            source: Some(wire::Source { r#type: kind.to_owned(), uri: source.to_owned(), options: Default::default() }),
-            credentials: std::env::var("HF_TOKEN").ok().map(|token| ("token".to_owned(), token)).into_iter().collect(),
-            ..Default::default()
-        };
+        let request = request_of(source, std::env::var("HF_TOKEN").ok());
         return daemon.ask(daemon.checkpoints().create_checkpoint(request)).await;
     }
     let path = std::path::absolute(source).map_err(|error| Error::io("finding", source, error))?;
-    let name = path.file_name().map_or_else(|| "checkpoint".to_owned(), |name| name.to_string_lossy().into_owned());
+    let name = path.file_name().map_or_else(|| NAMELESS.to_owned(), |name| name.to_string_lossy().into_owned());
+    // Through whatever links there are: they are the caller's own.
+    let path = path.canonicalize().map_err(|error| Error::io("finding", source, error))?;
     capture(daemon, &path, &name).await
+}
+
+/// The request for a checkpoint of a URI. The hub's token is shown to the hub and to nobody else.
+fn request_of(uri: &str, hub_token: Option<String>) -> wire::CreateCheckpointRequest {
+    let kind = if uri.starts_with("s3://") { "aws" } else { "" };
+    let token = hub_token.filter(|_| uri.starts_with("hf:"));
+    wire::CreateCheckpointRequest {
+        name: name_of(uri),
+        source: Some(wire::Source { r#type: kind.to_owned(), uri: uri.to_owned(), options: Default::default() }),
+        credentials: token.map(|token| ("token".to_owned(), token)).into_iter().collect(),
+        ..Default::default()
+    }
+}
+
+/// What the checkpoint of a URI is called: the last part of its path, else its host. Neither passwords nor signatures, which are in user information
+/// and query, become names.
+fn name_of(uri: &str) -> String {
+    let shown = shown_uri(SourceKind::Web, uri);
+    let place = shown.split_once("://").map_or(shown.as_str(), |(_, place)| place);
+    let place = place.strip_prefix("hf:").unwrap_or(place);
+    place.rsplit('/').find(|part| !part.is_empty()).unwrap_or(NAMELESS).to_owned()
 }
 
 async fn capture(daemon: &Daemon, path: &Path, name: &str) -> Result<wire::Checkpoint> {
@@ -262,5 +303,65 @@ impl Drop for Home {
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "the private directory stays");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_the_end_of_the_path_or_the_host_and_nothing_secret() {
+        for (uri, name) in [
+            ("https://example.org/models/tiny.safetensors", "tiny.safetensors"),
+            ("https://example.org/models/tiny/", "tiny"),
+            ("https://bucket.example.org/w.bin?X-Amz-Signature=se/cret", "w.bin"),
+            ("https://example.org/w.bin#secret/x", "w.bin"),
+            ("https://user:secret@example.org/w.bin", "w.bin"),
+            ("https://user:secret@example.org", "example.org"),
+            ("https://user:secret@example.org/?token=secret", "example.org"),
+            ("https://example.org:8443", "example.org:8443"),
+            // Passwords that are not written as URIs want it.
+            ("https://user:sec?ret@example.org/w.bin", NAMELESS),
+            ("s3://key:sec/ret@bucket", NAMELESS),
+            ("s3://bucket/models/llama", "llama"),
+            ("s3://bucket", "bucket"),
+            ("hf:acme/tiny", "tiny"),
+            ("hf:gpt2", "gpt2"),
+            ("https://", NAMELESS),
+        ] {
+            assert_eq!(name_of(uri), name, "{uri}");
+        }
+    }
+
+    #[test]
+    fn the_hubs_token_goes_to_the_hub_alone() {
+        for (uri, expected) in [
+            ("hf:acme/gated", true),
+            ("https://example.org/hf:acme/gated", false),
+            ("s3://bucket/model", false),
+            ("gs://bucket/model", false),
+            ("ftp://example.org/w.bin", false),
+        ] {
+            let request = request_of(uri, Some("hf_secret".to_owned()));
+            let given = request.credentials.get("token").map(String::as_str);
+            assert_eq!(given, expected.then_some("hf_secret"), "{uri}");
+        }
+        assert!(request_of("hf:acme/tiny", None).credentials.is_empty());
+    }
+
+    #[test]
+    fn its_configuration_is_the_built_in_one_and_nothing_listens() {
+        let of = |environment: &[(&str, &str)]| {
+            configuration(environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
+        };
+        assert_eq!(of(&[]).unwrap(), Config::default());
+        let listening = [
+            ("CKPTD_TLS__LISTEN", "[\"127.0.0.1:1\"]"),
+            ("CKPTD_http__listen", "\"127.0.0.1:1\""),
+            ("CKPTD_SERVE__PASSTHROUGH", "\"never\""),
+        ];
+        assert_eq!(of(&listening).unwrap(), Config { passthrough: false, ..Config::default() });
+        assert_eq!(of(&[("CKPTD_SERVE__NONE", "1")]).unwrap_err().reason(), "BAD_CONFIG");
     }
 }

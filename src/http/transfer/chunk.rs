@@ -21,8 +21,8 @@ const ID_BYTES: usize = 128;
 /// Largest body of `/finalize`: a digest in JSON is 150 bytes.
 const FINALIZE_BYTES: usize = 4 << 10;
 
-/// Longest silence in the middle of a body.
-const BODY_PATIENCE: Duration = Duration::from_secs(60);
+/// Longest silence in the middle of a body, unless uploads may not be silent for as long.
+pub(super) const BODY_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Bytes of a refused body that are read and dropped, so that its sender gets to read why; more is cut off.
 const PASS_OVER_BYTES: usize = 64 << 20;
@@ -78,12 +78,12 @@ pub(super) fn asked_upload_id(query: &str) -> Cow<'_, str> {
 pub(super) struct Body(pub(super) Vec<Bytes>);
 
 impl Body {
-    /// Takes a body that must have `length` bytes. Holds what came, never what was announced.
-    pub(super) async fn gather(body: Incoming, length: usize) -> Result<Self, Refusal> {
+    /// Takes a body that must have `length` bytes and is never silent for longer than `patience`. Holds what came, never what was announced.
+    pub(super) async fn gather(body: Incoming, length: usize, patience: Duration) -> Result<Self, Refusal> {
         let mut body = body.into_data_stream();
         let mut runs = Vec::new();
         let mut left = length;
-        while let Some(run) = next(&mut body).await? {
+        while let Some(run) = next(&mut body, patience).await? {
             let Some(after) = left.checked_sub(run.len()) else {
                 return Err(Refusal::Malformed("the body is longer than its range"));
             };
@@ -98,10 +98,10 @@ impl Body {
 }
 
 /// The digest that a `/finalize` states.
-pub(super) async fn stated_digest(body: Incoming) -> Result<StreamDigest, Refusal> {
+pub(super) async fn stated_digest(body: Incoming, patience: Duration) -> Result<StreamDigest, Refusal> {
     let mut body = body.into_data_stream();
     let mut text = Vec::new();
-    while let Some(run) = next(&mut body).await? {
+    while let Some(run) = next(&mut body, patience).await? {
         if text.len() + run.len() > FINALIZE_BYTES {
             return Err(Refusal::Malformed("the body is too long"));
         }
@@ -124,10 +124,10 @@ fn parse_digest(hex: &str) -> Option<StreamDigest> {
 }
 
 /// Reads what is left of a refused body, as far as that is cheap.
-pub(super) async fn pass_over(body: Incoming) {
+pub(super) async fn pass_over(body: Incoming, patience: Duration) {
     let mut body = body.into_data_stream();
     let mut passed = 0;
-    while let Ok(Some(run)) = next(&mut body).await {
+    while let Ok(Some(run)) = next(&mut body, patience).await {
         passed += run.len();
         if passed > PASS_OVER_BYTES {
             return;
@@ -135,8 +135,8 @@ pub(super) async fn pass_over(body: Incoming) {
     }
 }
 
-async fn next(body: &mut BodyDataStream) -> Result<Option<Bytes>, Refusal> {
-    match tokio::time::timeout(BODY_PATIENCE, body.next()).await {
+async fn next(body: &mut BodyDataStream, patience: Duration) -> Result<Option<Bytes>, Refusal> {
+    match tokio::time::timeout(patience, body.next()).await {
         Ok(Some(Ok(run))) => Ok(Some(run)),
         Ok(None) => Ok(None),
         // Nobody is there any more to read what is answered.

@@ -24,7 +24,8 @@
 //! id `default` when it begins at 0 again. Any other piece of an unknown upload is 410: it was interrupted (a restart of the daemon, an
 //! expiry) and cannot go on. A wrong digest at `/finalize` is 422 and changes nothing: the right one may follow, or a new upload.
 //!
-//! An upload without a byte for `http.upload_idle_s` is dropped: its bytes go, the record waits on. An archive that breaks the rules, or a
+//! An upload without a byte for `http.upload_idle_s` is dropped: its bytes go, the record waits on. A body that stops coming is given up sooner
+//! (503); of a first piece that does nothing is left, for an upload begins with a whole piece. An archive that breaks the rules, or a
 //! full disk, fails the record; then every request gets its sentence until the record is retried.
 //!
 //! # Draining
@@ -82,11 +83,11 @@ async fn upload(State(transfers): State<Arc<Transfers>>, request: Request<Body>)
     let (bearer, range, id) = match asked {
         Ok(asked) => asked,
         Err(refusal) => {
-            chunk::pass_over(body).await;
+            chunk::pass_over(body, transfers.patience()).await;
             return Err(refusal);
         }
     };
-    let piece = Gathered::gather(body, range.length()).await?;
+    let piece = Gathered::gather(body, range.length(), transfers.patience()).await?;
     let expected = transfers.take(bearer, id, range, piece).await?;
     Ok(json(format!("{{\"expected_offset\": {expected}}}")))
 }
@@ -102,7 +103,7 @@ async fn status(State(transfers): State<Arc<Transfers>>, address: Uri, headers: 
 /// `POST /finalize`.
 async fn finalize(State(transfers): State<Arc<Transfers>>, request: Request<Body>) -> Answer {
     let (head, body) = request.into_parts();
-    let digest = chunk::stated_digest(body).await;
+    let digest = chunk::stated_digest(body, transfers.patience()).await;
     let bearer = bearer(&transfers, &head.headers)?;
     let state = match transfers.finalize(bearer, chunk::upload_id(&head.headers)?, digest?).await? {
         Finalized::Ready => "ready",

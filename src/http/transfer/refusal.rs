@@ -4,7 +4,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::catalog::checkpoints::Failure;
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, NO_ROOM, NO_ROOM_REMEDY};
 
 /// See the module's page; which status means what to the client stands in [`super`].
 #[derive(Debug)]
@@ -78,6 +78,10 @@ impl IntoResponse for Refusal {
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "the SHA-512 of what arrived is not the one stated; upload it again".to_owned(),
             ),
+            // Whoever has the token is a tenant: how full the host is, is not for him to know.
+            Self::Failed(error) if error.tells_of_the_host() => {
+                plain(status(error.kind()), format!("{NO_ROOM}; {NO_ROOM_REMEDY}"))
+            }
             Self::Failed(error) => plain(status(error.kind()), error.report()),
         }
     }

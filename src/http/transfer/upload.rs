@@ -7,12 +7,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::chunk::{Body, DEFAULT_ID, Range};
 use super::refusal::Refusal;
 use crate::error::{Error, Result};
+use crate::ingest::Ending;
 use crate::source::local::{Feed, StreamDigest};
 
 /// How long a piece waits for room: half of what the client waits for an answer. Then it is asked to come again.
@@ -20,8 +21,6 @@ const ROOM_PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long the end of what is under way is waited for when nobody reads any more: it is being recorded.
 const OUTCOME_PATIENCE: Duration = Duration::from_secs(60);
-
-type Outcome = Option<std::result::Result<(), std::sync::Arc<Error>>>;
 
 /// See the module's page.
 pub(super) struct Upload {
@@ -32,7 +31,7 @@ pub(super) struct Upload {
     feed: Feed,
     position: Mutex<Position>,
     given_up: Notify,
-    outcome: watch::Sender<Outcome>,
+    ending: Ending,
 }
 
 struct Position {
@@ -70,7 +69,7 @@ impl Upload {
             feed,
             position: Mutex::new(position),
             given_up: Notify::new(),
-            outcome: watch::Sender::new(None),
+            ending: Ending::default(),
         }
     }
 
@@ -187,20 +186,9 @@ impl Upload {
         }
     }
 
-    /// Says what came of it, once nothing of it runs any more.
-    pub(super) fn conclude(&self, outcome: Result<()>) {
-        self.outcome.send_replace(Some(outcome.map_err(std::sync::Arc::new)));
-    }
-
-    /// Waits until nothing of it runs any more; what came of it.
-    pub(super) async fn concluded(&self) -> Result<()> {
-        let mut outcome = self.outcome.subscribe();
-        let concluded =
-            outcome.wait_for(Option::is_some).await.map_err(|_| Error::internal("an upload was forgotten"))?;
-        match concluded.as_ref() {
-            Some(Err(error)) => Err(error.share()),
-            _ => Ok(()),
-        }
+    /// What becomes of it.
+    pub(super) fn ending(&self) -> &Ending {
+        &self.ending
     }
 
     /// Why nobody reads what is sent.
@@ -208,7 +196,7 @@ impl Upload {
         if let Some(why) = self.lock().closed {
             return Refusal::Gone(why.to_owned());
         }
-        match tokio::time::timeout(OUTCOME_PATIENCE, self.concluded()).await {
+        match tokio::time::timeout(OUTCOME_PATIENCE, self.ending().concluded()).await {
             Ok(Err(error)) => Refusal::Failed(error),
             Ok(Ok(())) => Refusal::Gone("everything was sent already".to_owned()),
             Err(_) => Refusal::Failed(Error::internal("what was sent is not read and it is not known why")),

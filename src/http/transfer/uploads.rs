@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::chunk::{Body, Range};
+use super::chunk::{BODY_PATIENCE, Body, Range};
 use super::refusal::Refusal;
 use super::upload::Upload;
 use crate::catalog::checkpoints::{self, Record, State};
@@ -54,6 +54,11 @@ impl Transfers {
     /// `STORE_POISONED`.
     pub fn check_healthy(&self) -> Result<()> {
         self.store.disk().check_healthy()
+    }
+
+    /// Longest silence in the middle of a body.
+    pub(super) fn patience(&self) -> Duration {
+        BODY_PATIENCE.min(self.idle)
     }
 
     pub(super) fn tokens(&self) -> &Tokens {
@@ -102,7 +107,7 @@ impl Transfers {
         };
         let ending = async {
             upload.end(digest).await?;
-            upload.concluded().await.map_err(Refusal::from)
+            upload.ending().concluded().await.map_err(Refusal::from)
         };
         match tokio::time::timeout(FINALIZE_PATIENCE, ending).await {
             Ok(ended) => ended.map(|()| Finalized::Ready),
@@ -165,7 +170,7 @@ impl Transfers {
     ) {
         if let Some(before) = before {
             // What came of it was told to who sent it.
-            let _ = before.concluded().await;
+            let _ = before.ending().concluded().await;
             self.note("UPLOAD_REPLACED", &record, "a new upload took the place of one that was under way").await;
         }
         tracing::info!(checkpoint = record.id, "an upload begins");
@@ -186,7 +191,7 @@ impl Transfers {
             }
         };
         self.forget(&record.id, &upload);
-        upload.conclude(outcome);
+        upload.ending().conclude(outcome);
     }
 
     /// Resolves when the daemon is drained before all of `upload` is here; then it takes nothing any more.

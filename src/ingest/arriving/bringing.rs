@@ -42,14 +42,18 @@ impl Arriving {
         for file in &plan.large {
             let (entry, _) = self.find(&file.path).ok_or_else(|| foreign(&file.path))?;
             let size = file.file.size.unwrap_or(0);
-            let before = file.units.clone().unwrap_or_else(|| UnitMap::new(size));
-            if let At::Filling(filling) = self.lock().at.get(entry as usize).cloned().unwrap_or_default() {
+            let known = match self.lock().at.get(entry as usize) {
                 // A fill that was given up is not taken up again; its file is.
-                let units = filling.units();
-                let again = Filling::open(self.store.disk().clone(), &self.key, file.number, units)?;
-                found.insert(entry, Arc::new(again));
+                Some(At::Filling(filling)) => filling.units(),
+                _ => file.units.clone().unwrap_or_else(|| UnitMap::new(size)),
+            };
+            let mut here = known;
+            if here.here_bytes() > 0 {
+                // What a row says is here is believed of a file that is there: a crash may have taken its name.
+                let filling = Filling::open(self.store.disk().clone(), &self.key, file.number, here)?;
+                here = filling.units();
+                found.insert(entry, Arc::new(filling));
             }
-            let here = found.get(&entry).map_or(before, |filling| filling.units());
             queue.add(entry, here.units(), file.file.ranges, |unit| here.contains(unit));
             fills.insert(entry, Arc::new(file.clone()));
         }
@@ -57,7 +61,8 @@ impl Arriving {
         let mut state = self.lock();
         state.failed = None;
         for entry in fills.keys() {
-            if let Some(at @ At::Sealing) = state.at.get_mut(*entry as usize) {
+            // Sealed by an earlier run, and lost since.
+            if let Some(at @ (At::Sealing | At::Sealed(..))) = state.at.get_mut(*entry as usize) {
                 *at = At::Missing;
             }
         }

@@ -23,6 +23,7 @@
 mod bringing;
 mod queue;
 mod reading;
+mod recording;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -137,6 +138,8 @@ impl Arriving {
     pub(super) async fn resumed(store: Store, key: String, tree: Manifest) -> Result<Self> {
         let flight = key.clone();
         let rows = store.catalog().read(move |tx| fills::of_flight(tx, &flight)).await?;
+        // A crash may have taken its name, and what was in it is then missing.
+        store.disk().begin_flight(&key)?;
         let arriving = Self::of(store, key, tree, None);
         for row in rows {
             if let Some((entry, _)) = EntryPath::new(row.path.clone()).ok().and_then(|path| arriving.find(&path)) {
@@ -274,3 +277,6 @@ fn obstacle(listing: &Listing, is_local: bool) -> Option<String> {
         _ => None,
     })
 }
+
+#[cfg(test)]
+mod tests;

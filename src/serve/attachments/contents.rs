@@ -7,7 +7,7 @@ use super::super::content::Content;
 use super::super::partial::PartialContent;
 use super::super::stored::StoredContent;
 use super::Attachments;
-use crate::catalog::checkpoints::{self, Record};
+use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::forecasts;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -19,15 +19,43 @@ use crate::units::now_unix_ms;
 /// How often it is looked whether a checkpoint that is served early has become ready, where no change says so.
 const READY_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
+/// Reason of an attach that came too late: the bytes were given up before the job had its right. Asking again has them filled again.
+pub const EVICTED_MEANWHILE: &str = "EVICTED_MEANWHILE";
+
 impl Attachments {
+    /// The records as they are now that a right keeps them.
+    ///
+    /// # Errors
+    /// [`EVICTED_MEANWHILE`]; those of the catalog.
+    pub(super) async fn still_here(&self, wanted: &[(Record, String)]) -> Result<Vec<(Record, String)>> {
+        let wanted = wanted.to_vec();
+        let look = move |tx: &rusqlite::Connection| {
+            let now = |(before, subdir): (Record, String)| match checkpoints::get(tx, &before.id)? {
+                Some(record) if record.state == State::Evicted => Err(evicted_meanwhile(&record)),
+                record => Ok((record.unwrap_or(before), subdir)),
+            };
+            wanted.into_iter().map(now).collect()
+        };
+        self.0.store.catalog().read(look).await
+    }
+
     /// The tree and bytes of a checkpoint; a reader where the bytes are in the store, all of them.
     pub(super) async fn content_of(
         &self,
         record: &Record,
     ) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
-        let Some(digest) = record.ready_manifest() else {
-            return self.partial_content_of(record).await;
-        };
+        match record.ready_manifest() {
+            Some(digest) => self.whole_content_of(record, digest).await,
+            None => self.partial_content_of(record).await,
+        }
+    }
+
+    /// [`Attachments::content_of`] a checkpoint that is here; reading what is lost of it fails.
+    async fn whole_content_of(
+        &self,
+        record: &Record,
+        digest: Digest,
+    ) -> Result<(Arc<Tree>, Arc<dyn Content>, Option<Arc<Reader>>)> {
         let manifest = self.0.store.catalog().read(move |tx| checkpoints::manifest(tx, &digest)).await?;
         let manifest = Arc::new(manifest);
         let (content, reader): (Arc<dyn Content>, _) = if let Some(place) = record.in_place.clone() {
@@ -44,8 +72,10 @@ impl Attachments {
         let Some(arriving) = self.0.ingests.shown_before(record).await? else {
             let id = record.id.clone();
             let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
-            let ready = now.filter(|now| now.ready_manifest().is_some()).ok_or_else(|| not_readable(record))?;
-            return Box::pin(self.content_of(&ready)).await;
+            // Ready meanwhile, or one that is mended: who had it keeps what is right of it.
+            let whole = |now: Record| Some((now.ready_manifest().or(now.healing_manifest())?, now));
+            let (digest, now) = now.and_then(whole).ok_or_else(|| not_readable(record))?;
+            return self.whole_content_of(&now, digest).await;
         };
         arriving.keep_listing().await?;
         let tree = Arc::new(Tree::new(arriving.tree().clone()));
@@ -56,9 +86,9 @@ impl Attachments {
 
     /// Makes whole, in the background, what is compact of a served checkpoint.
     pub(super) fn hydrate(&self, id: String, digest: Digest, reader: Arc<Reader>) {
-        let store = self.0.store.clone();
+        let (store, ingests) = (self.0.store.clone(), self.0.ingests.clone());
         tokio::spawn(async move {
-            match store.hydrate(digest, &reader).await {
+            match store.hydrate(digest, &reader, || ingests.promised_bytes()).await {
                 Ok(hydrated) if hydrated.left > 0 => {
                     tracing::info!(checkpoint = id, left = hydrated.left, "blobs stay compact for want of space");
                 }
@@ -87,16 +117,26 @@ impl Attachments {
         });
     }
 
-    /// Remembers what was read first, for the next fill of the same tree.
-    pub(super) async fn keep_order(&self, (shape, order): (Digest, Vec<(u32, u32)>)) {
+    /// Remembers what was read first of a checkpoint, for its owner's next fill of the same tree.
+    pub(super) async fn keep_order(&self, checkpoint: &str, (shape, order): (Digest, Vec<(u32, u32)>)) {
         if order.is_empty() {
             return;
         }
-        let keep = move |tx: &rusqlite::Connection| forecasts::keep_order(tx, &shape, &order, now_unix_ms());
+        let id = checkpoint.to_owned();
+        let keep = move |tx: &rusqlite::Connection| match checkpoints::get(tx, &id)? {
+            Some(record) => forecasts::keep_order(tx, &record.owner, &shape, &order, now_unix_ms()),
+            None => Ok(()),
+        };
         if let Err(error) = self.0.store.catalog().write(keep).await {
             tracing::debug!(error = %error.report(), "the order of reading could not be kept");
         }
     }
+}
+
+fn evicted_meanwhile(record: &Record) -> Error {
+    Error::unavailable(EVICTED_MEANWHILE, format!("the bytes of `{}` were given up this instant", record.name))
+        .fact("checkpoint", &record.id)
+        .remedy("attach it again, which has it filled again")
 }
 
 fn not_readable(record: &Record) -> Error {

@@ -31,13 +31,14 @@ use crate::units::{now_unix_ms, rfc3339};
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 impl Attachments {
-    /// Sets when a job's right ends by itself, `None`: when it is released. Returns the row, or `None` for a job that is not known.
+    /// Sets when a job's right ends by itself, `None`: when it is released. Returns the row, or `None` for a job that is not
+    /// known, or not `owner`'s if that is given.
     ///
     /// # Errors
     /// Those of the catalog.
-    pub async fn renew(&self, job: &JobId, expires_ms: Option<i64>) -> Result<Option<JobRow>> {
+    pub async fn renew(&self, job: &JobId, owner: Option<&str>, expires_ms: Option<i64>) -> Result<Option<JobRow>> {
         let _gate = self.0.job_gates.pass(job.as_str()).await?;
-        match self.row(job).await? {
+        match self.row_of(job, owner).await? {
             Some(row) => self.set_end(row, expires_ms).await.map(Some),
             None => Ok(None),
         }
@@ -117,10 +118,11 @@ impl Attachments {
         );
         tracing::info!(job = job.as_str(), "{message}");
         let owner = row.owner.clone();
-        let event = NewEvent { kind: "LEASE_EXPIRED", job: job.to_string(), checkpoint, owner, message };
+        let event =
+            NewEvent { kind: "LEASE_EXPIRED", job: job.to_string(), checkpoint, owner, message, ..Default::default() };
         let job = job.to_string();
         let forget = move |tx: &rusqlite::Connection| {
-            jobs::delete(tx, &job)?;
+            jobs::delete(tx, &job, now_unix_ms())?;
             events::record(tx, now_unix_ms(), &event)
         };
         self.0.store.catalog().write(forget).await

@@ -3,7 +3,7 @@
 //! | found | then |
 //! |---|---|
 //! | a held descriptor with its ledger, of a checkpoint that is known | the session goes on; views of it stand as they are |
-//! | a held descriptor that cannot be taken over | let go: the kernel ends its connection |
+//! | a held descriptor that cannot be taken over | let go: the kernel ends its connection, and goes on reading what it was given ([`strays`](super::super::strays)) |
 //! | a view whose sessions all go on | left exactly as it is |
 //! | another view of a known job | unmounted and made again, with an event: what the job had open is lost to it |
 //! | a view that cannot be made (its process is gone, something is in the way) | the job is `lost`, with an event |
@@ -23,6 +23,7 @@ use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState};
 use crate::error::{Error, Result};
 use crate::serve::keeping::{self, Keeping, Orphan, Outlive};
+use crate::serve::strays::Strays;
 use crate::serve::{Device, Mounted, Session, SessionConfig};
 use crate::units::now_unix_ms;
 
@@ -60,14 +61,18 @@ impl std::fmt::Display for Reconciled {
 ///
 /// # Errors
 /// `LEDGER_TOO_NEW`: nothing has been touched then.
-pub(super) fn look_around(runtime_dir: &Path, keeping: Keeping) -> Result<(Option<Outlive>, Vec<Orphan>, Reconciled)> {
+pub(super) fn look_around(
+    runtime_dir: &Path,
+    keeping: Keeping,
+    strays: &Strays,
+) -> Result<(Option<Outlive>, Vec<Orphan>, Reconciled)> {
     let mut reconciled = Reconciled::default();
     let ledgers = runtime_dir.join("ledgers");
     std::fs::create_dir_all(&ledgers).map_err(|error| Error::io("creating", &ledgers, error))?;
     let outlive = keeping.keeper.map(|keeper| Outlive { ledgers, keeper });
     let mut orphans = Vec::new();
     if let Some(outlive) = &outlive {
-        let found = keeping::inherit(keeping.handed_over, outlive)?;
+        let found = keeping::inherit(keeping.handed_over, outlive, strays)?;
         (reconciled.dropped, reconciled.leftovers) = (found.dropped, found.leftovers);
         orphans = found.orphans;
     }
@@ -95,10 +100,15 @@ impl Attachments {
         let found = orphans.len();
         let mut adopted = 0;
         for orphan in orphans {
-            let checkpoint = orphan.checkpoint().to_owned();
+            let (checkpoint, has_given) = (orphan.checkpoint().to_owned(), orphan.may_have_given());
             match self.adopt_one(orphan, &rows).await {
                 Ok(()) => adopted += 1,
-                Err(error) => tracing::warn!(checkpoint, error = %error.report(), "a session could not go on"),
+                Err(error) => {
+                    if has_given {
+                        self.keep_strays();
+                    }
+                    tracing::warn!(checkpoint, error = %error.report(), "a session could not go on");
+                }
             }
         }
         let mut reconciled = lock(&self.0.reconciled);
@@ -120,6 +130,9 @@ impl Attachments {
             Ok(found) => found,
             Err(error) => {
                 let mountpoint = self.0.sessions_dir.join(&id);
+                if orphan.may_have_given() {
+                    self.keep_strays();
+                }
                 blocking(move || let_go(orphan, &mountpoint)).await?;
                 return Err(error);
             }
@@ -134,6 +147,12 @@ impl Attachments {
         let served = self.serve(&record, session, reader, seen_by);
         lock(&self.0.live).insert(id, served);
         Ok(())
+    }
+
+    /// Has nothing punched any more: the kernel may read any blob that is here for somebody of whom nothing tells.
+    fn keep_strays(&self) {
+        self.0.strays.note();
+        self.0.store.punch_nothing();
     }
 
     pub(super) fn session_config(&self, record: &Record) -> SessionConfig {

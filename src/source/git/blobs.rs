@@ -22,7 +22,7 @@ use super::child::{Child, Workshop};
 use super::fetch::good;
 use super::link::git;
 use super::tree::Item;
-use crate::error::{Error, Result};
+use crate::error::{Error, LATER, Result};
 use crate::limits;
 
 /// Readers of small files at a time.
@@ -156,7 +156,7 @@ impl Reader {
         let mut from = (&mut self.output).take(most as u64);
         while bytes.len() < most {
             if timed(workshop, from.read_buf(&mut bytes)).await? == 0 {
-                return Err(Error::unavailable("BODY_TOO_SHORT", "git ended in the middle of a file"));
+                return Err(Error::unavailable("BODY_TOO_SHORT", "git ended in the middle of a file").remedy(LATER));
             }
         }
         Ok(bytes.freeze())
@@ -172,7 +172,7 @@ impl Reader {
 async fn timed<T>(workshop: &Workshop, work: impl Future<Output = std::io::Result<T>>) -> Result<T> {
     match timeout(workshop.patience, work).await {
         Ok(done) => done.map_err(|error| Error::io("reading a file from", "git", error)),
-        Err(_) => Err(Error::unavailable("STALLED", "git does not answer")),
+        Err(_) => Err(Error::unavailable("STALLED", "git does not answer").remedy(LATER)),
     }
 }
 

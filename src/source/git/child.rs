@@ -9,7 +9,7 @@
 //! *Watching.* Each piece of output, and each growth of what lies in the scratch directory, is a sign of life. A child that
 //! gives none for the limit is ended; so is one under which the directory outgrows its bound or the disk becomes full.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use tokio::process::{Child as Process, Command};
 use tokio::time::{Instant, timeout};
 
 use crate::disk::Scratch;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, LATER, Result};
 use crate::limits;
 
 /// How often the scratch directory is looked at. A disk that takes 1 GB/s takes a quarter of one in between, which the margin covers.
@@ -94,8 +94,9 @@ impl Call {
         if let Some(bundle) = std::env::var_os("SSL_CERT_FILE") {
             self.command.env("GIT_SSL_CAINFO", bundle);
         }
-        let proxies = std::env::vars_os().filter(|(key, _)| workshop.environment_proxy && is_proxy(key));
-        self.command.envs(proxies);
+        if workshop.environment_proxy {
+            self.command.envs(proxies(|name| std::env::var_os(name)));
+        }
         self
     }
 
@@ -127,6 +128,7 @@ impl Call {
                 }
                 setrlimit(Resource::RLIMIT_DATA, limits::GIT_MEMORY_BYTES, limits::GIT_MEMORY_BYTES)?;
                 setrlimit(Resource::RLIMIT_FSIZE, file_bytes, file_bytes)?;
+                be_killed_for_memory_first();
                 // Who writes too much gets an error that it can tell, instead of a signal.
                 nix::sys::signal::signal(Signal::SIGXFSZ, nix::sys::signal::SigHandler::SigIgn)?;
                 Ok(())
@@ -220,13 +222,32 @@ fn keep_end(said: &mut Vec<u8>, more: &[u8]) {
     }
 }
 
-fn is_proxy(key: &OsStr) -> bool {
-    let key = key.to_string_lossy().to_ascii_lowercase();
-    matches!(key.as_str(), "http_proxy" | "https_proxy" | "all_proxy" | "no_proxy")
+/// Takes back what protects the daemon when memory runs out; best effort. For between fork and exec.
+fn be_killed_for_memory_first() {
+    // SAFETY: calls that are async-signal-safe, with a string and a number that live for ever; the descriptor is closed by exec if not here.
+    unsafe {
+        let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if file >= 0 {
+            libc::write(file, c"0".as_ptr().cast(), 1);
+            libc::close(file);
+        }
+    }
+}
+
+/// The proxies that `set`, which reads the environment, tells of, by the names that git takes them from: it knows no `HTTP_PROXY`
+/// in capitals. Where both are set the capitals count, as for our own client.
+fn proxies(set: impl Fn(&str) -> Option<OsString>) -> impl Iterator<Item = (&'static str, OsString)> {
+    let names = [
+        ("HTTP_PROXY", "http_proxy"),
+        ("HTTPS_PROXY", "https_proxy"),
+        ("ALL_PROXY", "all_proxy"),
+        ("NO_PROXY", "no_proxy"),
+    ];
+    names.into_iter().filter_map(move |(capitals, name)| Some((name, set(capitals).or_else(|| set(name))?)))
 }
 
 fn stalled(limit: Duration) -> Error {
-    Error::unavailable("STALLED", format!("nothing came for {} s", limit.as_secs_f64()))
+    Error::unavailable("STALLED", format!("nothing came for {} s", limit.as_secs_f64())).remedy(LATER)
 }
 
 /// Looks for signs of life and at the bounds.
@@ -274,5 +295,18 @@ impl Watch {
             self.alive();
         }
         if Instant::now() > self.until { Err(stalled(self.workshop.patience)) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proxies_have_the_names_that_git_knows() {
+        let environment = [("HTTP_PROXY", "one"), ("https_proxy", "two"), ("NO_PROXY", "three"), ("no_proxy", "four")];
+        let set = |name: &str| environment.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value));
+        let given: Vec<_> = proxies(set).map(|(name, value)| format!("{name}={}", value.to_string_lossy())).collect();
+        assert_eq!(given, ["http_proxy=one", "https_proxy=two", "no_proxy=three"]);
     }
 }

@@ -3,7 +3,7 @@
 //! They tell programs nothing but an exit code; so their words count, in the C locale. What is not known here may pass, and is tried
 //! again. Servers have words in it too: they are quoted only as far as they are printable, short and free of our secrets.
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, LATER, OUT_OF_REACH};
 use crate::names::show_bytes;
 
 use super::access::Access;
@@ -88,8 +88,8 @@ const MEANINGS: &[(&str, Kind, &str, &str, &str)] = &[
         CHECK_ADDRESS,
     ),
     ("returned error: 403", Kind::Denied, "ACCESS_REFUSED", "access is refused", CHECK_ACCESS),
-    ("returned error: 429", Kind::Unavailable, "RATE_LIMITED", "the server asks to slow down", ""),
-    ("returned error: 5", Kind::Unavailable, "SERVER_ERROR", "the server failed", ""),
+    ("returned error: 429", Kind::Unavailable, "RATE_LIMITED", "the server asks to slow down", LATER),
+    ("returned error: 5", Kind::Unavailable, "SERVER_ERROR", "the server failed", LATER),
     (
         "returned error: 3",
         Kind::Invalid,
@@ -119,10 +119,10 @@ const MEANINGS: &[(&str, Kind, &str, &str, &str)] = &[
         "this host does not have the program `ssh`",
         "install the package openssh-client",
     ),
-    ("too slow", Kind::Unavailable, "STALLED", "nothing came for too long", ""),
-    ("timed out", Kind::Unavailable, "CONNECT_TIMED_OUT", "the connection took too long", ""),
-    ("onnection refused", Kind::Unavailable, "CONNECT_FAILED", "the connection is refused", ""),
-    ("ailed to connect", Kind::Unavailable, "CONNECT_FAILED", "there is no connection", ""),
+    ("too slow", Kind::Unavailable, "STALLED", "nothing came for too long", LATER),
+    ("timed out", Kind::Unavailable, "CONNECT_TIMED_OUT", "the connection took too long", OUT_OF_REACH),
+    ("onnection refused", Kind::Unavailable, "CONNECT_FAILED", "the connection is refused", OUT_OF_REACH),
+    ("ailed to connect", Kind::Unavailable, "CONNECT_FAILED", "there is no connection", OUT_OF_REACH),
 ];
 
 /// Words of whoever asks for credentials or does not accept them.
@@ -151,8 +151,7 @@ pub(super) fn explain(said: &str, remote: &Remote, access: &Access) -> Error {
         Error::new(kind, reason, format!("fetching {remote}: {why} (`{quoted}`)")).fact("repository", remote)
     };
     if let Some((_, kind, reason, why, remedy)) = meaning {
-        let error = error(*kind, reason, why);
-        return if remedy.is_empty() { error } else { error.remedy(*remedy) };
+        return error(*kind, reason, why).remedy(*remedy);
     }
     if asks.is_some() {
         return if access.is_for(remote) {
@@ -168,7 +167,7 @@ pub(super) fn explain(said: &str, remote: &Remote, access: &Access) -> Error {
             })
         };
     }
-    error(Kind::Unavailable, "FETCH_FAILED", "git gave up")
+    error(Kind::Unavailable, "FETCH_FAILED", "git gave up").remedy(LATER)
 }
 
 /// The line with `words`, else the one that says most.

@@ -3,7 +3,7 @@
 use super::child::Workshop;
 use super::fetch::{collect, good, is_object_id};
 use super::link::git;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TOO_MANY};
 use crate::limits;
 use crate::names::{EntryPath, show_bytes};
 
@@ -51,7 +51,7 @@ pub(super) async fn list(workshop: &Workshop, number: usize, commit: &str, most:
             return Ok(());
         }
         let message = format!("the repository has more than {} entries", limits::CHECKPOINT_ENTRIES);
-        Err(Error::no_space("TOO_MANY_ENTRIES", message))
+        Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY))
     };
     let ended = call.run(workshop, take).await?;
     good(ended, "listing a commit")?;

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::super::{ByteStream, source_changed};
 use super::{HttpClient, Reply, shown, stalled, transport_fault};
-use crate::error::{Error, Result};
+use crate::error::{CUT_SHORT, Error, Result};
 
 /// What `Content-Range` says of the body.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,7 +211,7 @@ impl Reading {
                 let what = shown(&self.reply.url);
                 let message =
                     format!("reading {what}: the body is shorter than announced ({} of {wanted} bytes)", self.seen);
-                Err(Error::unavailable("BODY_TOO_SHORT", message))
+                Err(Error::unavailable("BODY_TOO_SHORT", message).remedy(CUT_SHORT))
             }
             _ => Ok(None),
         }

@@ -33,7 +33,7 @@ use tokio::time::timeout;
 
 use self::proxy::Proxies;
 use super::egress::{EgressPolicy, GuardedResolver, Refusal};
-use crate::error::{Error, Result};
+use crate::error::{CUT_SHORT, Error, LATER, OUT_OF_REACH, Result};
 
 pub(super) use body::{ContentRange, Wanted, announced_length, read_document};
 pub(super) use status::{Answer, Failure};
@@ -338,6 +338,7 @@ fn redirect_of(response: &reqwest::Response, url: &Url) -> Result<Url> {
 
 fn stalled(url: &Url, limit: Duration) -> Error {
     Error::unavailable("STALLED", format!("fetching {}: nothing came for {} s", shown(url), limit.as_secs_f64()))
+        .remedy(LATER)
 }
 
 /// What a failure below HTTP means for the receiver.
@@ -353,13 +354,13 @@ fn transport_fault(error: reqwest::Error, url: &Url) -> Error {
     } else if error.is_builder() {
         Error::invalid("BAD_URI", doing)
     } else if error.is_timeout() {
-        Error::unavailable("CONNECT_TIMED_OUT", doing)
+        Error::unavailable("CONNECT_TIMED_OUT", doing).remedy(OUT_OF_REACH)
     } else if error.is_connect() {
-        Error::unavailable("CONNECT_FAILED", doing)
+        Error::unavailable("CONNECT_FAILED", doing).remedy(OUT_OF_REACH)
     } else if matches!(cause::<std::io::Error>(&error), Some(io) if io.kind() == std::io::ErrorKind::UnexpectedEof) {
-        Error::unavailable("BODY_TOO_SHORT", format!("{doing}: the body is shorter than announced"))
+        Error::unavailable("BODY_TOO_SHORT", format!("{doing}: the body is shorter than announced")).remedy(CUT_SHORT)
     } else {
-        Error::unavailable("CONNECTION_BROKEN", doing)
+        Error::unavailable("CONNECTION_BROKEN", doing).remedy(LATER)
     };
     fault.because(error)
 }

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, LATER};
 
 /// Longest wait believed of a server: beyond a day an operator should look.
 const RETRY_AFTER_MAX_S: u64 = 24 * 60 * 60;
@@ -87,11 +87,15 @@ impl Answer {
                 .error(Kind::Denied, "ACCESS_REFUSED", "access is refused")
                 .remedy("check that the credentials may read it"),
             404 | 410 => self.error(Kind::NotFound, "NO_SUCH_FILE", "nothing is there").remedy("check the address"),
-            407 => self.error(Kind::Denied, "PROXY_REFUSED", "the proxy asks for credentials"),
-            408 | 425 => self.error(Kind::Unavailable, "SERVER_BUSY", "the server gave up waiting"),
-            429 => self.error(Kind::Unavailable, "RATE_LIMITED", "the server asks to slow down"),
-            500.. => self.error(Kind::Unavailable, "SERVER_ERROR", "the server failed"),
-            _ => self.error(Kind::Invalid, "REQUEST_REFUSED", "the server refuses the request"),
+            407 => self
+                .error(Kind::Denied, "PROXY_REFUSED", "the proxy asks for credentials")
+                .remedy("give the daemon's proxy variable user name and password"),
+            408 | 425 => self.error(Kind::Unavailable, "SERVER_BUSY", "the server gave up waiting").remedy(LATER),
+            429 => self.error(Kind::Unavailable, "RATE_LIMITED", "the server asks to slow down").remedy(LATER),
+            500.. => self.error(Kind::Unavailable, "SERVER_ERROR", "the server failed").remedy(LATER),
+            _ => self
+                .error(Kind::Invalid, "REQUEST_REFUSED", "the server refuses the request")
+                .remedy("check the address and the options"),
         }
     }
 

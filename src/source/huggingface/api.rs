@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Reply, Request, read_document};
 use super::super::{Expected, File, Listed, What};
 use super::{RepositoryId, component};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, TOO_MANY};
 use crate::limits;
 use crate::names::EntryPath;
 
@@ -83,7 +83,7 @@ impl Hub {
             if items.len() > limits::CHECKPOINT_ENTRIES {
                 let message =
                     format!("the repository {} has more than {} entries", self.id.as_str(), limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message));
+                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
             }
             match next {
                 None => return Ok(items),

@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Request, read_document, shown};
 use crate::digest::Digester;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, TOO_MANY};
 use crate::limits;
 use crate::names::show_bytes;
 
@@ -189,7 +189,7 @@ impl Kaggle {
             rows.extend(page.files);
             if rows.len() > limits::CHECKPOINT_ENTRIES {
                 let message = format!("{} has more than {} files", self.item, limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message));
+                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
             }
             match page.next.filter(|next| !next.is_empty()) {
                 None => break,

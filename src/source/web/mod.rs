@@ -23,7 +23,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::connect::{SourceContext, has_scheme, parse_http, split_user_information};
 use super::http::Authorization;
-use super::{Credentials, Source, SourceSpec};
+use super::{Credentials, Source, SourceSpec, UNPINNED};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
@@ -64,5 +64,5 @@ fn unpinned() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_nanos());
     let seed = format!("{nanos}.{}.{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    format!("unpinned:{}", Digest::of(seed.as_bytes()))
+    format!("{UNPINNED}{}", Digest::of(seed.as_bytes()))
 }

@@ -217,7 +217,7 @@ impl Walk<'_> {
         if self.seen.len() + self.skipped.len() > limits::CHECKPOINT_ENTRIES {
             let what = shown(&self.tree.url);
             let message = format!("listing {what}: it has more than {} entries", limits::CHECKPOINT_ENTRIES);
-            return Err(Error::invalid("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
+            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
         }
         Ok(())
     }

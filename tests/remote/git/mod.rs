@@ -1,6 +1,7 @@
 //! Repositories behind git's own servers.
 
 mod large;
+mod protected;
 mod servers;
 mod ssh;
 
@@ -147,6 +148,29 @@ fn hosts_of_this_network_are_refused_unless_allowed() {
 }
 
 #[test]
+fn a_redirect_to_where_sources_may_not_go_is_refused() {
+    let site = GitSite::start();
+    site.work("org/model").write("a", "a").publish();
+    let faults = Faults::before(site.port());
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
+    // git itself follows nowhere.
+    for (number, (words, reason, said)) in [
+        ("GET /org/model.git/info/refs", "EGRESS_REFUSED", "169.254.169.254"),
+        ("POST /org/model.git/git-upload-pack", "BAD_REDIRECT", "it is redirected"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        faults.spoil(words, Fault::Status(302, "Location: http://169.254.169.254/x"), 9);
+        let name = format!("w{number}");
+        create(&daemon, &name, &faults.url("/org/model.git"), &[]).refused(&[2], &[said]);
+        assert_eq!(crate::buckets::reason(&daemon, &name), reason);
+        faults.spare();
+    }
+    assert_no_scratch(&daemon);
+}
+
+#[test]
 fn a_submodule_follows_the_same_rules() {
     let site = GitSite::start();
     let daemon = Daemon::start_with(&[LOOPBACK, TWICE]);
@@ -216,6 +240,39 @@ fn a_repository_comes_whole_through_faults_of_its_server() {
         create(&daemon, &name, &faults.url("/org/model.git"), &[]).ok();
         assert_same_tree(&expected, &daemon.attach(&name, &name));
     }
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_clones_clones_anew() {
+    let site = GitSite::start();
+    let work = site.work("org/model");
+    let noise: Vec<u8> = (0..2_000_000_u32).flat_map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+    work.write("weights.bin", &noise).publish();
+    let faults = Faults::before(site.port());
+    let mut daemon = Daemon::start_with(&[LOOPBACK]);
+    faults.slow_down(1 << 20);
+    daemon.ctl(&["create", "w", "--type", "git", "--uri", &faults.url("/org/model.git")]).ok();
+    wait_until("objects come", std::time::Duration::from_secs(30), || faults.body_bytes() > 1 << 20);
+    daemon.kill9();
+    assert!(faults.body_bytes() < 7 << 20, "it was killed too late");
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", std::time::Duration::from_secs(60));
+    assert_same_tree(&work.expected("expected"), &daemon.attach("job", "w"));
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_commit_without_files_is_no_checkpoint() {
+    let site = GitSite::start();
+    let work = site.work("org/model");
+    work.write("a", "a").publish();
+    fs::remove_file(work.tree.join("a")).unwrap();
+    work.publish();
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    create(&daemon, "w", &site.url("org/model.git"), &[]).refused(&[2], &["no files"]);
+    assert_eq!(crate::buckets::reason(&daemon, "w"), "EMPTY_SOURCE");
     assert_no_scratch(&daemon);
 }
 

@@ -19,6 +19,8 @@ pub(super) const USER: (&str, &str) = ("reader", "s3cret-passw0rd");
 pub(super) struct GitSite {
     place: Place,
     nginx: Server,
+    /// What addresses begin with.
+    origin: String,
     _fcgi: Server,
     _lfs: Option<Server>,
 }
@@ -26,26 +28,36 @@ pub(super) struct GitSite {
 impl GitSite {
     /// Serves what is published by git's own backend.
     pub(super) fn start() -> Self {
-        Self::start_with(None)
+        Self::start_with(None, None)
+    }
+
+    /// The same by https, with the certificate and its key in one file.
+    pub(super) fn start_tls(certificate: &Path) -> Self {
+        Self::start_with(None, Some(certificate))
     }
 
     /// The same, with LFS.
     pub(super) fn start_with_lfs() -> Self {
-        Self::start_with(Some(free_port()))
+        Self::start_with(Some(free_port()), None)
     }
 
-    fn start_with(lfs: Option<u16>) -> Self {
+    fn start_with(lfs: Option<u16>, certificate: Option<&Path>) -> Self {
         let place = Place::new();
         place.dir("site");
         place.dir("lfs");
         fs::write(place.join("passwords"), format!("{}:{{PLAIN}}{}\n", USER.0, USER.1)).unwrap();
         let (port, fcgi_port) = (free_port(), free_port());
+        let tls = certificate.map_or_else(String::new, |file| {
+            let file = file.display();
+            format!(" ssl; ssl_certificate {file}; ssl_certificate_key {file}")
+        });
         let backend = format!("{}/git-http-backend", git(place.path(), &["--exec-path"]));
         for (from, to) in [("git-nginx.conf", "nginx.conf"), ("git-backend.conf", "backend.conf")] {
             let text = fs::read_to_string(fixture(from)).unwrap();
             let text = text
                 .replace("@DIR@", place.path().to_str().unwrap())
                 .replace("@PORT@", &port.to_string())
+                .replace("@TLS@", &tls)
                 .replace("@FCGI@", &fcgi_port.to_string())
                 .replace("@LFS@", &lfs.unwrap_or(1).to_string())
                 .replace("@BACKEND@", &backend);
@@ -57,7 +69,12 @@ impl GitSite {
         );
         let nginx = Server::start(Command::new("nginx").arg("-c").arg(place.join("nginx.conf")), port);
         let lfs = lfs.map(|port| start_giftless(&place, port));
-        Self { place, nginx, _fcgi: fcgi, _lfs: lfs }
+        let origin = match certificate {
+            // A name that the certificate has, as far as it is for this host.
+            Some(_) => format!("https://localhost:{port}"),
+            None => nginx.url(""),
+        };
+        Self { place, nginx, origin, _fcgi: fcgi, _lfs: lfs }
     }
 
     /// Where nginx listens.
@@ -67,7 +84,7 @@ impl GitSite {
 
     /// The address of a published repository.
     pub(super) fn url(&self, name: &str) -> String {
-        self.nginx.url(&format!("/{name}"))
+        format!("{}/{name}", self.origin)
     }
 
     /// Where a published repository is on this host.

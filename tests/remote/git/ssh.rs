@@ -3,14 +3,18 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
+use super::large::noise;
 use super::servers::{GitSite, USER, Work, git};
-use super::{TWICE, assert_no_scratch, create, ready};
+use super::{IMPATIENT, TWICE, assert_no_scratch, create, ready};
+use crate::buckets::assert_kept_nowhere;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::Faults;
 use crate::support::files::assert_same_tree;
 use crate::support::place::Place;
-use crate::support::ran::run;
+use crate::support::ran::{run, wait_until};
+use crate::support::relay::{Break, Relay};
 use crate::support::server::{Server, free_port};
 
 /// An sshd of its own keys, that lets one key in.
@@ -44,7 +48,7 @@ impl Sshd {
 
     /// `ssh://`, with the path of a repository on this host.
     fn url(&self, repository: &Path) -> String {
-        format!("ssh://root@127.0.0.1:{}{}", self.server.port, repository.display())
+        url_at(self.server.port, repository)
     }
 
     /// The option that gives one of the keys.
@@ -54,9 +58,18 @@ impl Sshd {
 
     /// The option that gives known hosts, with one of the host keys.
     fn known(&self, key: &str) -> String {
-        let public = fs::read_to_string(self.place.join(&format!("{key}.pub"))).unwrap();
-        format!("known_hosts=[127.0.0.1]:{} {public}", self.server.port)
+        self.known_at(self.server.port, key)
     }
+
+    /// The same of a host that is reached at another port.
+    fn known_at(&self, port: u16, key: &str) -> String {
+        let public = fs::read_to_string(self.place.join(&format!("{key}.pub"))).unwrap();
+        format!("known_hosts=[127.0.0.1]:{port} {public}")
+    }
+}
+
+fn url_at(port: u16, repository: &Path) -> String {
+    format!("ssh://root@127.0.0.1:{port}{}", repository.display())
 }
 
 /// A working tree whose `sub` is the commit `commit` at `url`.
@@ -104,6 +117,36 @@ fn a_repository_comes_by_ssh_for_the_right_key_from_the_right_host() {
         let job = format!("job-{name}");
         assert_same_tree(&work.expected(&format!("expected-{name}")), &daemon.attach(&job, name));
     }
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn the_hosts_own_key_and_known_hosts_serve_those_that_give_none() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (site, sshd, place) = (GitSite::start(), Sshd::start(), Place::new());
+    let work = site.work("org/model");
+    work.write("a", "x").publish();
+    let url = sshd.url(&site.published("org/model"));
+    let keys = place.dir("keys");
+    let secret = fs::read_to_string(sshd.place.join("user")).unwrap();
+    let write = |name: &str, text: &str| {
+        fs::write(keys.join(name), text).unwrap();
+        fs::set_permissions(keys.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    let known = sshd.known("host");
+    let known = known.trim_start_matches("known_hosts=");
+    let daemon = Daemon::start_with(&[LOOPBACK, TWICE, ("CKPTD_SOURCES__CREDENTIALS_DIR", keys.to_str().unwrap())]);
+    let key = format!("hosts = ['127.0.0.1']\nowners = ['', 'team-a']\nssh_key = '''\n{secret}'''\n");
+    write("git.toml", &key);
+    create(&daemon, "unknown-host", &url, &[]).refused(&[2], &["the host's key is not known"]);
+    write("known_hosts", known);
+    create(&daemon, "file", &url, &[]).ok();
+    assert_same_tree(&work.expected("expected"), &daemon.attach("job", "file"));
+    create(&daemon, "not-for-b", &url, &["--owner", "team-b"]).refused(&[2], &["credentials are asked for"]);
+    fs::remove_file(keys.join("known_hosts")).unwrap();
+    write("git.toml", &format!("{key}known_hosts = '''\n{known}'''\n"));
+    create(&daemon, "secret", &url, &["--owner", "team-a"]).ok();
+    assert_kept_nowhere(&daemon, &[secret.lines().nth(2).unwrap()]);
     assert_no_scratch(&daemon);
 }
 
@@ -178,4 +221,51 @@ fn large_files_of_an_ssh_repository_come_from_where_its_host_says() {
     assert_same_tree(&expected, &daemon.attach("job", "w"));
     let asked = fs::read_to_string(sshd.place.join("asked")).unwrap();
     assert_eq!(asked.trim(), format!("{} download", site.published("org/model").display()));
+}
+
+#[test]
+fn a_repository_comes_whole_by_ssh_through_a_network_that_breaks() {
+    let (site, sshd) = (GitSite::start(), Sshd::start());
+    let work = site.work("org/model");
+    work.write("weights.bin", noise(21, 6 << 20)).write("a", "a").publish();
+    let relay = Relay::before(sshd.server.port);
+    let url = url_at(relay.port(), &site.published("org/model"));
+    // In the login, then in the middle of the objects.
+    relay.break_at(&[Break::Reset(500), Break::Stall(500), Break::Reset(2 << 20), Break::Stall(3 << 20)]);
+    let daemon = Daemon::start_with(&[LOOPBACK, IMPATIENT]);
+    let (key, known) = (sshd.key("user"), sshd.known_at(relay.port(), "host"));
+    create(&daemon, "w", &url, &["--credential", &key, "--credential", &known]).ok();
+    assert_eq!(relay.breaks_left(), []);
+    assert_same_tree(&work.expected("expected"), &daemon.attach("job", "w"));
+    assert_no_scratch(&daemon);
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_clones_by_ssh_clones_anew() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (site, sshd, place) = (GitSite::start(), Sshd::start(), Place::new());
+    let work = site.work("org/model");
+    let commit = work.write("weights.bin", noise(22, 8 << 20)).write("dir/a b", "a").publish();
+    let relay = Relay::before(sshd.server.port);
+    let (keys, secret) = (place.dir("keys"), fs::read_to_string(sshd.place.join("user")).unwrap());
+    let known = sshd.known_at(relay.port(), "host");
+    let known = known.trim_start_matches("known_hosts=");
+    let named = format!("hosts = ['127.0.0.1']\nssh_key = '''\n{secret}'''\nknown_hosts = '''\n{known}'''\n");
+    fs::write(keys.join("team.toml"), named).unwrap();
+    fs::set_permissions(keys.join("team.toml"), fs::Permissions::from_mode(0o600)).unwrap();
+    let mut daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__CREDENTIALS_DIR", keys.to_str().unwrap())]);
+    relay.slow_down(1 << 20);
+    let url = url_at(relay.port(), &site.published("org/model"));
+    daemon.ctl(&["create", "w", "--type", "git", "--uri", &url, "--option", "credentials=team"]).ok();
+    wait_until("objects come", Duration::from_secs(60), || relay.bytes() > 1 << 20);
+    daemon.kill9();
+    assert!(relay.bytes() < 7 << 20, "it was killed too late");
+    wait_until("git and ssh have gone with the daemon", Duration::from_secs(30), || relay.open() == 0);
+    relay.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", Duration::from_secs(60));
+    assert_eq!(ready(&daemon, "w")["revision"], commit);
+    assert_same_tree(&work.expected("expected"), &daemon.attach("job", "w"));
+    assert_kept_nowhere(&daemon, &[secret.lines().nth(2).unwrap()]);
+    assert_no_scratch(&daemon);
 }

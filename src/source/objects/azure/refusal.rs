@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 
 use super::super::super::http::Answer;
 use super::super::xml::Document;
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, LATER};
 
 /// The error that a refusal means; `expires` is when the credentials do.
 pub(super) fn fault(answer: &Answer, expires: Option<DateTime<Utc>>) -> Error {
@@ -21,8 +21,10 @@ pub(super) fn fault(answer: &Answer, expires: Option<DateTime<Utc>>) -> Error {
         ("BlobArchived" | "BlobBeingRehydrated", _) => {
             error(Kind::WrongState, "OBJECT_ARCHIVED", "the blob is archived").remedy("rehydrate it first, then retry")
         }
-        ("ServerBusy", _) => error(Kind::Unavailable, "RATE_LIMITED", "the store asks to slow down"),
-        ("OperationTimedOut" | "InternalError", _) => error(Kind::Unavailable, "SERVER_ERROR", "the store failed"),
+        ("ServerBusy", _) => error(Kind::Unavailable, "RATE_LIMITED", "the store asks to slow down").remedy(LATER),
+        ("OperationTimedOut" | "InternalError", _) => {
+            error(Kind::Unavailable, "SERVER_ERROR", "the store failed").remedy(LATER)
+        }
         ("PublicAccessNotPermitted" | "NoAuthenticationInformation", _) | (_, 401 | 403 | 404)
             if !answer.authorized =>
         {

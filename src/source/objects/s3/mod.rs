@@ -5,8 +5,8 @@
 //! once when an answer says better.
 //!
 //! **Who.** `key_id`, `secret` and `token` of the request; without them `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN` of the
-//! daemon; without those, or with the option `anonymous=true`, nobody. The instance's metadata service is never asked: tenants choose what
-//! is read. A signature holds for one request to one host, so it is nothing to the owner of an endpoint.
+//! daemon, for AWS itself and the endpoint that its environment names alone ([`environment`]); without those, or with the option
+//! `anonymous=true`, nobody. The instance's metadata service is never asked: tenants choose what is read.
 //!
 //! **Digests.** A listing gives `ETag`s, and an `ETag` of 32 hexadecimal digits is the MD5 of the bytes, unless the object is
 //! encrypted with keys of its own (SSE-KMS, SSE-C), which the listing does not tell. So the listing's are not believed. Large files are asked for their head
@@ -15,6 +15,7 @@
 //! not, since nothing says where the pieces begin: such an object without another digest comes unverified, but for its length and pin. Small files are checked against the head of the answer that brings them ([`verified`]).
 //! Stores that are not AWS's may mean anything by an `ETag`: theirs are believed after one small object was read whose MD5 it is.
 
+mod environment;
 mod refusal;
 mod sign;
 
@@ -79,7 +80,7 @@ pub(in super::super) fn connect(
         return Err(Error::invalid("BAD_REGION", message).remedy("give the option `region` as in eu-west-1"));
     }
     let region = Arc::new(RwLock::new(region));
-    let keys = if spec.option("anonymous") == Some("true") { None } else { keys_of(credentials)? };
+    let keys = if spec.option("anonymous") == Some("true") { None } else { keys_of(credentials, endpoint.as_ref())? };
     let authorization = keys.map(|keys| Authorization::Signed(Arc::new(Signer { keys, region: Arc::clone(&region) })));
     // AWS and Wasabi say in their manuals what an ETag is.
     let known = endpoint.is_none() || spec.kind == SourceKind::Wasabi;
@@ -103,15 +104,20 @@ fn endpoint_of(spec: &SourceSpec) -> Result<Option<Url>> {
         }
         return Ok(None);
     };
+    parse_endpoint(text).map(Some)
+}
+
+/// The endpoint that `text` names, by https if it does not say.
+fn parse_endpoint(text: &str) -> Result<Url> {
     let with_scheme = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
     let mut url = without_user_information(parse_http(&with_scheme, "the option `endpoint`")?);
     url.set_query(None);
     url.set_fragment(None);
-    Ok(Some(url))
+    Ok(url)
 }
 
-/// The credentials of the request, else of the environment, else none.
-fn keys_of(credentials: &Credentials) -> Result<Option<Keys>> {
+/// The credentials of the request, else those of the environment that are for `endpoint`, else none.
+fn keys_of(credentials: &Credentials, endpoint: Option<&Url>) -> Result<Option<Keys>> {
     let given = |names: [&str; 2]| names.into_iter().find_map(|name| credentials.get(name)).map(str::to_owned);
     let (id, secret, token) =
         (given(["key_id", "access_key_id"]), given(["secret", "secret_access_key"]), given(["token", "session_token"]));
@@ -123,12 +129,7 @@ fn keys_of(credentials: &Credentials) -> Result<Option<Keys>> {
                 .remedy("give key_id and secret, and token besides if they are temporary"));
         }
     }
-    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    Ok(set("AWS_ACCESS_KEY_ID").zip(set("AWS_SECRET_ACCESS_KEY")).map(|(id, secret)| Keys {
-        id,
-        secret,
-        token: set("AWS_SESSION_TOKEN"),
-    }))
+    Ok(environment::keys(endpoint, |name| std::env::var(name).ok().filter(|value| !value.is_empty())))
 }
 
 fn environment_region() -> Option<String> {

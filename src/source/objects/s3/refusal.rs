@@ -2,7 +2,7 @@
 
 use super::super::super::http::Answer;
 use super::super::xml::Document;
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, LATER};
 
 /// Longest code that is believed and shown; real ones stay below 40.
 const CODE_BYTES: usize = 64;
@@ -47,10 +47,10 @@ pub(super) fn fault(answer: &Answer) -> Error {
             error(Kind::WrongState, "OBJECT_ARCHIVED", "the object is archived").remedy("restore it first, then retry")
         }
         ("SlowDown" | "Throttling" | "ThrottlingException" | "RequestLimitExceeded" | "TooManyRequests", _) => {
-            error(Kind::Unavailable, "RATE_LIMITED", "the store asks to slow down")
+            error(Kind::Unavailable, "RATE_LIMITED", "the store asks to slow down").remedy(LATER)
         }
         ("RequestTimeout" | "InternalError" | "ServiceUnavailable" | "OperationAborted", _) => {
-            error(Kind::Unavailable, "SERVER_ERROR", "the store failed")
+            error(Kind::Unavailable, "SERVER_ERROR", "the store failed").remedy(LATER)
         }
         ("AccessDenied" | "AllAccessDisabled" | "AccountProblem", _) => {
             error(Kind::Denied, "ACCESS_REFUSED", "access is refused")

@@ -28,7 +28,7 @@ use tokio::time::timeout;
 use super::super::super::egress::EgressPolicy;
 use super::super::LISTING_BYTES;
 use super::listing::{self, Line, Stamp, Stat, as_bytes, as_text};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, LATER, OUT_OF_REACH, Result};
 
 /// Bytes of a data connection.
 pub(super) type Transfer = TransferStream<AsyncRustlsStream>;
@@ -151,7 +151,7 @@ impl Connection {
                 Err(Error::invalid("BAD_CREDENTIALS", format!("{what}: the credentials hold what FTP cannot carry")))
             }
             Ok(done) => done.map_err(|error| fault(error, &what)),
-            Err(_) => Err(Error::unavailable("STALLED", format!("{what}: nothing came"))),
+            Err(_) => Err(Error::unavailable("STALLED", format!("{what}: nothing came")).remedy(LATER)),
         }
     }
 
@@ -299,7 +299,8 @@ async fn connect_to(peer: SocketAddr, address: &Address, what: &str) -> Result<A
         return within(limit, what, connecting).await;
     }
     let tcp = timeout(limit, TcpStream::connect(peer)).await.map_err(|_| timed_out(what))?;
-    let tcp = tcp.map_err(|error| Error::unavailable("CONNECT_FAILED", what.to_owned()).because(error))?;
+    let tcp =
+        tcp.map_err(|error| Error::unavailable("CONNECT_FAILED", what.to_owned()).remedy(OUT_OF_REACH).because(error))?;
     let ftp = within(address.inactivity, what, AsyncRustlsFtpStream::connect_with_stream(tcp)).await?;
     let Security::Asked(config) = &address.security else { return Ok(ftp) };
     within(limit, what, ftp.into_secure(connector(config), &address.host)).await
@@ -309,7 +310,10 @@ async fn connect_to(peer: SocketAddr, address: &Address, what: &str) -> Result<A
 async fn within<T>(limit: Duration, what: &str, work: impl Future<Output = Result<T, FtpError>>) -> Result<T> {
     match timeout(limit, work).await {
         Ok(done) => done.map_err(|error| fault(error, what)),
-        Err(_) => Err(Error::unavailable("STALLED", format!("{what}: nothing came for {} s", limit.as_secs_f64()))),
+        Err(_) => {
+            Err(Error::unavailable("STALLED", format!("{what}: nothing came for {} s", limit.as_secs_f64()))
+                .remedy(LATER))
+        }
     }
 }
 

@@ -29,7 +29,7 @@ use self::listing::{Stamp, Stat};
 use super::super::connect::{SourceContext, has_scheme};
 use super::super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
 use super::unpinned;
-use crate::error::{Error, Kind, Result};
+use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::limits;
 use crate::names::{EntryName, EntryPath};
 
@@ -194,6 +194,10 @@ impl Source for FtpSource {
         Ok(Opened::Listed(Listing { one_file: true, ..Listing::new(revision, vec![entry]) }))
     }
 
+    fn reads_at_a_time(&self) -> usize {
+        CONNECTIONS
+    }
+
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream> {
         let located = Located::parse(file)?;
         if range.is_empty() {
@@ -326,7 +330,7 @@ impl Reading {
         self.server.give_back(borrowed);
         if self.at < self.end && self.end != u64::MAX {
             let message = format!("{}: the transfer ended after {} bytes", self.what, self.at);
-            return Err(Error::unavailable("BODY_TOO_SHORT", message));
+            return Err(Error::unavailable("BODY_TOO_SHORT", message).remedy(CUT_SHORT));
         }
         Ok(())
     }

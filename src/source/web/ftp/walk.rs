@@ -49,7 +49,7 @@ impl Walk {
         if self.directories.len() + self.files.len() + self.skipped.len() >= limits::CHECKPOINT_ENTRIES {
             let what = borrowed.connection.shown(&self.root);
             let message = format!("listing {what}: it has more than {} entries", limits::CHECKPOINT_ENTRIES);
-            return Err(Error::invalid("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
+            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
         }
         let name = match EntryName::new(line.name.as_slice()) {
             Ok(name) => name,

@@ -1,0 +1,78 @@
+//! Object stores behind the operator's proxy.
+
+use std::fs;
+use std::time::Duration;
+
+use super::buckets::{assert_kept_nowhere, create, reason, tree};
+use super::s3::{KEY_ID, SECRET, rclone};
+use crate::support::daemon::Daemon;
+use crate::support::faults::Faults;
+use crate::support::files::assert_same_tree;
+use crate::support::place::Place;
+use crate::support::ran::wait_until;
+use crate::support::webserver::{certificates, nginx_tls_before, tinyproxy};
+
+/// One loopback address, so that there is another that is refused.
+const ONE_ADDRESS: (&str, &str) = ("CKPTD_SOURCES__ALLOW_NETWORKS", r#"["127.0.0.1/32"]"#);
+const ONE_ATTEMPT: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "1");
+
+/// User and password at the proxy, and how a header has them.
+const LOGIN: (&str, &str) = ("reader", "pr0xypassw0rd");
+const ENCODED: &str = "cmVhZGVyOnByMHh5cGFzc3cwcmQ=";
+
+#[test]
+fn a_bucket_comes_through_the_operators_proxy_which_opens_nothing() {
+    let place = Place::new();
+    tree(&place.dir("store/ckpt/p"));
+    let (store, made) = (rclone(&place.join("store"), Some((KEY_ID, SECRET))), certificates(&place, &[]));
+    let watched = Faults::before(store.port);
+    let tls = nginx_tls_before(&place, watched.port(), &made.join("good.pem"));
+    let log = place.join("proxy.log");
+    let proxy = tinyproxy(&place, &log, Some(LOGIN));
+    let logged = |words: &str| fs::read_to_string(&log).unwrap_or_default().contains(words);
+    let authority = made.join("ca.pem").display().to_string();
+    let with = |port: u16, word: &str| {
+        let address = format!("http://{}:{word}@127.0.0.1:{port}", LOGIN.0);
+        let proxies: [(&'static str, &str); 2] = [("HTTP_PROXY", address.as_str()), ("HTTPS_PROXY", address.as_str())];
+        let rest: [(&'static str, &str); 4] =
+            [ONE_ADDRESS, ONE_ATTEMPT, ("RUST_LOG", "debug"), ("SSL_CERT_FILE", authority.as_str())];
+        Daemon::start_with(&[&rest[..], &proxies[..]].concat())
+    };
+    let (id, secret) = (format!("@key_id={KEY_ID}"), format!("@secret={SECRET}"));
+    let bring = |daemon: &Daemon, name: &str, endpoint: &str| {
+        create(daemon, "aws", name, "s3://ckpt/p/", &[&format!("endpoint={endpoint}"), &id, &secret])
+    };
+    let (plain, protected) = (watched.url(""), format!("https://localhost:{}", tls.port));
+
+    let daemon = with(proxy.port, LOGIN.1);
+    for (name, endpoint, words) in [
+        ("plain", &plain, format!("GET {plain}/ckpt")),
+        ("protected", &protected, format!("CONNECT localhost:{}", tls.port)),
+    ] {
+        bring(&daemon, name, endpoint).ok();
+        assert_same_tree(&place.join("store/ckpt/p"), &daemon.attach(name, name));
+        wait_until("the proxy has logged it", Duration::from_secs(30), || logged(&words));
+    }
+    let heads = watched.heads().concat().to_ascii_lowercase();
+    assert!(!heads.contains("proxy-") && !heads.contains(&ENCODED.to_ascii_lowercase()), "{heads}");
+
+    let inside = ["http://127.0.0.2", "http://[::ffff:127.0.0.2]", "https://127.0.0.2", "http://169.254.169.254"];
+    for (number, host) in inside.into_iter().enumerate() {
+        let name = format!("inside-{number}");
+        bring(&daemon, &name, &format!("{host}:{}", store.port)).refused(&[2], &["which sources may not reach"]);
+        assert_eq!(reason(&daemon, &name), "EGRESS_REFUSED");
+    }
+    assert!(!logged("127.0.0.2") && !logged("169.254"), "{}", fs::read_to_string(&log).unwrap());
+    assert_kept_nowhere(&daemon, &[LOGIN.1, ENCODED, SECRET]);
+
+    let asked = watched.heads().len();
+    for (name, port, word) in [("wrong", proxy.port, "wr0ngpassw0rd"), ("away", 1, LOGIN.1)] {
+        let daemon = with(port, word);
+        for (number, endpoint) in [&plain, &protected].into_iter().enumerate() {
+            let name = format!("{name}-{number}");
+            bring(&daemon, &name, endpoint).refused(&[2, 7], &[]);
+        }
+        assert_kept_nowhere(&daemon, &[LOGIN.1, ENCODED, "wr0ngpassw0rd", "cmVhZGVyOndyMG5ncGFzc3cwcmQ="]);
+    }
+    assert_eq!(watched.heads().len(), asked, "nobody goes around a proxy that does not serve");
+}
