@@ -35,7 +35,15 @@ fn two_fine_tunes_share_what_they_did_not_train_on_xfs() {
     let base = Tensors::new(seed(), TENSORS, TENSOR_BYTES);
     base.write_safetensors(&place.join("a/model.safetensors"));
     base.fine_tuned(3).write_safetensors(&place.join("b/model.safetensors"));
-    on_xfs(&place, &["a", "b"], base.bytes() + base.bytes_each());
+    base.trained_on(7).write_safetensors(&place.join("c/model.safetensors"));
+    let mut store = OnXfs::capture(&place, &["a", "b", "c"], base.bytes() + 2 * base.bytes_each());
+    // What lies at the same places of disk blocks is shared by the file system: each is a file of its own to the kernel, at once.
+    for name in ["a", "c"] {
+        for file in regular_files(&store.daemon.attach(&format!("looks-at-{name}"), name)) {
+            assert_eq!(xattr(&file, "user.ckptd.state"), "passthrough", "{}", file.display());
+        }
+    }
+    same_before_and_after_a_restart(&mut store.daemon, &place, &["a", "b", "c"]);
 }
 
 #[test]
@@ -53,7 +61,8 @@ fn a_torch_zip_shares_its_tensors_with_safetensors_on_xfs() {
     let base = Tensors::new(seed(), TENSORS, TENSOR_BYTES);
     base.write_safetensors(&place.join("a/model.safetensors"));
     base.write_torch_zip(&place.join("b/pytorch_model.bin"));
-    on_xfs(&place, &["a", "b"], base.bytes());
+    let mut store = OnXfs::capture(&place, &["a", "b"], base.bytes());
+    same_before_and_after_a_restart(&mut store.daemon, &place, &["a", "b"]);
 }
 
 #[test]
@@ -95,23 +104,24 @@ fn on_ext4(place: &Place, names: &[&str], ideal: u64) {
     same_before_and_after_a_restart(&mut daemon, place, names);
 }
 
-fn on_xfs(place: &Place, names: &[&str], ideal: u64) {
-    let disk = LoopFs::xfs(512);
-    let state = disk.dir("state");
-    let mut daemon = Daemon::start_on(state, &[]);
-    let before = disk.used_bytes();
-    for name in names {
-        daemon.capture(name, &place.join(name));
-    }
-    assert_near(disk.used_bytes() - before, ideal, CATALOG_BYTES);
-    // The file system shares the extents, so that each is a file of its own to the kernel.
-    for name in names {
-        for file in regular_files(&daemon.attach(&format!("looks-at-{name}"), name)) {
-            assert_eq!(xattr(&file, "user.ckptd.state"), "passthrough", "{}", file.display());
+/// A daemon whose store is on an XFS. Fields end in this order.
+struct OnXfs {
+    daemon: Daemon,
+    _disk: LoopFs,
+}
+
+impl OnXfs {
+    /// Captures each of `names` and compares what the file system has in use with `ideal`.
+    fn capture(place: &Place, names: &[&str], ideal: u64) -> Self {
+        let disk = LoopFs::xfs(512);
+        let daemon = Daemon::start_on(disk.dir("state"), &[]);
+        let before = disk.used_bytes();
+        for name in names {
+            daemon.capture(name, &place.join(name));
         }
+        assert_near(disk.used_bytes() - before, ideal, CATALOG_BYTES);
+        Self { daemon, _disk: disk }
     }
-    same_before_and_after_a_restart(&mut daemon, place, names);
-    drop(daemon);
 }
 
 fn assert_near(found: u64, ideal: u64, extra: u64) {

@@ -73,6 +73,13 @@ impl Tensors {
         tuned
     }
 
+    /// The same with other values in tensor `index` alone, so that every other byte is where it was.
+    pub(crate) fn trained_on(&self, index: usize) -> Self {
+        let mut trained = self.clone();
+        trained.tensors[index].1 ^= 0x3333_3333_3333_3333;
+        trained
+    }
+
     /// Bytes of all tensors.
     pub(crate) fn bytes(&self) -> u64 {
         (self.tensors.len() * self.bytes_each) as u64
