@@ -19,6 +19,11 @@ pub fn show_bytes(bytes: u64) -> String {
     format!("{value:.2} {}", UNITS[unit])
 }
 
+/// A number with its noun, for people: `1 file`, `2 files`.
+pub fn counted(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
 /// Milliseconds since the epoch, now.
 pub fn now_unix_ms() -> i64 {
     Utc::now().timestamp_millis()

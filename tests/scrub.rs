@@ -164,7 +164,7 @@ fn a_blob_that_can_neither_be_put_right_nor_lost_does_not_keep_others_from_being
     fs::create_dir(&in_the_way).unwrap();
     for _ in 0..2 {
         let ran =
-            daemon.ctl(&["--json", "scrub", "--full-rate", "--wait"]).refused(&[7], &["1 files could not be read"]);
+            daemon.ctl(&["--json", "scrub", "--full-rate", "--wait"]).refused(&[7], &["1 file could not be read"]);
         let told = ran.json();
         assert_eq!((&told["files"], &told["unread"], &told["lost"]), (&3.into(), &1.into(), &0.into()), "{told}");
     }

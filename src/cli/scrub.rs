@@ -9,13 +9,12 @@ use super::console::Console;
 use super::exit::Ended;
 use super::{document, text};
 use crate::control::wire;
+use crate::control::wire::reasons::SCRUB_GOES_ON;
 use crate::error::{Error, Result};
+use crate::units::counted;
 
 /// How often a scrub that is waited for is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-
-/// Why one is refused while another goes on.
-const GOES_ON: &str = "SCRUB_GOES_ON";
 
 /// Read everything in the store again, or one checkpoint, and put right what rotted
 #[derive(Args)]
@@ -37,7 +36,7 @@ impl Scrub {
             wire::StartScrubRequest { checkpoint: self.checkpoint.unwrap_or_default(), full_rate: self.full_rate };
         let mut scrub = loop {
             match daemon.ask_promptly(daemon.node().start_scrub(request.clone())).await {
-                Err(error) if self.wait && error.reason() == GOES_ON => tokio::time::sleep(LOOK_EVERY).await,
+                Err(error) if self.wait && error.reason() == SCRUB_GOES_ON => tokio::time::sleep(LOOK_EVERY).await,
                 begun => break begun?,
             }
         };
@@ -53,7 +52,7 @@ impl Scrub {
 /// Fails unless everything was read and is right.
 fn complete(scrub: &wire::Scrub) -> Result<()> {
     if scrub.lost > 0 {
-        let message = format!("{} files have lost bytes", scrub.lost);
+        let message = format!("bytes of {} are lost", counted(scrub.lost, "file"));
         return Err(Error::corrupt("BYTES_ROTTEN", message).remedy("see `ckptctl events`, then retry"));
     }
     if scrub.stopped {
@@ -61,7 +60,7 @@ fn complete(scrub: &wire::Scrub) -> Result<()> {
         return Err(Error::unavailable("SCRUB_STOPPED", message).remedy("scrub again"));
     }
     if scrub.unread > 0 {
-        let message = format!("{} files could not be read", scrub.unread);
+        let message = format!("{} could not be read", counted(scrub.unread, "file"));
         return Err(
             Error::unavailable("SCRUB_INCOMPLETE", message).remedy("look at the log of ckptd, then scrub again")
         );

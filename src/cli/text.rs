@@ -9,7 +9,7 @@ use super::document;
 use super::progress::percent;
 use crate::control::wire;
 use crate::names;
-use crate::units::{local_time, show_bytes};
+use crate::units::{counted, local_time, show_bytes};
 
 /// `NAME (ID) ready: 3 files, 1.50 GiB, 1.00 GiB unique, 1.00 GiB on disk`.
 pub(super) fn checkpoint_line(record: &wire::Checkpoint) -> String {
@@ -257,11 +257,11 @@ pub(super) fn scrub_line(scrub: &wire::Scrub) -> String {
     };
     let unread = if scrub.unread > 0 { format!(", {} could not be read", scrub.unread) } else { String::new() };
     format!(
-        "began {}, {state}: {} of {} in {} files read, {} healed, {} lost{unread}",
+        "began {}, {state}: {} of {} in {} read, {} healed, {} lost{unread}",
         local_time(scrub.started_unix_ms),
         show_bytes(scrub.bytes),
         show_bytes(scrub.total_bytes),
-        scrub.files,
+        counted(scrub.files, "file"),
         scrub.healed,
         scrub.lost
     )
@@ -288,11 +288,6 @@ pub(super) fn event_line(event: &wire::Event) -> String {
     }
     line.push_str(&format!("  {}", plain(&event.message)));
     line
-}
-
-/// A number with its noun: `1 file`, `2 files`.
-pub(super) fn counted(number: u64, noun: &str) -> String {
-    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// A span of time in its two largest units: `3 m 05 s`.

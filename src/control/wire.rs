@@ -12,3 +12,17 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// Metadata in which a scheduler says for whom it asks: percent-encoded UTF-8.
 pub const OWNER_METADATA: &str = "ckptd-owner";
+
+/// Reasons of refusals that `ckptctl` acts on.
+pub mod reasons {
+    pub use crate::retain::scrub::GOES_ON as SCRUB_GOES_ON;
+
+    /// An upload that somebody else is sending.
+    pub const UPLOAD_UNDER_WAY: &str = "UPLOAD_UNDER_WAY";
+    /// What is there, and not being uploaded.
+    pub const UPLOAD_NOT_UNDER_WAY: &str = "UPLOAD_NOT_UNDER_WAY";
+    /// An upload whose connection ended before it did.
+    pub const UPLOAD_BROKEN: &str = "UPLOAD_BROKEN";
+    /// An upload that stands elsewhere than where its sender goes on.
+    pub const UPLOAD_DESYNC: &str = "UPLOAD_DESYNC";
+}

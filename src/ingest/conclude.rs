@@ -14,7 +14,7 @@ use crate::catalog::{forecasts, retention};
 use crate::error::{Error, Kind, NO_ROOM, Result};
 use crate::manifest::Manifest;
 use crate::source::{SOURCE_CHANGED, SourceKind, empty};
-use crate::units::now_unix_ms;
+use crate::units::{counted, now_unix_ms};
 
 /// Pause before a failure is recorded again that could not be recorded: a full or broken disk.
 const RECORD_AGAIN_AFTER: Duration = Duration::from_secs(5);
@@ -77,8 +77,8 @@ impl Shared {
         let (quotas, kept_bytes) =
             (self.settings.quotas.clone(), if in_place.is_none() { manifest.logical_bytes() } else { 0 });
         let bytes = in_place.map_or(Bytes::Stored, |place| Bytes::InPlace(place, own_flight.clone()));
-        let message =
-            format!("`{}` is ready: {} files, {} bytes", record.name, manifest.files(), manifest.logical_bytes());
+        let (files, bytes_in_all) = (counted(manifest.files(), "file"), counted(manifest.logical_bytes(), "byte"));
+        let message = format!("`{}` is ready: {files}, {bytes_in_all}", record.name);
         self.store
             .catalog()
             .write(move |tx| {

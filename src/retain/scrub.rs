@@ -30,6 +30,9 @@ use crate::store::Store;
 use crate::store::verify::{Rot, Verdict};
 use crate::units::now_unix_ms;
 
+/// Why one is refused while another goes on.
+pub const GOES_ON: &str = "SCRUB_GOES_ON";
+
 /// After the start, before it is looked whether anything is due: others have more urgent things to do then.
 const FIRST_LOOK_AFTER: Duration = Duration::from_secs(5);
 
@@ -142,7 +145,7 @@ impl Scrubber {
         }
         let by_hand = state.reported.filter(|pass| state.report.running && pass.by_hand);
         if by_hand.is_some_and(|pass| pass.scope.is_some() && pass.scope != scope) {
-            return Err(Error::wrong_state("SCRUB_GOES_ON", "another checkpoint is being scrubbed")
+            return Err(Error::wrong_state(GOES_ON, "another checkpoint is being scrubbed")
                 .remedy("wait for its end, then ask again"));
         }
         if by_hand.is_none() {

@@ -1,6 +1,6 @@
 //! Servers that nobody here wrote, run on loopback for as long as a guard lives.
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -78,7 +78,8 @@ pub(crate) fn free_port() -> u16 {
 pub(crate) fn free_ports(count: u16) -> Range<u16> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let base = 10_000 + u16::try_from(std::process::id() % 200).unwrap() * 100;
-    let free = |port| ["127.0.0.1", "127.0.0.2"].iter().all(|host| TcpListener::bind((*host, port)).is_ok());
+    // Asked, and not bound to see whether that works: a process that is just being started would keep the port taken until it runs its program.
+    let free = |port| ["127.0.0.1", "127.0.0.2"].iter().all(|host| TcpStream::connect((*host, port)).is_err());
     loop {
         let start = base + NEXT.fetch_add(count, Ordering::Relaxed) % 2_000;
         if (start..start + count).all(free) {

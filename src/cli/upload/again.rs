@@ -23,6 +23,7 @@ use crate::cli::console::Console;
 use crate::cli::progress::Progress;
 use crate::cli::refusal;
 use crate::control::wire;
+use crate::control::wire::reasons::{UPLOAD_BROKEN, UPLOAD_DESYNC, UPLOAD_NOT_UNDER_WAY, UPLOAD_UNDER_WAY};
 use crate::error::{Error, Kind, Result};
 use crate::units::show_bytes;
 
@@ -153,7 +154,7 @@ impl<'a> Uploading<'a> {
                     };
                 }
                 Err(error) if error.kind() == Kind::NotFound => tokio::time::sleep(PAUSE_MIN).await,
-                Err(error) if error.reason() == NOT_UNDER_WAY => return Ok(false),
+                Err(error) if error.reason() == UPLOAD_NOT_UNDER_WAY => return Ok(false),
                 Err(error) => return Err(error),
             }
         }
@@ -202,7 +203,7 @@ impl<'a> Uploading<'a> {
                 }
                 Ok(Some(kept))
             }
-            Err(error) if error.reason() == NOT_UNDER_WAY => Ok(None),
+            Err(error) if error.reason() == UPLOAD_NOT_UNDER_WAY => Ok(None),
             Err(error) if error.kind() == Kind::NotFound => {
                 if self.begun && self.patience.begins_anew()? {
                     self.bytes_sent.store(0, Ordering::Relaxed);
@@ -225,7 +226,7 @@ impl<'a> Uploading<'a> {
     /// Whether what an attempt ended with may pass.
     fn may_go_on(&self, error: &Error) -> bool {
         match error.reason() {
-            UNDER_WAY => !self.begun && self.patience.waited() < ANOTHER_WITHIN,
+            UPLOAD_UNDER_WAY => !self.begun && self.patience.waited() < ANOTHER_WITHIN,
             // Said at the door, or of an upload that it took before.
             "DRAINING" | "TOO_MANY_CALLS" => self.again || error.facts().iter().any(|(key, _)| key == "checkpoint"),
             // Of what speaks gRPC for the daemon.
@@ -235,18 +236,19 @@ impl<'a> Uploading<'a> {
     }
 }
 
-/// Reason of an upload that somebody else is sending.
-const UNDER_WAY: &str = "UPLOAD_UNDER_WAY";
-
-/// Reason of what is there and not being uploaded.
-const NOT_UNDER_WAY: &str = "UPLOAD_NOT_UNDER_WAY";
-
 /// Reasons of what may pass: of the way to the daemon, and of the moment between asking it where it stands and going on from there.
-const PASSING: &[&str] =
-    &[refusal::LOST, "NO_DAEMON", "NO_ANSWER", "UPLOAD_BROKEN", "UPLOAD_DESYNC", NOT_UNDER_WAY, "NO_SUCH_CHECKPOINT"];
+const PASSING: &[&str] = &[
+    refusal::LOST,
+    "NO_DAEMON",
+    "NO_ANSWER",
+    UPLOAD_BROKEN,
+    UPLOAD_DESYNC,
+    UPLOAD_NOT_UNDER_WAY,
+    "NO_SUCH_CHECKPOINT",
+];
 
 fn another(name: &str) -> Error {
-    Error::wrong_state(UNDER_WAY, format!("`{name}` is being uploaded already"))
+    Error::wrong_state(UPLOAD_UNDER_WAY, format!("`{name}` is being uploaded already"))
         .remedy("wait for it, or remove it and upload it again")
 }
 

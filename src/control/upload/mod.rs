@@ -23,6 +23,7 @@ use tonic::Streaming;
 
 use super::caller::Caller;
 use super::checkpoints::{already, insert, new_record};
+use super::wire::reasons;
 use super::wire::upload_checkpoint_request::Message;
 use super::{Floors, resolve, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
@@ -197,7 +198,7 @@ async fn begin(floors: &Floors, wanted: Wanted, messages: Messages, caller: &Cal
             Some(left) if left.end_if_left(under_way::replaced()) => _ = left.ending().concluded().await,
             _ => {
                 let message = format!("`{}` is being uploaded already", record.name);
-                return Err(Error::wrong_state("UPLOAD_UNDER_WAY", message)
+                return Err(Error::wrong_state(reasons::UPLOAD_UNDER_WAY, message)
                     .remedy("wait for it, or remove it and upload it again"));
             }
         }
@@ -281,7 +282,7 @@ impl Floors {
 
 fn not_under_way(record: &Record) -> Error {
     Error::wrong_state(
-        "UPLOAD_NOT_UNDER_WAY",
+        reasons::UPLOAD_NOT_UNDER_WAY,
         format!("`{}` is not being uploaded: it is {}", record.name, record.state),
     )
     .fact("checkpoint", &record.id)

@@ -22,6 +22,7 @@ use tokio::time::Instant;
 use super::Messages;
 use crate::catalog::checkpoints::Record;
 use crate::control::wire;
+use crate::control::wire::reasons;
 use crate::control::wire::upload_checkpoint_request::Message;
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
@@ -312,13 +313,14 @@ fn taken_over() -> Error {
 }
 
 pub(super) fn broken_off(why: &str) -> Error {
-    Error::new(Kind::Cancelled, "UPLOAD_BROKEN", format!("the upload broke off: {why}")).remedy("upload it again")
+    Error::new(Kind::Cancelled, reasons::UPLOAD_BROKEN, format!("the upload broke off: {why}"))
+        .remedy("upload it again")
 }
 
 fn desync(asked: wire::UploadPosition, stands: wire::UploadPosition) -> Error {
     let place = |at: wire::UploadPosition| format!("entry {}, byte {}", at.entries, at.bytes);
     let message = format!("the upload stands at {}, and not at {}", place(stands), place(asked));
-    Error::wrong_state("UPLOAD_DESYNC", message)
+    Error::wrong_state(reasons::UPLOAD_DESYNC, message)
         .fact("entries", stands.entries)
         .fact("bytes", stands.bytes)
         .remedy("ask where it stands, and go on from there")

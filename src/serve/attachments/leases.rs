@@ -25,7 +25,7 @@ use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow};
 use crate::error::{Error, Result};
 use crate::names::JobId;
-use crate::units::{now_unix_ms, rfc3339};
+use crate::units::{counted, now_unix_ms, rfc3339};
 
 /// How soon what could not be released, or looked at, is tried again.
 const AGAIN_AFTER: Duration = Duration::from_secs(60);
@@ -113,7 +113,7 @@ impl Attachments {
         let checkpoint = row.leases.first().map(|lease| lease.checkpoint.clone()).unwrap_or_default();
         let message = format!(
             "the right of job {job} to {} ended at {}, and was not renewed",
-            counted(row.leases.len()),
+            counted(row.leases.len() as u64, "checkpoint"),
             rfc3339(end)
         );
         tracing::info!(job = job.as_str(), "{message}");
@@ -134,10 +134,6 @@ impl Attachments {
         let event = NewEvent { kind: "LEASE_NOT_RELEASED", job, message, ..Default::default() };
         self.0.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await
     }
-}
-
-fn counted(checkpoints: usize) -> String {
-    if checkpoints == 1 { "1 checkpoint".to_owned() } else { format!("{checkpoints} checkpoints") }
 }
 
 fn now() -> Clocks {
