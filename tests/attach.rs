@@ -187,10 +187,13 @@ impl Container {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let (theirs, ours) = (child.id().to_string(), namespace("self"));
-        wait_until("the process has a namespace of its own", Duration::from_secs(10), || namespace(&theirs) != ours);
-        Self(child)
+        let container = Self(child);
+        let program = format!("/proc/{}/exe", container.0.id());
+        // It begins when the namespace is all that it is to be: a new one still shares what is mounted with ours.
+        wait_until("the process has a namespace of its own", Duration::from_secs(60), || {
+            fs::read_link(&program).is_ok_and(|program| program.ends_with("sleep"))
+        });
+        container
     }
 
     fn shell(&self, script: &str) -> Ran {

@@ -19,6 +19,8 @@ use support::site::{Page, Site};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
+/// Bytes a second of a source that gives its listing, and nothing whole besides.
+const HELD: u64 = 16 << 10;
 /// So that the scrubs by hand are the only ones.
 const BY_HAND: (&str, &str) = ("CKPTD_SCRUB__RATE", "0");
 const INDEX: &str =
@@ -86,7 +88,7 @@ impl Story {
 #[test]
 fn only_what_is_lost_is_fetched_and_jobs_keep_the_rest_meanwhile() {
     let story = Story::new();
-    story.site.limit(512 << 10);
+    story.site.limit(HELD);
     story.rot();
     story.until("it is being mended", |record| record["state"] == "filling");
     assert_eq!(story.record()["error"]["reason"], "BYTES_ROTTEN");
@@ -104,7 +106,7 @@ fn only_what_is_lost_is_fetched_and_jobs_keep_the_rest_meanwhile() {
 fn a_source_that_has_moved_on_costs_nothing_of_what_is_right() {
     let story = Story::new();
     // It is asked for its listing first, and is as it was then.
-    story.site.limit(512 << 10);
+    story.site.limit(HELD);
     story.rot();
     story.until("it is being mended", |record| record["state"] == "filling");
     story.site.put("/m/b.bin", page(&story.files[0]));

@@ -404,7 +404,7 @@ fn a_job_behind_its_own_file_system_is_not_asked_anything() {
     for directory in ["/opt/ml", "/opt/ml/output", "/opt/link"] {
         let mut command = daemon.ctl_command();
         let command = command.args(["capture", "job", "--pid", &jail.pid_text(), "--from", directory]);
-        run_for(command, Duration::from_secs(10)).refused(&[2], &["FUSE"]);
+        run_for(command, LIMIT).refused(&[2], &["FUSE"]);
     }
     assert!(daemon.rows("list").is_empty());
     silent.let_go();
@@ -473,17 +473,24 @@ fn a_directory_that_is_swapped_for_a_link_while_it_is_captured_gives_no_other_by
         Swapping::start(output.join("f1"), output.join("link")),
         Swapping::start(output.join("f2"), output.join("device")),
     ];
+    // At once, since each looks for long: the swaps see to it that no two find the same.
+    let captured = thread::scope(|scope| {
+        let captures = ["c0", "c1", "c2"].map(|id| {
+            let mut command = daemon.ctl_command();
+            command.args(["capture", &format!("job-{id}"), "--id", id, "--from", text(&output)]);
+            (id, scope.spawn(move || run_for(&mut command, LIMIT)))
+        });
+        captures.map(|(id, capture)| (id, capture.join().unwrap()))
+    });
     let mut ready = 0;
-    for round in 0..3 {
-        let id = format!("c{round}");
-        let ran = run_for(daemon.ctl_command().args(["capture", "job", "--id", &id, "--from", text(&output)]), LIMIT);
+    for (id, ran) in captured {
         if ran.code != Some(0) {
             // By the names of what changed, or by the one that was met where even a last listing met one.
             ran.refused(&[4], &["since"]);
             continue;
         }
         ready += 1;
-        let target = daemon.attach(&id, &id);
+        let target = daemon.attach(id, id);
         for file in regular_files(&target) {
             let bytes = fs::read_to_string(&file).unwrap();
             assert!(bytes.starts_with("own"), "{}: {bytes}", file.display());

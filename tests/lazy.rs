@@ -22,10 +22,14 @@ use support::place::mounts_at;
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
 use support::waiting::waiting_requests;
+use support::way::Way;
 
 const MIB: u64 = 1 << 20;
 const UNIT: u64 = 4 * MIB;
 const LIMIT: Duration = Duration::from_secs(180);
+
+/// Rate at which a listing comes at once and a unit takes minutes, and yet no stream is silent for so long that it is given up.
+const HELD: u64 = 16 << 10;
 
 /// Streams of one flight while nobody waits for a unit.
 const STREAMS_WHILE_READ: u64 = 4;
@@ -59,6 +63,13 @@ impl Scene {
         self.daemon.ctl(&["create", "w", "--type", "web", "--uri", url]).ok();
     }
 
+    /// Waits until it is known what there will be of a checkpoint.
+    fn wait_listed(&self, checkpoint: &str) {
+        wait_until("the listing is known", LIMIT, || {
+            self.daemon.json(&["get", checkpoint])["fill"]["bytes_total"].as_u64() > Some(0)
+        });
+    }
+
     /// Creates and attaches for `job` without waiting; where the file is seen.
     fn attach(&self, job: &str) -> PathBuf {
         let target = self.daemon.place().dir(&format!("at-{job}"));
@@ -80,9 +91,10 @@ impl Scene {
 
 #[test]
 fn the_end_of_a_file_is_read_long_before_its_middle_is_here() {
-    let scene = Scene::new(200, 16 * MIB);
+    let scene = Scene::new(200, HELD);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
+    scene.site.limit(8 * MIB);
     scene.assert_read(&file, 199 * MIB, 1000);
     scene.assert_read(&file, 100 * MIB - 9, 20);
     let done = scene.daemon.bytes_done("w");
@@ -102,17 +114,23 @@ fn the_end_of_a_file_is_read_long_before_its_middle_is_here() {
 
 #[test]
 fn many_jobs_that_start_together_cost_the_source_one() {
-    let scene = Scene::new(64, 48 * MIB);
+    const JOBS: usize = 16;
+    let scene = Scene::new(64, HELD);
+    scene.site.narrow();
     let url = scene.put(Page::Ranged);
     scene.create(&url);
+    let attached = AtomicUsize::new(0);
     thread::scope(|scope| {
-        for job in 0..16 {
-            let scene = &scene;
+        let _lifted = Lifted(&scene.site, 48 * MIB);
+        for job in 0..JOBS {
+            let (scene, attached) = (&scene, &attached);
             scope.spawn(move || {
                 let file = scene.attach(&format!("job-{job}"));
+                attached.fetch_add(1, Ordering::Relaxed);
                 assert_eq!(b3sum(&file), scene.digest());
             });
         }
+        wait_until("all are attached", LIMIT, || attached.load(Ordering::Relaxed) == JOBS);
     });
     let sent = scene.site.take_sent();
     // A stream that was begun before anybody read ends early once somebody does: what was in its socket by then is lost.
@@ -122,10 +140,15 @@ fn many_jobs_that_start_together_cost_the_source_one() {
 
 #[test]
 fn a_source_without_ranges_is_waited_for_and_the_answer_says_so() {
-    let scene = Scene::new(24, 12 * MIB);
+    let scene = Scene::new(24, HELD);
     scene.create(&scene.put(Page::Whole));
+    scene.wait_listed("w");
     let target = scene.daemon.place().dir("at");
-    let ran = run(scene.daemon.ctl_command().args(["attach", "job", "w", "--lazy", "--at"]).arg(&target)).ok();
+    let way = Way::to(&scene.daemon, &[]);
+    let client = way.spawn(&["attach", "job", "w", "--lazy", "--at", target.to_str().unwrap()]);
+    wait_until("it says that it waits", LIMIT, || client.stderr().contains("a source that cannot be read before"));
+    scene.site.limit(0);
+    let ran = client.ended().ok();
     assert!(
         ran.stderr.contains("waited until all bytes were here") && ran.stderr.contains("no ranges"),
         "{}",
@@ -137,10 +160,11 @@ fn a_source_without_ranges_is_waited_for_and_the_answer_says_so() {
 
 #[test]
 fn a_failure_for_good_costs_the_missing_bytes_alone_and_retry_heals_in_place() {
-    let scene = Scene::with(96, 16 * MIB, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    let scene = Scene::with(96, HELD, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
     let url = scene.put(Page::Ranged);
     scene.create(&url);
     let file = scene.attach("job");
+    scene.site.limit(16 * MIB);
     scene.assert_read(&file, 0, 1000);
     let open = File::open(&file).unwrap();
     scene.site.put("/w.bin", Page::Status(403));
@@ -165,10 +189,11 @@ fn a_failure_for_good_costs_the_missing_bytes_alone_and_retry_heals_in_place() {
 #[test]
 fn what_jobs_were_shown_is_not_replaced_under_them() {
     // More than the ranges that are under way at once: some are asked for after the change.
-    let scene = Scene::with(160, 16 * MIB, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    let scene = Scene::with(160, HELD, &[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
     let url = scene.put(Page::Ranged);
     scene.create(&url);
     let file = scene.attach("job");
+    scene.site.limit(16 * MIB);
     scene.assert_read(&file, 0, 4096);
     let other = Arc::new(Random::new(seed() + 1).bytes(scene.bytes.len()));
     scene.site.put("/w.bin", Page::Ranged(other));
@@ -197,8 +222,8 @@ fn what_jobs_were_shown_is_not_replaced_under_them() {
 
 #[test]
 fn readers_that_are_killed_while_they_wait_go_away_at_once() {
-    // A unit takes minutes: only a kill ends a reader.
-    let scene = Scene::new(64, 16 << 10);
+    // Only a kill ends a reader.
+    let scene = Scene::new(64, HELD);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     let read = |flags: &str, skip: u64| -> Child {
@@ -225,7 +250,7 @@ fn readers_that_are_killed_while_they_wait_go_away_at_once() {
 
 #[test]
 fn a_killed_reader_past_the_page_cache_is_let_go_and_the_others_wait_on() {
-    let scene = Scene::new(64, 16 << 10);
+    let scene = Scene::new(64, HELD);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     let waiting = waiting_requests(scene.daemon.place(), &file);
@@ -314,7 +339,7 @@ fn what_is_here_is_read_at_once_however_many_reads_wait() {
         assert!(found[start..start + 4096] == bytes[from..from + 4096], "wrong bytes at {at}");
     };
     thread::scope(|scope| {
-        let _lifted = Lifted(&scene.site);
+        let _lifted = Lifted(&scene.site, 0);
         for number in 0..READS as u64 {
             let (open, read) = (open.clone(), &read);
             scope.spawn(move || read(&open, 80 * MIB + number * (128 << 10)));
@@ -327,27 +352,34 @@ fn what_is_here_is_read_at_once_however_many_reads_wait() {
     });
 }
 
-/// Lifts the source's limit at its end, so that a test which fails does not wait for those who wait for it.
-struct Lifted<'a>(&'a Site);
+/// Gives the source another limit at its end, so that a test which fails does not wait for those who wait for it.
+struct Lifted<'a>(&'a Site, u64);
 
 impl Drop for Lifted<'_> {
     fn drop(&mut self) {
-        self.0.limit(0);
+        self.0.limit(self.1);
     }
 }
 
 #[test]
 fn a_killed_daemon_shows_the_same_again_and_goes_on() {
     let mut scene = Scene::new(96, 16 * MIB);
+    scene.site.narrow();
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     scene.assert_read(&file, 60 * MIB, 1000);
     wait_until("units are durable", LIMIT, || scene.daemon.recorded_bytes("w") > 32 * MIB);
     scene.daemon.kill9();
+    scene.site.limit(HELD);
     scene.site.take_sent();
     scene.daemon.restart();
-    scene.assert_read(&file, 95 * MIB, 1000);
-    scene.site.limit(0);
+    let waiting = waiting_requests(scene.daemon.place(), &file);
+    thread::scope(|scope| {
+        let _lifted = Lifted(&scene.site, 0);
+        let reader = scope.spawn(|| scene.assert_read(&file, 95 * MIB, 1000));
+        // It need not where the daemon was killed late.
+        wait_until("the reader waits", LIMIT, || waiting() > 0 || reader.is_finished());
+    });
     scene.daemon.wait_state("w", "ready", LIMIT);
     assert_eq!(b3sum(&file), scene.digest());
     assert!(scene.site.take_sent() < 80 * MIB, "what was durable came again");
@@ -436,14 +468,16 @@ fn an_estimate_is_made_from_what_the_source_gave_before_and_kept_beside_its_outc
     scene.daemon.wait_state("w", "ready", LIMIT);
     assert_eq!(scene.daemon.json(&["estimate", "w"])["missing_bytes"], 0);
     let other = scene.site.put("/other.bin", Page::Ranged(Arc::new(Random::new(seed() + 1).bytes(64 << 20))));
+    scene.site.limit(HELD);
     scene.daemon.ctl(&["create", "other", "--type", "web", "--uri", &other]).ok();
-    wait_until("the listing is known", LIMIT, || scene.daemon.bytes_done("other") > 0);
+    scene.wait_listed("other");
     let estimate = scene.daemon.json(&["estimate", "other"]);
     let rate = estimate["rate_bytes_per_s"].as_u64().unwrap();
     assert!((4 * MIB..512 * MIB).contains(&rate), "{estimate}");
     assert!(estimate["missing_bytes"].as_u64().unwrap() <= 64 * MIB, "{estimate}");
     assert!(estimate["expected_s"].as_f64().is_some_and(|seconds| seconds < 60.0), "{estimate}");
     assert!(estimate["from"].as_str().unwrap().starts_with("web 127.0.0.1:"), "{estimate}");
+    scene.site.limit(0);
     scene.daemon.wait_state("other", "ready", LIMIT);
     let kept = scene.daemon.json(&["status"])["estimates"].clone();
     assert!(kept[0]["expected_s"].is_f64() && kept[0]["took_s"].is_f64(), "{kept}");
@@ -474,16 +508,20 @@ fn what_was_read_first_comes_first_the_next_time() {
     scene.daemon.wait_state("w", "ready", LIMIT);
     scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
     // Read through the daemon while it arrives: the middle, then somewhere before the end.
-    scene.site.limit(16 * MIB);
+    scene.site.limit(HELD);
     scene.create(&url);
     let file = scene.attach("first");
+    scene.site.limit(16 * MIB);
     for at in [200 * MIB, 171 * MIB] {
         scene.assert_read(&file, at, 1000);
     }
     scene.daemon.ctl(&["release", "first"]).ok();
     scene.daemon.ctl(&["remove", "w", "--yes"]).ok();
+    // An order counts once somebody reads.
+    scene.site.limit(HELD);
     scene.create(&url);
     let file = scene.attach("second");
+    scene.site.limit(16 * MIB);
     wait_until("the first units are here", LIMIT, || scene.daemon.bytes_done("w") >= 44 * MIB);
     // A unit would take half a minute from now on.
     scene.site.limit(MIB / 8);

@@ -6,7 +6,7 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,7 +19,7 @@ use serde_json::Value;
 use support::corpus::{Random, Tensors, odd_names, odd_tree, random_file, seed};
 use support::daemon::{CKPTD, Daemon, LOOPBACK, NO_PASSTHROUGH, clean};
 use support::files::{assert_same_file, assert_same_tree, b3sum, disk_bytes, regular_files, walk, xattr};
-use support::place::{PREFIX, Place, mounts, mounts_at};
+use support::place::{Place, mounts, mounts_at};
 use support::ran::{run, run_for, shell, wait_for, wait_until};
 use support::site::{Page, Site};
 
@@ -303,7 +303,7 @@ fn quickstart_serves_until_it_is_interrupted_and_leaves_nothing() {
     let source = place.dir("model");
     Tensors::new(seed(), 3, 1 << 20).write_safetensors(&source.join("model.safetensors"));
     let (target, output) = (place.join("a/b"), place.join("output"));
-    let before = strange_mounts();
+    let before = mounts_elsewhere();
     let out = fs::File::create(&output).unwrap();
     let mut command = clean(CKPTD);
     command.arg("quickstart").arg(&source).arg("--at").arg(&target).env("TMPDIR", place.dir("tmp"));
@@ -315,11 +315,11 @@ fn quickstart_serves_until_it_is_interrupted_and_leaves_nothing() {
         said().contains("serving until Ctrl-C")
     });
     assert_eq!(mounts_at(&target).len(), 1);
+    assert!(fs::read_dir(place.join("tmp")).unwrap().next().is_some(), "its own directory is somewhere else");
     assert_same_tree(&source, &target);
     kill(Pid::from_raw(i32::try_from(child.0.id()).unwrap()), Signal::SIGINT).unwrap();
     assert_eq!(wait_for(&mut child.0, Duration::from_secs(60)), Some(0), "{}", said());
-    assert_eq!(strange_mounts(), before);
-    assert!(mounts().iter().all(|mount| !mount.target.starts_with(place.path())), "{:?}", mounts());
+    assert_no_mount_is_left(&place, &before, &said());
     assert!(walk(&place.join("tmp")).is_empty() && !place.join("a").exists(), "{:?}", walk(place.path()));
 }
 
@@ -339,21 +339,29 @@ fn quickstart(place: &Place, args: &[&str]) -> String {
 
 fn quickstart_with(place: &Place, environment: &[(&str, &str)], args: &[&str]) -> String {
     let _alone = QUICKSTART.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let before = strange_mounts();
+    let before = mounts_elsewhere();
     let mut command = clean(CKPTD);
     command.arg("quickstart").args(args).env("TMPDIR", place.dir("tmp")).envs(environment.iter().copied());
     let ran = run(&mut command).ok();
-    assert_eq!(strange_mounts(), before, "mounts before and after\n{ran}");
+    assert_no_mount_is_left(place, &before, &ran.to_string());
     assert!(walk(&place.join("tmp")).is_empty(), "left in the temporary directory\n{ran}");
     ran.stdout + &ran.stderr
 }
 
-/// Mounts of ckptd that no other test of ours made.
-fn strange_mounts() -> Vec<String> {
-    let ours = |mount: &support::place::Mount| mount.source.contains("ckptd") || mount.kind.contains("ckptd");
-    let tests = |path: &Path| path.to_string_lossy().contains(PREFIX);
-    let targets = mounts().into_iter().filter(|mount| ours(mount) && !tests(&mount.target));
-    targets.map(|mount| mount.target.display().to_string()).collect()
+/// A quickstart mounts below its own place, where nothing may be left, and nowhere else.
+fn assert_no_mount_is_left(place: &Place, before: &[PathBuf], said: &str) {
+    let own: Vec<_> = mounts().into_iter().filter(|mount| mount.target.starts_with(place.path())).collect();
+    assert!(own.is_empty(), "{own:?} are left\n{said}");
+    let elsewhere: Vec<_> = mounts_elsewhere().into_iter().filter(|target| !before.contains(target)).collect();
+    assert!(elsewhere.is_empty(), "{elsewhere:?} are new\n{said}");
+}
+
+/// Targets of ckptd that are not below a directory for temporary files, as those of other tests are.
+fn mounts_elsewhere() -> Vec<PathBuf> {
+    let temporary = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
+    let ours = mounts().into_iter().filter(|mount| mount.source.contains("ckptd") || mount.kind.contains("ckptd"));
+    let targets = ours.map(|mount| mount.target);
+    targets.filter(|target| !temporary.iter().any(|directory| target.starts_with(directory))).collect()
 }
 
 #[test]

@@ -240,9 +240,11 @@ fn what_is_here_takes_the_same_steps_as_what_is_not() {
 
 #[test]
 fn a_job_is_not_told_that_a_file_shares_its_bytes() {
-    // Too little room to copy back what is shared: it stays compact.
-    let disk = LoopFs::ext4(200);
-    let daemon = Daemon::start_on(disk.dir("state"), &[]);
+    // Both fit as they come, 48 MiB each. Beside the 52 that are left of them there is too little room below the high watermark, which is at 90, to
+    // copy back the 44 that are shared: it stays compact.
+    let disk = LoopFs::ext4(300);
+    let capacity = (100 * MIB).to_string();
+    let daemon = Daemon::start_on(disk.dir("state"), &[("CKPTD_STORE__CAPACITY", capacity.as_str())]);
     let sources = Place::new();
     let tensors = Tensors::new(seed(), 12, 4 << 20);
     tensors.write_safetensors(&sources.join("base/model.safetensors"));

@@ -133,7 +133,7 @@ fn what_does_not_say_how_much_it_is_is_refused_while_it_arrives() {
     let quota = (3 * MIB).to_string();
     let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_QUOTAS__DEFAULT", &quota), ("CKPTD_HTTP__LISTEN", "0")]);
     let unsized_url = site.put("/unsized", Page::Unsized(noise(1, 16)));
-    site.limit(8 << 20);
+    site.limit(2 << 20);
     create(&daemon, "unsized", "a", &unsized_url).refused(&[5], &["`a` keeps ", " and may keep "]);
     assert!(site.take_sent() < 8 * MIB, "it was fetched to its end");
     site.limit(0);

@@ -225,9 +225,11 @@ fn a_damaged_manifest_is_found_and_never_served() {
 
 #[test]
 fn a_scrub_is_taken_up_where_a_dead_daemon_left_it() {
+    // After the seventh, eight seconds' worth.
+    const FILES: u64 = 24;
     let mut daemon = Daemon::start_with(&[("CKPTD_SCRUB__RATE", "4194304")]);
     let source = daemon.place().dir("source");
-    (0..12).for_each(|index| random_file(&source.join(format!("f{index}")), seed() + index, 2 * MIB));
+    (0..FILES).for_each(|index| random_file(&source.join(format!("f{index}")), seed() + index, 2 * MIB));
     daemon.capture("m", &source);
     daemon.ctl(&["scrub"]).ok();
     wait_until("some of it is noted", LIMIT, || daemon.json(&["status"])["scrub"]["files"].as_u64() >= Some(7));
@@ -239,7 +241,7 @@ fn a_scrub_is_taken_up_where_a_dead_daemon_left_it() {
         last["running"] == false
     });
     let files = last["files"].as_u64().unwrap();
-    assert!(last["by_hand"] == false && files > 0 && files < 12, "{last}");
+    assert!(last["by_hand"] == false && files > 0 && files < FILES, "{last}");
 }
 
 #[test]
@@ -266,7 +268,7 @@ fn a_scrub_by_hand_takes_the_place_of_the_usual_one_in_the_middle_of_a_large_fil
 
 #[test]
 fn whoever_scrubs_lets_everybody_else_go_first() {
-    let daemon = Daemon::start_with(&[NO_PASSTHROUGH, ("CKPTD_SCRUB__RATE", "2097152")]);
+    let daemon = Daemon::start_with(&[NO_PASSTHROUGH, ("CKPTD_SCRUB__RATE", "524288")]);
     let source = daemon.place().dir("source");
     random_file(&source.join("w.bin"), seed(), 16 * MIB);
     daemon.capture("m", &source);

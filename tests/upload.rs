@@ -162,14 +162,15 @@ fn ctrl_c_ends_the_upload_and_nothing_of_it_is_kept() {
 
 #[test]
 fn an_upload_that_is_left_goes_after_the_idle_time() {
-    let daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "1")]);
+    // A sender that stalls is silent too, and is to be seen before it has been for so long.
+    let daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "5")]);
     let (source, _) = tree(&daemon);
     let way = Way::to(&daemon, &[Break::Stall(60 * MIB)]);
     stalled(&daemon, &way, &source, &["--owner", "alice"], 40 * MIB).kill();
     wait_until("it expires", LIMIT, || nothing_is_left(&daemon));
     wait_until("its owner is told", LIMIT, || {
         let events = run(daemon.ctl_command().args(["--as", "alice", "events"])).ok().stdout;
-        events.contains("UPLOAD_EXPIRED") && events.contains("silent for 1 s")
+        events.contains("UPLOAD_EXPIRED") && events.contains("silent for 5 s")
     });
 }
 

@@ -8,12 +8,17 @@ use super::attach::with_checkpoints;
 use super::ingest::memory_kib;
 use super::table::{Scale, Table};
 
+/// When a daemon has done what follows its start and its last call.
+const SETTLED_AFTER: Duration = Duration::from_secs(20);
+
 pub(crate) fn take(scale: &Scale, table: &mut Table) {
     let daemon = with_checkpoints(scale.checkpoints);
     for index in 0..scale.checkpoints {
         daemon.attach(&format!("job-{index}"), &format!("k{index}"));
     }
     let detail = format!("{} checkpoints served", scale.checkpoints);
+    // What a start looks at once, some seconds after it, is not idleness; nor are threads that end after the last call.
+    std::thread::sleep(SETTLED_AFTER);
     let before = switches(daemon.pid());
     std::thread::sleep(Duration::from_secs(scale.idle_s));
     // Threads that end meanwhile have woken once to do so; threads that are new have woken as often as they say.

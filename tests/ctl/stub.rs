@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use ckptd::control::wire;
 use ckptd::control::wire::checkpoints_server::{Checkpoints, CheckpointsServer};
@@ -22,6 +23,9 @@ use tonic::codegen::{Service as _, http};
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt as _};
+
+/// How long a call may be awaited.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// The canned record's.
 pub(crate) const ID: &str = "c1";
@@ -89,8 +93,10 @@ impl Stub {
 
     /// Waits for so many calls that say `text`.
     pub(crate) fn await_calls(&self, count: usize, text: &str) {
+        let until = Instant::now() + LIMIT;
         while self.asked().calls.iter().filter(|call| call.contains(text)).count() < count {
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            assert!(Instant::now() < until, "`{text}` was awaited {count} times in vain: {:#?}", self.asked().calls);
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }

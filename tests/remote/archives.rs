@@ -205,10 +205,16 @@ fn an_archive_asked_for_twice_is_fetched_once() {
     let bytes = packed(&tree, "tar-gz");
     let size = u64::try_from(bytes.len()).unwrap();
     let url = site.put("/a.tar.gz", Page::Ranged(bytes));
-    site.limit(8 << 20);
+    // Takes minutes, until the second has found what the first is fetching.
+    site.limit(128 << 10);
     for name in ["one", "two"] {
         daemon.ctl(&["create", name, "--uri", &url]).ok();
     }
+    wait_until("both are filling from what was listed", PATIENCE, || {
+        let records = ["one", "two"].map(|name| daemon.json(&["get", name]));
+        records.iter().all(|record| record["state"] == "filling" && record["revision"] != "")
+    });
+    site.limit(8 << 20);
     for name in ["one", "two"] {
         daemon.wait_state(name, "ready", PATIENCE);
     }

@@ -7,7 +7,8 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, start, tree,
+    wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -242,7 +243,7 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     let put = |folder: &std::path::Path| json!([["open", "", folder.parent().unwrap()]]);
     azurite.fill(&json!({"containers": [["open", true]], "trees": put(&first)}));
     let faults = Faults::before(azurite.server.port);
-    let mut daemon = Daemon::start_with(HASTY);
+    let mut daemon = Daemon::start_with(ENDURING);
     faults.slow_down(6 << 20);
     start(&daemon, "azure", "resumed", &uri("open/"), &[&endpoint(&faults)]);
     wait_bytes(&daemon, "resumed", 28 << 20);
@@ -253,13 +254,8 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
     assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
 
-    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 15"), 1);
-    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 15"), 1);
-    start(&daemon, "azure", "replaced", &uri("open/big.bin"), &[&endpoint(&faults)]);
-    wait_until("both ranges have to wait", Duration::from_secs(180), || faults.faults_left() == 0);
-    azurite.fill(&json!({"trees": put(&second)}));
+    let begin = || start(&daemon, "azure", "replaced", &uri("open/big.bin"), &[&endpoint(&faults)]);
+    replace_midway(&faults, begin, || _ = azurite.fill(&json!({"trees": put(&second)})));
     daemon.wait_state("replaced", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();

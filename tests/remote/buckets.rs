@@ -15,6 +15,10 @@ use crate::support::server::tool;
 /// Lets a stalled body be given up soon, and little be tried twice.
 pub(crate) const HASTY: &[(&str, &str)] = &[LOOPBACK, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2")];
 
+/// [`HASTY`], and as many attempts as there may be: a store that asks to wait may do so for minutes.
+pub(crate) const ENDURING: &[(&str, &str)] =
+    &[LOOPBACK, ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2"), ("CKPTD_SOURCES__ATTEMPTS", "100")];
+
 /// Size of the large file of [`tree`]: more than is asked for in one range, and several pieces when it is put.
 pub(crate) const LARGE: u64 = 36 << 20;
 
@@ -81,6 +85,23 @@ pub(crate) fn assert_comes_back_later(faults: &Faults, words: &str, create: impl
     let took = began.elapsed();
     assert_eq!(faults.faults_left(), 0, "nobody asked for `{words}`");
     assert!(took >= Duration::from_secs(3), "asked again after {took:?}");
+}
+
+/// Begins to fetch a file of 48 MiB, whose two ranges both end early, and replaces it while its store asks to wait before they go on.
+pub(crate) fn replace_midway(faults: &Faults, begin: impl FnOnce(), replace: impl FnOnce()) {
+    let went_on = ["bytes=4194304-", "bytes=37748736-"];
+    for (first, next) in ["bytes=0-33554431", "bytes=33554432-"].into_iter().zip(went_on) {
+        faults.spoil(first, Fault::Truncate(6 << 20), 1);
+        faults.spoil(next, Fault::Status(503, "Retry-After: 2"), 10_000);
+    }
+    let asked = faults.heads().len();
+    begin();
+    wait_until("both ranges have to wait", Duration::from_secs(180), || {
+        let heads = faults.heads().split_off(asked);
+        went_on.iter().all(|range| heads.iter().any(|head| head.contains(*range)))
+    });
+    replace();
+    faults.spare();
 }
 
 /// Fails if any of `secrets` is in the state directory, in what the client shows, or in what the daemon wrote.

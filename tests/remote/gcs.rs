@@ -9,7 +9,8 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, start, tree, wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, start, tree,
+    wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -17,7 +18,7 @@ use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
-use crate::support::ran::{shell, wait_until};
+use crate::support::ran::shell;
 use crate::support::relay::Relay;
 use crate::support::server::{Server, free_port, tool};
 use crate::support::webserver::{certificates, nginx_tls_before};
@@ -228,7 +229,7 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     let put = |file: &Path| json!([["open", "", file.parent().unwrap()]]);
     server.fill(&json!({"buckets": ["open"], "trees": put(&first)}));
     let faults = Faults::before(server.0.port);
-    let mut daemon = Daemon::start_with(HASTY);
+    let mut daemon = Daemon::start_with(ENDURING);
     faults.slow_down(6 << 20);
     start(&daemon, "gcp", "resumed", "gs://open/", &[&endpoint(&faults)]);
     wait_bytes(&daemon, "resumed", 28 << 20);
@@ -239,13 +240,8 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
     assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
 
-    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=33554432-", Fault::Truncate(6 << 20), 1);
-    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 15"), 1);
-    faults.spoil("bytes=37748736-", Fault::Status(503, "Retry-After: 15"), 1);
-    start(&daemon, "gcp", "replaced", "gs://open/big.bin", &[&endpoint(&faults)]);
-    wait_until("both ranges have to wait", Duration::from_secs(180), || faults.faults_left() == 0);
-    server.fill(&json!({"trees": put(&second)}));
+    let begin = || start(&daemon, "gcp", "replaced", "gs://open/big.bin", &[&endpoint(&faults)]);
+    replace_midway(&faults, begin, || server.fill(&json!({"trees": put(&second)})));
     daemon.wait_state("replaced", "failed", Duration::from_secs(180));
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();

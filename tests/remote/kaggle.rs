@@ -178,13 +178,14 @@ fn a_competition_of_twenty_thousand_files_is_listed_over_its_pages() {
 fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
     let (mut daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
     let faults = Faults::before(service.port);
-    faults.slow_down(4 * MIB);
+    faults.slow_down(MIB);
     let endpoint = format!("endpoint={}", faults.url(""));
     let line = ["create", "big", "--type", "kaggle", "--uri", "acme/big", "--option", &endpoint];
     daemon.ctl(&[&line[..], &["--option", "type=dataset"]].concat()).ok();
     let limit = Duration::from_secs(60);
     wait_until("some of it is sealed", limit, || daemon.files_done("big") >= 2);
     let (sealed, before) = (daemon.files_done("big"), faults.body_bytes());
+    assert!(sealed < 6, "all of it was here");
     daemon.kill9();
     faults.slow_down(0);
     daemon.restart();

@@ -185,6 +185,7 @@ fn a_drained_daemon_takes_no_uploads_and_its_successor_does() {
     let mut daemon = Daemon::start_with(&[ANY_PORT]);
     run(&mut client("half", &create(&daemon, "k", &[]))).ok();
     daemon.ctl(&["drain"]).ok();
+    daemon.wait_empty("filling");
     run(&mut client("drained", &daemon.json(&["get", "k"])["transfer"])).ok();
     assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
     daemon.wait_empty("filling");

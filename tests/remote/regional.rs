@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::support::faultfs::FaultFs;
 use crate::support::files::{assert_same_tree, b3sum, disk_bytes, regular_files, xattr};
 use crate::support::loopfs::LoopFs;
 use crate::support::place::Place;
-use crate::support::ran::{Ran, run, shell, wait_until};
+use crate::support::ran::{Ran, run, shell, wait_for, wait_until};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -281,7 +281,7 @@ fn a_datastore_that_does_not_answer_is_told_of_and_holds_up_few_threads() {
     let daemon = Daemon::start_with(&[
         (MODELS, store.root().to_str().unwrap()),
         ("CKPTD_DATASTORES__OTHER__PATH", other.to_str().unwrap()),
-        ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "1"),
+        ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "3"),
         ("CKPTD_SOURCES__ATTEMPTS", "2"),
     ]);
     store.freeze();
@@ -289,7 +289,7 @@ fn a_datastore_that_does_not_answer_is_told_of_and_holds_up_few_threads() {
     for name in &names[1..] {
         daemon.ctl(&["create", name, "--type", "regional", "--uri", "models"]).ok();
     }
-    create_with(&daemon, "w0", "/", &[]).refused(&[7], &["listing the datastore `models`", "no answer within 1 s"]);
+    create_with(&daemon, "w0", "/", &[]).refused(&[7], &["listing the datastore `models`", "no answer within 3 s"]);
     for name in &names {
         daemon.wait_state(name, "failed", PATIENCE);
         assert_eq!(daemon.json(&["get", name])["error"]["reason"], "DATASTORE_SILENT");
@@ -350,12 +350,18 @@ fn a_copy_is_waited_for_and_the_answer_says_so() {
     let files: Vec<_> = (0..20).map(|number| (format!("f{number:02}"), noise(number, 256 << 10))).collect();
     let store = FaultFs::mount(files.clone());
     let daemon = daemon_with(store.root());
-    store.slow_down(Duration::from_millis(100));
+    store.hang("f19");
     daemon.ctl(&["create", "w", "--type", "regional", "--uri", "models", "--option", "copy=true"]).ok();
-    let target = daemon.place().dir("at");
-    let ran = run(daemon.ctl_command().args(["attach", "job", "w", "--lazy", "--at"]).arg(&target)).ok();
+    let (target, stderr) = (daemon.place().dir("at"), daemon.place().join("stderr-of-attach"));
+    let mut command = daemon.ctl_command();
+    command.args(["attach", "job", "w", "--lazy", "--at"]).arg(&target).stdin(Stdio::null()).stdout(Stdio::null());
+    let mut attaching = command.stderr(File::create(&stderr).unwrap()).spawn().unwrap();
+    let said = || fs::read_to_string(&stderr).unwrap();
+    wait_until("it says that it waits", PATIENCE, || said().contains("for all bytes of a source that cannot be read"));
+    store.let_go();
+    assert_eq!(wait_for(&mut attaching, PATIENCE), Some(0), "{}", said());
     let words = ["waited until all bytes were here", "its source is this host itself"];
-    assert!(words.iter().all(|words| ran.stderr.contains(words)), "{}", ran.stderr);
+    assert!(words.iter().all(|words| said().contains(words)), "{}", said());
     assert_eq!(daemon.json(&["get", "w"])["state"], "ready");
     for (name, bytes) in &files {
         assert!(fs::read(target.join(name)).unwrap() == *bytes, "{name}");
@@ -378,7 +384,7 @@ fn a_file_that_is_replaced_while_it_is_ingested_is_not_mixed() {
     }
 }
 
-/// Creates `name` of one file of so many GiB and replaces that while it is read; nothing is left of `name` where it was too late.
+/// Creates `name` of one file of so many GiB and replaces that while it is read; nothing is left of `name` where it may have been too late.
 fn replaced_in_time(daemon: &Daemon, place: &Place, tree: &Path, name: &str, option: &str, gib: u64) -> bool {
     let other = place.join(&format!("other-{name}"));
     for file in [&tree.join("w.bin"), &other] {
@@ -387,13 +393,15 @@ fn replaced_in_time(daemon: &Daemon, place: &Place, tree: &Path, name: &str, opt
     let path = format!("path=/{name}");
     let line = ["create", name, "--type", "regional", "--uri", "models", "--option", &path, "--option", option];
     daemon.ctl(&line).ok();
-    let mut record = daemon.json(&["get", name]);
     wait_until("it is listed", PATIENCE, || {
-        record = daemon.json(&["get", name]);
+        let record = daemon.json(&["get", name]);
         record["fill"]["bytes_total"].as_u64() > Some(0) || record["state"] != "filling" && record["state"] != "new"
     });
     fs::rename(&other, tree.join("w.bin")).unwrap();
-    let is_in_time = record["state"] == "filling" && daemon.json(&["get", name])["state"] != "ready";
+    let record = daemon.json(&["get", name]);
+    // It is looked at once more when all of it has been read.
+    let is_still_read = record["fill"]["bytes_done"].as_u64() < record["fill"]["bytes_total"].as_u64();
+    let is_in_time = is_still_read || record["state"] == "failed";
     if !is_in_time {
         daemon.ctl(&["remove", name, "--yes"]).ok();
     }

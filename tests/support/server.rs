@@ -1,9 +1,10 @@
 //! Servers that nobody here wrote, run on loopback for as long as a guard lives.
 
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::ops::Range;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -20,13 +21,27 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct Server {
     child: Child,
-    /// Where it listens on loopback.
+    /// Where it listens on loopback; 0 if it listens on a socket of the file system.
     pub(crate) port: u16,
 }
 
 impl Server {
     /// Starts `command`, which listens on `port` of loopback (see [`free_port`]), and waits until it does.
     pub(crate) fn start(command: &mut Command, port: u16) -> Self {
+        Self::start_at(command, Ipv4Addr::LOCALHOST, port)
+    }
+
+    /// The same at any address of loopback.
+    pub(crate) fn start_at(command: &mut Command, host: Ipv4Addr, port: u16) -> Self {
+        Self::start_until(command, port, || TcpStream::connect((host, port)).is_ok())
+    }
+
+    /// Starts `command`, which listens on a socket of the file system, and waits until it does.
+    pub(crate) fn start_on(command: &mut Command, socket: &Path) -> Self {
+        Self::start_until(command, 0, || UnixStream::connect(socket).is_ok())
+    }
+
+    fn start_until(command: &mut Command, port: u16, listens: impl Fn() -> bool) -> Self {
         // SAFETY: only async-signal-safe calls between fork and exec.
         unsafe {
             command.pre_exec(|| {
@@ -40,10 +55,10 @@ impl Server {
         }
         let child = command.spawn().unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
         let mut server = Self { child, port };
-        wait_until(&format!("{command:?} listens on {port}"), START_LIMIT, || {
+        wait_until(&format!("{command:?} listens"), START_LIMIT, || {
             let ended = server.child.try_wait().unwrap();
             assert!(ended.is_none(), "{command:?} ended with {ended:?}; TEST_SERVERS_TALK=1 shows what it says");
-            TcpStream::connect(("127.0.0.1", port)).is_ok()
+            listens()
         });
         server
     }
@@ -76,12 +91,14 @@ pub(crate) fn free_port() -> u16 {
 
 /// As [`free_port`], so many in a row, each free at the first two addresses of loopback.
 pub(crate) fn free_ports(count: u16) -> Range<u16> {
+    // All ports there are to give, with room for a range that begins at the last of them.
+    const PORTS: u16 = 22_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let base = 10_000 + u16::try_from(std::process::id() % 200).unwrap() * 100;
+    let base = u16::try_from(std::process::id() % 200).unwrap() * 100;
     // Asked, and not bound to see whether that works: a process that is just being started would keep the port taken until it runs its program.
     let free = |port| ["127.0.0.1", "127.0.0.2"].iter().all(|host| TcpStream::connect((*host, port)).is_err());
     loop {
-        let start = base + NEXT.fetch_add(count, Ordering::Relaxed) % 2_000;
+        let start = 10_000 + (base + NEXT.fetch_add(count, Ordering::Relaxed) % PORTS) % PORTS;
         if (start..start + count).all(free) {
             return start..start + count;
         }

@@ -4,9 +4,17 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// Sent at a time, each piece in its turn.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// Buffer of a socket that is to hold little; the kernel doubles it.
+const NARROW_BYTES: usize = PIECE_BYTES;
 
 /// How one path is answered.
 #[derive(Clone, Debug)]
@@ -33,10 +41,22 @@ struct Shared {
     sent: AtomicU64,
     bodies: AtomicU64,
     short: AtomicU64,
-    bytes_per_s: AtomicU64,
     delay_ms: AtomicU64,
-    pace: Mutex<Option<Instant>>,
+    pace: Mutex<Pace>,
+    /// Told when the limit is raised.
+    raised: Condvar,
+    narrow: AtomicBool,
     closed: AtomicBool,
+}
+
+/// The limit, and when the next piece may go.
+#[derive(Debug, Default)]
+struct Pace {
+    /// 0: no limit.
+    bytes_per_s: u64,
+    next: Option<Instant>,
+    /// How often the limit was raised.
+    raised: u64,
 }
 
 /// The site; closed on drop.
@@ -74,9 +94,20 @@ impl Site {
         format!("http://{}{path}", self.address)
     }
 
-    /// Limits all bodies together to so many bytes a second; 0 lifts the limit.
+    /// Limits all bodies together to so many bytes a second; 0 lifts the limit. Whoever waits his turn goes on at once where it is raised.
     pub(crate) fn limit(&self, bytes_per_s: u64) {
-        self.shared.bytes_per_s.store(bytes_per_s, Ordering::Relaxed);
+        let mut pace = self.shared.pace.lock().unwrap();
+        if bytes_per_s == 0 || (1..bytes_per_s).contains(&pace.bytes_per_s) {
+            pace.next = None;
+            pace.raised += 1;
+            self.shared.raised.notify_all();
+        }
+        pace.bytes_per_s = bytes_per_s;
+    }
+
+    /// Lets the sockets of bodies that begin from now on hold little: nearly all that counts as sent has arrived.
+    pub(crate) fn narrow(&self) {
+        self.shared.narrow.store(true, Ordering::Relaxed);
     }
 
     /// Answers so much later than it could.
@@ -181,7 +212,10 @@ impl Shared {
 
     fn body(&self, mut stream: &TcpStream, bytes: &[u8]) -> std::io::Result<()> {
         self.bodies.fetch_add(1, Ordering::Relaxed);
-        for piece in bytes.chunks(64 << 10) {
+        if self.narrow.load(Ordering::Relaxed) {
+            setsockopt(stream, sockopt::SndBuf, &NARROW_BYTES)?;
+        }
+        for piece in bytes.chunks(PIECE_BYTES) {
             self.wait_turn(piece.len() as u64);
             // Counted before whoever asked has it.
             self.sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
@@ -190,20 +224,20 @@ impl Shared {
         stream.flush()
     }
 
-    /// Gives every piece its slot on one time line, so that all bodies together keep the rate.
+    /// Gives every piece its slot on one time line, so that all bodies together keep the rate; with a limit that is raised another begins.
     fn wait_turn(&self, bytes: u64) {
-        let rate = self.bytes_per_s.load(Ordering::Relaxed);
-        if rate == 0 {
-            return;
+        let mut pace = self.pace.lock().unwrap();
+        while pace.bytes_per_s > 0 {
+            let now = Instant::now();
+            let turn = pace.next.map_or(now, |at| at.max(now));
+            pace.next = Some(turn + Duration::from_micros(bytes * 1_000_000 / pace.bytes_per_s));
+            let (raised, left) = (pace.raised, turn.saturating_duration_since(now));
+            let (woken, waited) = self.raised.wait_timeout_while(pace, left, |pace| pace.raised == raised).unwrap();
+            if waited.timed_out() {
+                return;
+            }
+            pace = woken;
         }
-        let now = Instant::now();
-        let turn = {
-            let mut pace = self.pace.lock().unwrap();
-            let turn = pace.map_or(now, |at| at.max(now));
-            *pace = Some(turn + Duration::from_micros(bytes * 1_000_000 / rate));
-            turn
-        };
-        thread::sleep(turn.saturating_duration_since(now));
     }
 }
 

@@ -94,8 +94,9 @@ impl Way {
         let err = self.socket.with_extension("err");
         let stderr = fs::File::create(&err).unwrap();
         let mut command = self.command(args);
+        let line = format!("{command:?}");
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
-        Client { child, err }
+        Client { child, line, err }
     }
 }
 
@@ -132,6 +133,7 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Client {
     child: Child,
+    line: String,
     err: PathBuf,
 }
 
@@ -146,13 +148,14 @@ impl Client {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
     }
 
-    fn stderr(&self) -> String {
+    /// What it has said on stderr so far.
+    pub(crate) fn stderr(&self) -> String {
         fs::read_to_string(&self.err).unwrap()
     }
 
     pub(crate) fn ended(mut self) -> Ran {
         let code = wait_for(&mut self.child, LIMIT);
-        Ran { line: "upload".to_owned(), code, stdout: String::new(), stderr: self.stderr() }
+        Ran { line: self.line.clone(), code, stdout: String::new(), stderr: self.stderr() }
     }
 }
 

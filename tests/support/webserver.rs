@@ -1,12 +1,13 @@
 //! Servers of files that nobody here wrote, configured for one directory: nginx, Apache, Python's, Caddy, pyftpdlib, vsftpd; a proxy; and certificates.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::place::Place;
 use super::ran::run;
-use super::server::{Server, free_port, tool};
+use super::server::{Server, free_port, free_ports, tool};
 
 /// nginx with index pages of `root`; `locations` are further lines of the server's block.
 pub(crate) fn nginx(place: &Place, root: &Path, locations: &str) -> Server {
@@ -115,12 +116,22 @@ pub(crate) fn pyftpdlib(root: &Path, certificate: Option<&Path>) -> Server {
     Server::start(&mut command, port)
 }
 
-/// vsftpd for anybody, with TLS if there is a certificate; `lines` are added to its configuration.
+/// Ports of vsftpd's data connections. It tries nine of them at random, and only those that somebody listens on fail; by itself it takes
+/// them from all there are, also where another server is about to listen.
+const PASSIVE_PORTS: u16 = 200;
+
+/// vsftpd for anybody, with TLS if there is a certificate; `lines` are added to its configuration, also where it listens if that matters.
 pub(crate) fn vsftpd(place: &Place, root: &Path, certificate: Option<&Path>, lines: &str) -> Server {
-    let port = lines
-        .lines()
-        .find_map(|line| line.strip_prefix("listen_port="))
-        .map_or_else(free_port, |port| port.parse().unwrap());
+    let given = |key: &str| lines.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    let host = given("listen_address").map_or(Ipv4Addr::LOCALHOST, |host| host.parse().unwrap());
+    let port = given("listen_port").map_or_else(free_port, |port| port.parse().unwrap());
+    let passive = match given("pasv_min_port") {
+        Some(_) => String::new(),
+        None => {
+            let range = free_ports(PASSIVE_PORTS);
+            format!("pasv_min_port={}\npasv_max_port={}\n", range.start, range.end - 1)
+        }
+    };
     let empty = place.dir("vsftpd-empty");
     let tls = certificate.map_or_else(String::new, |file| {
         let file = file.display();
@@ -130,15 +141,15 @@ pub(crate) fn vsftpd(place: &Place, root: &Path, certificate: Option<&Path>, lin
         )
     });
     let text = format!(
-        "listen=YES\nlisten_address=127.0.0.1\nlisten_port={port}\nbackground=NO\nanonymous_enable=YES\nlocal_enable=NO\n\
+        "listen=YES\nlisten_address={host}\nlisten_port={port}\nbackground=NO\nanonymous_enable=YES\nlocal_enable=NO\n\
          anon_root={}\nno_anon_password=NO\nsecure_chroot_dir={}\nseccomp_sandbox=NO\nisolate_network=NO\nisolate=NO\n\
-         {tls}{lines}\n",
+         {passive}{tls}{lines}\n",
         root.display(),
         empty.display()
     );
     let config = place.join(&format!("vsftpd-{port}.conf"));
     fs::write(&config, text).unwrap();
-    Server::start(Command::new("vsftpd").arg(&config), port)
+    Server::start_at(Command::new("vsftpd").arg(&config), host, port)
 }
 
 /// Makes `ca.pem` and the certificates `good`, `expired`, `elsewhere`, `foreign` (`.pem`), and one of each name, in a new directory.

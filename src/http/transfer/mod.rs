@@ -34,9 +34,10 @@
 //!
 //! # Cost
 //! A piece costs one keyed hash, one look-up in memory and one queue: no row is read, no thread is changed, and the bytes are not
-//! copied between the socket's buffer and the reader of the tar.
+//! copied between the socket's buffer and the reader of the tar. Of one checkpoint two bodies at most are in memory ([`places`]).
 
 mod chunk;
+mod places;
 mod refusal;
 mod upload;
 mod uploads;
@@ -87,6 +88,8 @@ async fn upload(State(transfers): State<Arc<Transfers>>, request: Request<Body>)
             return Err(refusal);
         }
     };
+    // Kept until the piece has been taken: it is in memory for as long.
+    let _place = transfers.place(bearer).await?;
     let piece = Gathered::gather(body, range.length(), transfers.patience()).await?;
     let expected = transfers.take(bearer, id, range, piece).await?;
     Ok(json(format!("{{\"expected_offset\": {expected}}}")))

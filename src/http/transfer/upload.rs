@@ -17,7 +17,7 @@ use crate::ingest::Ending;
 use crate::source::local::{Feed, StreamDigest};
 
 /// How long a piece waits for room: half of what the client waits for an answer. Then it is asked to come again.
-const ROOM_PATIENCE: Duration = Duration::from_secs(300);
+pub(super) const ROOM_PATIENCE: Duration = Duration::from_secs(300);
 
 /// How long the end of what is under way is waited for when nobody reads any more: it is being recorded.
 const OUTCOME_PATIENCE: Duration = Duration::from_secs(60);

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::chunk::{BODY_PATIENCE, Body, Range};
+use super::places::{Place, Places};
 use super::refusal::Refusal;
-use super::upload::Upload;
+use super::upload::{ROOM_PATIENCE, Upload};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Kind, Result};
@@ -33,6 +34,7 @@ pub struct Transfers {
     tokens: Arc<Tokens>,
     idle: Duration,
     open: Mutex<HashMap<String, Arc<Upload>>>,
+    places: Places,
 }
 
 /// How far a checkpoint is whose bytes are all here.
@@ -45,7 +47,7 @@ pub(super) enum Finalized {
 impl Transfers {
     /// Takes uploads for `ingests`; one that is silent for `idle` is dropped.
     pub fn new(store: Store, ingests: Ingests, tokens: Arc<Tokens>, idle: Duration) -> Self {
-        Self { store, ingests, tokens, idle, open: Mutex::default() }
+        Self { store, ingests, tokens, idle, open: Mutex::default(), places: Places::default() }
     }
 
     /// Whether the store takes new bytes.
@@ -63,6 +65,11 @@ impl Transfers {
 
     pub(super) fn tokens(&self) -> &Tokens {
         &self.tokens
+    }
+
+    /// Room for a body, for as long as a piece may have to wait.
+    pub(super) async fn place<'a>(&'a self, bearer: Bearer<'a>) -> Result<Place<'a>, Refusal> {
+        self.places.take(bearer.checkpoint, ROOM_PATIENCE).await
     }
 
     /// Takes a piece; where the next one begins.

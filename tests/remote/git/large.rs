@@ -1,6 +1,8 @@
 //! Large files that a repository keeps in LFS: giftless says where they are, nginx or giftless itself has them.
 
+use std::collections::HashMap;
 use std::fs;
+use std::iter;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -155,6 +157,24 @@ fn a_branch_that_moves_moves_nothing_that_was_listed() {
     assert_same_tree(&expected, &daemon.attach("job", "w"));
 }
 
+/// Argument lists of the process `first` and of all that came from it.
+fn argument_lists(first: u32) -> Vec<String> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let all = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parents: HashMap<u32, u32> = all.filter_map(|pid| Some((pid, parent(pid)?))).collect();
+    let above = |pid: &u32| parents.get(pid).copied();
+    let is_ours = |pid: u32| iter::successors(Some(pid), above).take(parents.len()).any(|pid| pid == first);
+    let ours = parents.keys().filter(|pid| is_ours(**pid));
+    let lines = ours.map(|pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default());
+    lines.map(|line| String::from_utf8_lossy(&line).into_owned()).collect()
+}
+
+/// The second word behind the name, which is in parentheses and may hold some.
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
 #[test]
 fn secrets_show_nowhere() {
     let site = GitSite::start_with_lfs();
@@ -169,12 +189,10 @@ fn secrets_show_nowhere() {
     let done = AtomicBool::new(false);
     let encoded = "cmVhZGVyOnMzY3JldC1wYXNzdzByZA";
     std::thread::scope(|scope| {
-        // Every argument list there is, as long as it takes.
+        // Every argument list of the daemon's, as long as it takes.
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                for entry in fs::read_dir("/proc").unwrap().flatten() {
-                    let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-                    let line = String::from_utf8_lossy(&line).into_owned();
+                for line in argument_lists(daemon.pid()) {
                     if line.contains("git-upload-pack\0") || line.contains("remote-http") {
                         seen.store(true, Ordering::Relaxed);
                     }

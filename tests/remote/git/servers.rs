@@ -46,7 +46,7 @@ impl GitSite {
         place.dir("site");
         place.dir("lfs");
         fs::write(place.join("passwords"), format!("{}:{{PLAIN}}{}\n", USER.0, USER.1)).unwrap();
-        let (port, fcgi_port) = (free_port(), free_port());
+        let port = free_port();
         let tls = certificate.map_or_else(String::new, |file| {
             let file = file.display();
             format!(" ssl; ssl_certificate {file}; ssl_certificate_key {file}")
@@ -58,15 +58,15 @@ impl GitSite {
                 .replace("@DIR@", place.path().to_str().unwrap())
                 .replace("@PORT@", &port.to_string())
                 .replace("@TLS@", &tls)
-                .replace("@FCGI@", &fcgi_port.to_string())
                 .replace("@LFS@", &lfs.unwrap_or(1).to_string())
                 .replace("@BACKEND@", &backend);
             fs::write(place.join(to), text).unwrap();
         }
-        let fcgi = Server::start(
-            Command::new("fcgiwrap").arg("-s").arg(format!("tcp:127.0.0.1:{fcgi_port}")).args(["-c", "4"]),
-            fcgi_port,
-        );
+        // It refuses a port that was used a moment ago. The workers of nginx are root, as the socket's owner is.
+        let socket = place.join("fcgi.sock");
+        let mut command = Command::new("fcgiwrap");
+        let fcgi =
+            Server::start_on(command.arg("-s").arg(format!("unix:{}", socket.display())).args(["-c", "4"]), &socket);
         let nginx = Server::start(Command::new("nginx").arg("-c").arg(place.join("nginx.conf")), port);
         let lfs = lfs.map(|port| start_giftless(&place, port));
         let origin = match certificate {
