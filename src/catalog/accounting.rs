@@ -8,7 +8,8 @@
 //! | *physical* | what its blobs occupy on disk, hydrated duplicates included | the same over all its checkpoints, each blob once |
 //!
 //! Only checkpoints that are ready and stored have anything but logical bytes. Unique less shared is what removing gives back, but for
-//! ranges that others borrow (the blob stays as a remnant then); what it had hydrated (*duplicates*) comes on top.
+//! ranges that others borrow (the blob stays as a remnant then); what it had hydrated (*duplicates*) comes on top. Where the filesystem shares
+//! extents, a file occupies all that it reads from, so an extent that several share counts in each; what the filesystem has in use is less.
 //!
 //! **Kept by triggers** (`schema`, migration 4), in the transaction that makes the change: `blobs.borrowed_bytes` and `.duplicate_bytes`
 //! follow `borrows`; `blobs.names` and a row of `footprints` for each tree follow `manifest_blobs`; both and `totals` follow `blobs`. A

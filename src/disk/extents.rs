@@ -21,9 +21,9 @@ nix::ioctl_write_ptr!(
     /// `FICLONERANGE` of `linux/fs.h`.
     ficlonerange, 0x94, 13, FileCloneRange
 );
-nix::ioctl_readwrite!(
-    /// `FIDEDUPERANGE` of `linux/fs.h`.
-    fideduperange, 0x94, 54, FileDedupeRange
+nix::ioctl_readwrite_bad!(
+    /// `FIDEDUPERANGE` of `linux/fs.h`, whose number is made of the size without destinations.
+    fideduperange, nix::request_code_readwrite!(0x94, 54, std::mem::offset_of!(FileDedupeRange, dest_fd)), FileDedupeRange
 );
 
 #[repr(C)]
@@ -56,10 +56,10 @@ const DEDUPE_BYTES: u64 = 16 << 20;
 
 impl Disk {
     /// Lets `range` of a blob share the extents of the equal bytes at `home_start` of its home, verified equal by the kernel.
-    /// Offsets must be congruent to the disk block. Returns the bytes shared; fewer than asked is no error.
+    /// Offsets must be congruent to the disk block. Returns the bytes shared; fewer than asked is no error, as the blob has bytes of its own then.
     ///
     /// # Errors
-    /// The I/O error.
+    /// That the blob or its home cannot be opened, and `EIO`.
     pub fn share(&self, digest: &Digest, range: Range<u64>, home: &Digest, home_start: u64) -> Result<u64> {
         self.check_healthy()?;
         let (file, path) = self.open_to_change(digest)?;
@@ -85,8 +85,12 @@ impl Disk {
             let outcome = unsafe { fideduperange(home_file.as_raw_fd(), &raw mut call) };
             match outcome {
                 Ok(_) if call.status == 0 && call.bytes_deduped > 0 => done += call.bytes_deduped,
-                Ok(_) | Err(Errno::EINVAL | Errno::EOPNOTSUPP) => break,
-                Err(errno) => return Err(Error::io("sharing extents of", &path, errno.into())),
+                Ok(_) => break,
+                Err(Errno::EIO) => return Err(Error::io("sharing extents of", &path, Errno::EIO.into())),
+                Err(errno) => {
+                    tracing::debug!(path = %path.display(), %errno, "extents are not shared");
+                    break;
+                }
             }
         }
         Ok(done)
