@@ -359,23 +359,27 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::catalog::checkpoints::{self, State};
-    use crate::catalog::{accounting, blobs, events, jobs, retention};
+    use crate::catalog::{accounting, blobs, events, jobs, quotas, retention};
 
     /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
     const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
 
+    /// The same of version 4: a file that borrows and was hydrated, a datastore's, a pin, rights with and without an end.
+    const VERSION_4: &str = include_str!("../../tests/fixtures/catalog-4.sql");
+
+    /// What an earlier ckptd wrote, as this one has it.
+    fn migrated(written: &str) -> Connection {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(written).unwrap();
+        migrate(&mut connection).unwrap();
+        let version = connection.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0)).unwrap();
+        assert_eq!(usize::try_from(version), Ok(MIGRATIONS.len()));
+        connection
+    }
+
     #[test]
     fn a_catalog_of_version_1_is_read_and_carried_on() {
-        let mut connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(VERSION_1).unwrap();
-        migrate(&mut connection).unwrap();
-        let version: usize = connection
-            .pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))
-            .unwrap()
-            .try_into()
-            .unwrap();
-        assert_eq!(version, MIGRATIONS.len());
-
+        let connection = migrated(VERSION_1);
         let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
         let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.in_place.is_none())).collect();
         assert_eq!(seen, [("golden", State::Ready, true), ("broken", State::Failed, true)]);
@@ -389,6 +393,29 @@ mod tests {
         let tree = checkpoints::delete(&connection, &records[0].id).unwrap().unwrap();
         let lost = retention::unlink(&connection, &tree, 9, 99).unwrap().unwrap();
         assert_eq!(blobs::condemn(&connection, &lost).unwrap().doomed.len(), 3);
+    }
+
+    #[test]
+    fn a_catalog_of_version_4_keeps_its_rights_and_sums_and_gets_charges() {
+        let connection = migrated(VERSION_4);
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
+        let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.in_place.is_none(), r.pinned)).collect();
+        let expected = [
+            ("model-1", State::Ready, true, true),
+            ("model-2", State::Ready, true, false),
+            ("bad", State::Failed, true, false),
+            ("there", State::Ready, false, false),
+            ("alice's", State::Ready, true, false),
+        ];
+        assert_eq!(seen, expected);
+        let tuned = accounting::footprint(&connection, &records[1]).unwrap();
+        assert_eq!((tuned.unique_bytes, tuned.physical_bytes), (727_668, 3_002_368));
+        assert_eq!(accounting::totals(&connection).unwrap().duplicate_bytes, 2_273_332);
+        assert_eq!(jobs::holders(&connection, &records[1].id).unwrap(), ["job-1", "job-2"]);
+        assert_eq!(jobs::expiries(&connection).unwrap(), [("job-1".to_owned(), 4_070_908_800_000)]);
+        let used = |owner| quotas::used(&connection, owner).unwrap();
+        assert_eq!((used("alice"), used("")), (3_000_000, 6_001_000), "what is in place costs nothing");
+        assert_eq!(events::after(&connection, 0, 9).unwrap().len(), 5);
     }
 
     #[test]
@@ -406,9 +433,7 @@ mod tests {
                 .collect::<rusqlite::Result<_>>()
                 .unwrap()
         };
-        let mut old = Connection::open_in_memory().unwrap();
-        old.execute_batch(VERSION_1).unwrap();
-        migrate(&mut old).unwrap();
+        let old = migrated(VERSION_1);
         let mut new = Connection::open_in_memory().unwrap();
         migrate(&mut new).unwrap();
         assert_eq!(tables(&old), tables(&new));

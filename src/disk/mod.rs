@@ -27,6 +27,7 @@ mod ownership;
 mod read_ahead;
 mod scratch;
 mod secret;
+mod spread;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -78,6 +79,7 @@ impl Disk {
         for part in ["filling", "blobs", "quarantine", "scratch"] {
             make_directory(&root.join(part))?;
         }
+        spread::spread_below(&root.join("filling"));
         for byte in 0..=u8::MAX {
             make_directory(&root.join(format!("blobs/{byte:02x}")))?;
         }
