@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 
 use ckptd::control::wire;
 use ckptd::control::wire::checkpoints_client::CheckpointsClient;
+use ckptd::control::wire::jobs_client::JobsClient;
 use ckptd::control::wire::upload_checkpoint_request::Message;
 use ckptd::limits::{CALLS_OF_A_TENANT, MESSAGE_BYTES};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tonic::Code;
 use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Request, Status};
 
 use support::corpus::{random_file, seed};
 use support::daemon::{CKPTCTL, Daemon, LOOPBACK};
@@ -285,6 +286,54 @@ fn what_others_have_changes_nothing_that_an_owner_is_shown() {
     assert!(events("alice").contains(&id("alice")));
     assert!(!events("alice").contains(&id("bob")));
     assert!(!events("carol").contains("CHECKPOINT"));
+}
+
+#[test]
+fn what_an_owner_watches_tells_of_its_own_alone() {
+    let daemon = Daemon::start();
+    let first = upload(&daemon, "first", "bob", &model(&daemon, 1));
+    let follow = |args: &[&str]| {
+        let heard = daemon.place().join(&format!("heard-{}", args[0]));
+        let mut command = daemon.ctl_command();
+        command.args(["--as", "bob", "--json"]).args(args).stdin(Stdio::null()).stderr(Stdio::null());
+        (Follower(command.stdout(fs::File::create(&heard).unwrap()).spawn().unwrap()), heard)
+    };
+    let followed = [follow(&["watch"]), follow(&["events", "--follow"])];
+    let heard = || followed.iter().map(|(_, heard)| fs::read_to_string(heard).unwrap());
+    let wait_until_told = |record: &Value| {
+        let id = record["id"].as_str().unwrap();
+        wait_until("the owner is told of its own", LIMIT, || heard().all(|text| text.contains(id)));
+    };
+    wait_until_told(&first);
+    let hidden = upload(&daemon, "of-alice", "alice", &model(&daemon, 2));
+    // The last is told of after all that was told together with the one before it.
+    for (number, name) in [(3, "second"), (4, "third")] {
+        wait_until_told(&upload(&daemon, name, "bob", &model(&daemon, number)));
+    }
+    for text in heard() {
+        assert!(!text.contains(hidden["id"].as_str().unwrap()) && !text.contains("alice"), "{text}");
+    }
+}
+
+#[test]
+fn a_job_of_another_is_as_one_that_is_not_there() {
+    let daemon = Daemon::start();
+    upload(&daemon, "m", "alice", &model(&daemon, 1));
+    daemon.ctl(&["reserve", "alices", "m", "--owner", "alice"]).ok();
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let mut client = JobsClient::new(connect(&daemon.socket()).await);
+        assert_eq!(get_job(&mut client, "alice", "alices").await.unwrap().job, "alices");
+        let hidden = get_job(&mut client, "bob", "alices").await.unwrap_err();
+        let absent = get_job(&mut client, "bob", "nobodys").await.unwrap_err();
+        assert_eq!((hidden.code(), absent.code()), (Code::NotFound, Code::NotFound));
+        assert_eq!(hidden.message().replace("alices", "nobodys"), absent.message());
+    });
+}
+
+async fn get_job(client: &mut JobsClient<Channel>, owner: &str, job: &str) -> Result<wire::Attachment, Status> {
+    let mut request = Request::new(wire::GetJobRequest { job: job.into() });
+    request.metadata_mut().insert(wire::OWNER_METADATA, owner.parse().unwrap());
+    Ok(client.get_job(request).await?.into_inner())
 }
 
 #[test]

@@ -153,10 +153,14 @@ fn has(program: &str) -> bool {
 #[tokio::test]
 async fn a_tar_of_gnu_tar_is_the_tree_that_was_packed() {
     let place = Place::new();
-    std::fs::hard_link(place.tree().join("weights.bin"), place.tree().join("weights.too")).unwrap();
+    // Of a file and, as `cp -al` makes them, of a symbolic link.
+    for name in ["weights.bin", "dangling"] {
+        std::fs::hard_link(place.tree().join(name), place.tree().join(format!("{name}.too"))).unwrap();
+    }
     let packed = on_disk(&place.tree());
     for (name, arguments) in [
         ("gnu.tar", &["--format=gnu"][..]),
+        ("dump.tar", &["--listed-incremental=/dev/null"]),
         ("pax.tar", &["--format=pax"]),
         ("oldgnu.tar", &["--format=oldgnu"]),
         ("a.tar.gz", &["-z"]),

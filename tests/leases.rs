@@ -7,6 +7,7 @@ mod support;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,6 +73,42 @@ fn a_right_ends_at_its_time_and_only_then_can_the_checkpoint_be_removed() {
     assert!(messages.len() == 1 && messages[0].contains("job"), "{messages:?}");
     daemon.ctl(&["renew", "job", "--expires", "1h"]).refused(&[3], &["job"]);
     daemon.ctl(&["remove", "k", "--yes"]).ok();
+}
+
+#[test]
+fn of_a_removal_and_a_right_at_the_same_time_one_alone_is_granted() {
+    const ROUNDS: usize = 20;
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    fs::write(source.join("w.bin"), "small").unwrap();
+    for round in 0..ROUNDS {
+        daemon.capture("k", &source);
+        let name = format!("job-{round}");
+        let verb = if round % 2 == 0 { "reserve" } else { "attach" };
+        let calls = [[verb, &name, "k"], ["remove", "k", "--yes"]];
+        let together = Barrier::new(calls.len());
+        let [right, removal] = thread::scope(|scope| {
+            let (daemon, together) = (&daemon, &together);
+            let running = calls.map(|args| {
+                scope.spawn(move || {
+                    together.wait();
+                    daemon.ctl(&args)
+                })
+            });
+            running.map(|call| call.join().unwrap())
+        });
+        if right.code == Some(0) {
+            removal.refused(&[4], &[&name]);
+            assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
+            daemon.ctl(&["release", &name]).ok();
+            daemon.ctl(&["remove", "k", "--yes"]).ok();
+        } else {
+            removal.ok();
+            right.refused(&[3], &["checkpoint"]);
+            daemon.ctl(&["get", "k"]).refused(&[3], &["`k`"]);
+            assert_eq!(job(&daemon, &name), None);
+        }
+    }
 }
 
 #[test]

@@ -241,7 +241,6 @@ fn a_damaged_ledger_costs_the_views_of_its_own_session_and_foreign_mounts_are_le
     assert_same_tree(&other, &third);
 }
 
-/// A kill for want of memory is a SIGKILL, of which the tests above are full; this is who is to get it last.
 #[test]
 fn a_file_that_a_released_job_has_open_stays_right_over_starts_though_its_checkpoint_is_gone() {
     let daemon = Daemon::start_kept(&[]);
@@ -274,6 +273,7 @@ fn a_file_that_a_released_job_has_open_stays_right_over_starts_though_its_checkp
     assert!(daemon.stderr().contains("until the host boots"));
 }
 
+/// A kill for want of memory is a SIGKILL, of which the tests above are full; this is who is to get it last.
 #[test]
 fn a_keeper_and_its_daemon_are_the_last_to_be_killed_for_memory() {
     let (daemon, _, _) = kept(&[]);

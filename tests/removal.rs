@@ -41,6 +41,24 @@ fn a_wide_checkpoint_goes_while_others_are_read_and_brought_in() {
 }
 
 #[test]
+fn an_answer_that_nothing_more_is_freed_comes_when_it_is_so() {
+    let daemon = Daemon::start();
+    let source = wide_enough(&daemon.place().dir("small"));
+    let blobs = daemon.state().join("blobs");
+    // On a slow disk the answer may be that the rest follows.
+    wait_until("a removal is over when it is answered", LIMIT, || {
+        daemon.capture("small", &source);
+        assert_eq!(regular_files(&blobs).len(), 3);
+        let removed = daemon.json(&["remove", "small", "--yes"]);
+        let left = regular_files(&blobs);
+        let freeing = removed["freeing"].as_bool().unwrap();
+        assert!(freeing || left.is_empty(), "{left:?} are left after {removed}");
+        assert!(freeing || removed["freed_bytes"].as_u64() > Some(0), "{removed}");
+        !freeing
+    });
+}
+
+#[test]
 fn a_start_finishes_what_a_dead_daemon_was_removing() {
     let mut daemon = Daemon::start();
     daemon.capture("wide", &wide(&daemon.place().dir("wide")));

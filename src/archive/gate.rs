@@ -24,11 +24,22 @@ enum Kind {
     Symlink,
 }
 
+/// What a hard link is the same as.
+#[derive(Debug)]
+pub(super) enum Linked {
+    /// A regular file.
+    File(EntryPath),
+    /// A symbolic link, which leads there.
+    Symlink(Box<[u8]>),
+}
+
 /// See the module's page.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     known: HashMap<EntryPath, Kind>,
     names_bytes: usize,
+    /// Where symbolic links lead, as it stands in them.
+    targets: HashMap<EntryPath, Box<[u8]>>,
     /// Links whose targets go up after going down, with what has to be a directory for that.
     winding: Vec<(EntryPath, EntryPath)>,
 }
@@ -62,20 +73,29 @@ impl Gate {
         let path = normalise(name)?;
         self.enter(&path, Kind::Symlink)?;
         self.judge_target(&path, target)?;
+        self.count_name(target.len())?;
+        self.targets.insert(path.clone(), target.into());
         Ok(path)
     }
 
-    /// Lets a hard link pass, with the file that it is the same as.
-    pub(super) fn hard_link(&mut self, name: &[u8], target: &[u8]) -> Result<(EntryPath, EntryPath)> {
+    /// Lets a hard link pass, with what it is the same as. One to a symbolic link is that link once more, held to the rules at its own place.
+    pub(super) fn hard_link(&mut self, name: &[u8], target: &[u8]) -> Result<(EntryPath, Linked)> {
         let path = normalise(name)?;
         let target = normalise(target).map_err(|error| error.during(format!("the hard link `{path}`")))?;
-        if self.known.get(&target) != Some(&Kind::File) {
-            return Err(refused(format!(
-                "the hard link `{path}` leads to `{target}`, which is no regular file before it"
-            )));
+        match self.known.get(&target) {
+            Some(Kind::File) => {
+                self.enter(&path, Kind::File)?;
+                Ok((path, Linked::File(target)))
+            }
+            Some(Kind::Symlink) => {
+                let leads_to = self.targets.get(&target).cloned().unwrap_or_default();
+                let path = self.symlink(name, &leads_to)?;
+                Ok((path, Linked::Symlink(leads_to)))
+            }
+            _ => Err(refused(format!(
+                "the hard link `{path}` leads to `{target}`, which is no file and no link before it"
+            ))),
         }
-        self.enter(&path, Kind::File)?;
-        Ok((path, target))
     }
 
     /// Judges what could only be judged with all members known.
@@ -284,7 +304,8 @@ mod tests {
         gate.symlink(b"s", b"a").unwrap();
         assert!(gate.hard_link(b"b", b"./a").is_ok());
         assert!(gate.hard_link(b"c", b"b").is_ok());
-        assert!(gate.hard_link(b"d", b"s").is_err());
+        assert!(matches!(gate.hard_link(b"d", b"s").unwrap().1, Linked::Symlink(target) if *target == *b"a"));
+        assert!(gate.hard_link(b"g", b"nothing").is_err());
         assert!(gate.hard_link(b"e", b"../a").is_err());
     }
 }

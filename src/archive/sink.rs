@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
-use super::gate::Gate;
+use super::gate::{Gate, Linked};
 use super::{Here, Member, What};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryPath;
@@ -67,8 +67,12 @@ impl Sink {
 
     /// A hard link to a file that came before.
     pub(super) fn same_as(&mut self, name: &[u8], target: &[u8]) -> Result<()> {
-        let (path, target) = self.gate.hard_link(name, target)?;
-        self.member(path, What::SameAs(target))
+        let (path, linked) = self.gate.hard_link(name, target)?;
+        let what = match linked {
+            Linked::File(target) => What::SameAs(target),
+            Linked::Symlink(target) => What::Symlink(target),
+        };
+        self.member(path, what)
     }
 
     /// Bytes of the present file.

@@ -72,6 +72,8 @@ impl Reading<'_, '_> {
             b'1' => empty("hard link").and_then(|()| self.sink.same_as(&name, &link())),
             b'2' => empty("symbolic link").and_then(|()| self.sink.symlink(&name, &link())),
             b'5' => empty("directory").and_then(|()| self.sink.directory(&name)),
+            // Of an incremental dump: what follows names what was in it.
+            b'D' => self.sink.directory(&name).and_then(|()| self.skip(size)),
             b'3' | b'4' => Err(refused(format!("`{}` is a device", shown()))),
             b'6' => Err(refused(format!("`{}` is a FIFO", shown()))),
             b'M' => Err(unsupported(format!("`{}` continues from another volume", shown()))),

@@ -56,8 +56,8 @@ impl Service {
         source::check_options(&spec.options)?;
         let origin = Origin { kind: kind.to_string(), uri: spec.uri, options: spec.options };
         let mut secrets: std::collections::BTreeMap<String, String> = request.credentials.into_iter().collect();
-        if let Some(signature) = signature {
-            secrets.entry("sas".into()).or_insert(signature);
+        if let Some((name, signature)) = signature {
+            secrets.entry(name.into()).or_insert(signature);
         }
         if let Some((username, password)) = user {
             secrets.entry("username".into()).or_insert(username);

@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 
 use crate::catalog::blobs::{self, BlobRow};
 use crate::catalog::scrubs::{self, Scope};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, guarded};
 use crate::limits;
 use crate::store::Store;
 use crate::store::verify::{Rot, Verdict};
@@ -124,14 +124,18 @@ impl Scrubber {
     /// # Errors
     /// `NO_THREAD`.
     pub fn start(store: Store, pacing: Pacing) -> Result<Self> {
-        let (state, changed, ended) = (Mutex::default(), Condvar::new(), Notify::new());
-        let scrubber = Self(Arc::new(Shared { store, pacing, state, changed, ended }));
+        let scrubber = Self::of(store, pacing);
         let own = scrubber.clone();
         thread::Builder::new()
             .name("scrub".to_owned())
             .spawn(move || own.run())
             .map_err(|error| Error::unavailable("NO_THREAD", "starting the scrubbing thread").because(error))?;
         Ok(scrubber)
+    }
+
+    fn of(store: Store, pacing: Pacing) -> Self {
+        let (state, changed, ended) = (Mutex::default(), Condvar::new(), Notify::new());
+        Self(Arc::new(Shared { store, pacing, state, changed, ended }))
     }
 
     /// Has the blobs of a tree, or all, read now. Where a pass by hand goes on that has them in its scope, it is that one.
@@ -176,9 +180,14 @@ impl Scrubber {
 
     fn run(&self) {
         be_idle();
+        self.make_passes(|pass| self.make(pass));
+    }
+
+    /// Has `make` make every pass that is wanted or due, until the end. A panic ends the pass, whose blobs are due still, and not the thread.
+    fn make_passes(&self, make: impl Fn(&Pass) -> Result<bool>) {
         let mut look_at = Instant::now() + FIRST_LOOK_AFTER;
         while let Some(pass) = self.next_pass(look_at) {
-            let is_complete = self.make(&pass).unwrap_or_else(|error| {
+            let is_complete = guarded("a scrub", || make(&pass)).unwrap_or_else(|error| {
                 tracing::warn!(error = %error.report(), "a scrub ended early");
                 false
             });
@@ -522,5 +531,27 @@ mod tests {
         assert_eq!(pacer.after(500, start), second, "what is not waited for is owed");
         assert_eq!(pacer.after(500, start + 2 * second), second / 2, "what was waited too long buys nothing");
         assert_eq!(Pacer::new(0).after(u64::MAX, start), Duration::ZERO);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_panic_ends_the_pass_and_the_next_one_is_made() {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let scrubber = Scrubber::of(store, Pacing { bytes_per_s: 0, every: Duration::ZERO });
+        let own = scrubber.clone();
+        let thread = thread::spawn(move || {
+            own.make_passes(|pass| {
+                assert!(pass.number > 1, "on purpose, in the first pass");
+                Ok(true)
+            });
+        });
+        for was_stopped in [true, false] {
+            assert!(scrubber.begin(None, true).unwrap().running);
+            scrubber.until_ended().await;
+            let report = scrubber.report();
+            assert_eq!((report.running, report.stopped), (false, was_stopped));
+        }
+        scrubber.stop();
+        thread.join().unwrap();
     }
 }

@@ -216,16 +216,32 @@ pub fn split_user_information(uri: &str) -> (String, Option<(String, String)>) {
     (format!("{scheme}://{host}{path}"), Some((decode(username), decode(password))))
 }
 
-/// `uri` without the signature that gives access to it, and that signature: for Azure the query, which is a shared access
-/// signature or nothing that we know.
-pub fn split_signature(kind: SourceKind, uri: &str) -> (String, Option<String>) {
+/// `uri` without the signature that gives access to it, and that signature with the name of the secret that it is: for Azure the query (`sas`),
+/// which is a shared access signature or nothing that we know; for the web a query with what signs or gives access (`query`).
+pub fn split_signature(kind: SourceKind, uri: &str) -> (String, Option<(&'static str, String)>) {
     let plain = uri.split('#').next().unwrap_or_default();
-    match plain.split_once('?') {
-        Some((plain, query)) if kind == SourceKind::Azure => {
-            (plain.to_owned(), Some(query.to_owned()).filter(|query| !query.is_empty()))
-        }
-        _ => (uri.to_owned(), None),
+    let found = plain.split_once('?').and_then(|(plain, query)| match kind {
+        SourceKind::Azure => Some((plain, "sas", query)),
+        SourceKind::Web if gives_access(query) => Some((plain, "query", query)),
+        _ => None,
+    });
+    match found {
+        Some((plain, _, "")) => (plain.to_owned(), None),
+        Some((plain, name, query)) => (plain.to_owned(), Some((name, query.to_owned()))),
+        None => (uri.to_owned(), None),
     }
+}
+
+/// Whether one of a query's parameters is called like what signs an address or gives access: those of S3 and what speaks like it, Google,
+/// Azure, CloudFront, Akamai, and what web services call them.
+fn gives_access(query: &str) -> bool {
+    const WHOLE: [&str; 8] = ["sig", "auth", "jwt", "hmac", "hdnea", "hdnts", "apikey", "api_key"];
+    const PART: [&str; 4] = ["signature", "token", "secret", "password"];
+    query.split(['&', ';']).any(|pair| {
+        let name = pair.split('=').next().unwrap_or_default();
+        let name = percent_encoding::percent_decode_str(name).decode_utf8_lossy().to_ascii_lowercase();
+        WHOLE.contains(&name.as_str()) || PART.iter().any(|part| name.contains(part))
+    })
 }
 
 /// The http or https address that `text` is; `what` says for the error what it was given as.
@@ -369,9 +385,29 @@ mod tests {
 
     #[test]
     fn a_signature_in_the_uri_is_taken_out_of_it() {
-        let (plain, signature) = split_signature(SourceKind::Azure, "https://a/c/p?sv=1&sig=x#f");
-        assert_eq!((plain.as_str(), signature.as_deref()), ("https://a/c/p", Some("sv=1&sig=x")));
-        for (kind, uri) in [(SourceKind::Azure, "https://a/c/p"), (SourceKind::Aws, "s3://b/k?x#y")] {
+        for (kind, uri, plain, signature) in [
+            (SourceKind::Azure, "https://a/c/p?sv=1&sig=x#f", "https://a/c/p", Some(("sas", "sv=1&sig=x"))),
+            (SourceKind::Azure, "https://a/c/p?", "https://a/c/p", None),
+            (
+                SourceKind::Web,
+                "https://a/p?v=1&X-Amz-Signature=x",
+                "https://a/p",
+                Some(("query", "v=1&X-Amz-Signature=x")),
+            ),
+            (SourceKind::Web, "https://a/p?access%5Ftoken=x", "https://a/p", Some(("query", "access%5Ftoken=x"))),
+            (SourceKind::Web, "https://a/p?Expires=1;SIG=x#f", "https://a/p", Some(("query", "Expires=1;SIG=x"))),
+        ] {
+            let (left, found) = split_signature(kind, uri);
+            assert_eq!(
+                (left.as_str(), found.as_ref().map(|(name, query)| (*name, query.as_str()))),
+                (plain, signature)
+            );
+        }
+        for (kind, uri) in [
+            (SourceKind::Azure, "https://a/c/p"),
+            (SourceKind::Aws, "s3://b/k?x#y"),
+            (SourceKind::Web, "https://a/p?download=true&design=x#f"),
+        ] {
             assert_eq!(split_signature(kind, uri), (uri.to_owned(), None));
         }
     }

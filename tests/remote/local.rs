@@ -117,6 +117,25 @@ fn what_the_sdk_never_does_changes_nothing_and_is_answered() {
 }
 
 #[test]
+fn a_record_says_how_much_has_been_sent() {
+    const FILE: u64 = 9 << 20;
+    const SENT: u64 = 6 << 20;
+    let daemon = Daemon::start_with(&[ANY_PORT]);
+    let (tree, half) = (daemon.place().dir("tree"), daemon.place().join("half"));
+    random_file(&tree.join("w.bin"), 1, FILE);
+    shell(&format!("tar -cf - -C \"$1\" . | head -c {SENT} > \"$2\""), &[&tree, &half]).ok();
+    let transfer = create(&daemon, "k", &[]);
+    let (url, token) = (transfer["url"].as_str().unwrap(), transfer["token"].as_str().unwrap());
+    let mut curl = Command::new("curl");
+    curl.args(["-sSf", "-H", &format!("Authorization: Bearer {token}"), "-H"]);
+    curl.arg(format!("Content-Range: bytes 0-{}/{FILE}", SENT - 1)).arg("-T").arg(&half);
+    run(curl.arg(format!("{url}/upload"))).ok();
+    wait_until("some of it is here", Duration::from_secs(30), || daemon.bytes_done("k") > 0);
+    let done = daemon.bytes_done("k");
+    assert!(done <= SENT, "{done} bytes of {SENT} that were sent");
+}
+
+#[test]
 fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
     let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "3")]);
     run(&mut client("half", &create(&daemon, "left", &[]))).ok();

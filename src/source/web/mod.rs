@@ -7,7 +7,8 @@
 //! | `ftp(s)://host/file`, `ftp(s)://host/dir/` | that file, or everything below | [`ftp`] |
 //!
 //! User name and password come with the request (`username`, `password`) or as user information in the address; those of the
-//! request win. Nothing is kept beyond the ingest that opened the source.
+//! request win. So does a query that signs the address or gives access (`query`), which is taken out of an address that is created with it. Nothing
+//! is kept beyond the ingest that opened the source.
 
 mod file;
 mod ftp;
@@ -47,7 +48,10 @@ pub(super) fn connect(
     if has_scheme(&plain, &["ftp", "ftps"]) {
         return ftp::connect(&plain, login, context);
     }
-    let url = parse_http(&plain, "the URI")?;
+    let mut url = parse_http(&plain, "the URI")?;
+    if let Some(query) = credentials.get("query") {
+        url.set_query(Some(query));
+    }
     let authorization = login.map(|(username, password)| Authorization::Basic(username, password));
     if !url.path().ends_with('/') {
         return Ok(Arc::new(file::WebFile::new(context.http.clone(), url, authorization)));
