@@ -336,7 +336,7 @@ fn classify_io(error: &io::Error) -> (Kind, &'static str) {
         Some(libc::ENOENT | libc::ENOTDIR) => (Kind::NotFound, "NO_SUCH_FILE"),
         Some(libc::EACCES | libc::EPERM) => (Kind::Denied, NOT_PERMITTED),
         Some(libc::ENOSPC | libc::EDQUOT) => (Kind::NoSpace, DISK_FULL),
-        Some(libc::EMFILE | libc::ENFILE) => (Kind::NoSpace, "TOO_MANY_OPEN_FILES"),
+        Some(libc::EMFILE | libc::ENFILE) => (Kind::Unavailable, "TOO_MANY_OPEN_FILES"),
         Some(libc::EEXIST) => (Kind::AlreadyExists, "FILE_EXISTS"),
         Some(libc::EBUSY) => (Kind::WrongState, "BUSY"),
         Some(libc::EROFS) => (Kind::WrongState, "READ_ONLY_FILESYSTEM"),

@@ -177,6 +177,27 @@ fn a_process_that_is_not_there_is_refused() {
         .refused(&[3], &["4194303"]);
 }
 
+/// The kernel gives numbers of namespaces and mounts again, so the view that comes next may have all those of the one that went.
+#[test]
+fn what_is_released_of_a_process_that_is_gone_is_not_its_successors_view() {
+    let daemon = daemon_with(&["k"], &[]);
+    let (file, target) = (source(&daemon, "k").join("w.bin"), daemon.place().dir("inside"));
+    let at = target.to_str().unwrap();
+    // So that it is one session, and one file system, all along.
+    daemon.attach("stays", "k");
+    for round in 0..8 {
+        let (first, second) = (format!("first-{round}"), format!("second-{round}"));
+        let gone = Container::start();
+        daemon.ctl(&["attach", &first, "k", "--at", at, "--pid", &gone.0.id().to_string()]).ok();
+        drop(gone);
+        let container = Container::start();
+        daemon.ctl(&["attach", &second, "k", "--at", at, "--pid", &container.0.id().to_string()]).ok();
+        daemon.ctl(&["release", &first]).ok();
+        container.shell(&format!("cmp '{at}/w.bin' '{}'", file.display())).ok();
+        daemon.ctl(&["release", &second]).ok();
+    }
+}
+
 /// A process in a mount namespace of its own.
 struct Container(Child);
 

@@ -17,7 +17,10 @@ use crate::source::{Credentials, SourceKind};
 use crate::units::now_unix_ms;
 
 pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
-    note_restart(floors, holder).await?;
+    // A full disk takes no event, and who is to make room on it needs a daemon to ask.
+    if let Err(error) = note_restart(floors, holder).await {
+        tracing::warn!(error = %error.report(), "the restart could not be noted");
+    }
     let records =
         floors.store.catalog().read(|tx| checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)).await?;
     for record in records {

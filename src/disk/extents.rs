@@ -67,33 +67,8 @@ impl Disk {
         let start = range.start.next_multiple_of(DISK_BLOCK_BYTES);
         let end = range.end / DISK_BLOCK_BYTES * DISK_BLOCK_BYTES;
         let shift = start - range.start;
-        let mut done = 0;
-        while start + done < end {
-            let mut call = FileDedupeRange {
-                src_offset: home_start + shift + done,
-                src_length: DEDUPE_BYTES.min(end - start - done),
-                dest_count: 1,
-                reserved1: 0,
-                reserved2: 0,
-                dest_fd: i64::from(file.as_raw_fd()),
-                dest_offset: start + done,
-                bytes_deduped: 0,
-                status: 0,
-                reserved: 0,
-            };
-            // SAFETY: `call` is a valid `file_dedupe_range` with one destination, alive during the call; both descriptors are open.
-            let outcome = unsafe { fideduperange(home_file.as_raw_fd(), &raw mut call) };
-            match outcome {
-                Ok(_) if call.status == 0 && call.bytes_deduped > 0 => done += call.bytes_deduped,
-                Ok(_) => break,
-                Err(Errno::EIO) => return Err(Error::io("sharing extents of", &path, Errno::EIO.into())),
-                Err(errno) => {
-                    tracing::debug!(path = %path.display(), %errno, "extents are not shared");
-                    break;
-                }
-            }
-        }
-        Ok(done)
+        share_range(&home_file, home_start + shift, &file, start..end)
+            .map_err(|error| Error::io("sharing extents of", &path, error))
     }
 
     /// Opens a sealed blob that is to be made whole.
@@ -189,6 +164,36 @@ impl SealedFile {
     }
 }
 
+/// Has whole blocks of `to` share the extents of the equal bytes of `from`; how many do, from the first on.
+fn share_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io::Result<u64> {
+    let mut done = 0;
+    while range.start + done < range.end {
+        let mut call = FileDedupeRange {
+            src_offset: from_start + done,
+            src_length: DEDUPE_BYTES.min(range.end - range.start - done),
+            dest_count: 1,
+            reserved1: 0,
+            reserved2: 0,
+            dest_fd: i64::from(to.as_raw_fd()),
+            dest_offset: range.start + done,
+            bytes_deduped: 0,
+            status: 0,
+            reserved: 0,
+        };
+        // SAFETY: `call` is a valid `file_dedupe_range` with one destination, alive during the call; both descriptors are open.
+        match unsafe { fideduperange(from.as_raw_fd(), &raw mut call) } {
+            Ok(_) if call.status == 0 && call.bytes_deduped > 0 => done += call.bytes_deduped,
+            Ok(_) => break,
+            Err(Errno::EIO) => return Err(Errno::EIO.into()),
+            Err(errno) => {
+                tracing::debug!(%errno, "extents are not shared");
+                break;
+            }
+        }
+    }
+    Ok(done)
+}
+
 /// Copies `range.len()` bytes from `from` at `from_start` to the same-length `range` of `to`.
 fn copy_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io::Result<()> {
     let mut buffer = vec![0; COPY_BYTES];
@@ -203,17 +208,19 @@ fn copy_range(from: &File, from_start: u64, to: &File, range: Range<u64>) -> io:
     Ok(())
 }
 
-/// Tries to share one block between two small files.
+/// One block of the disk.
+const PROBE_BYTES: usize = 4096;
+
+/// Tries to share one block between two small files, as [`Disk::share`] does: some filesystems clone and do not compare.
 pub(super) fn probe_reflink(root: &Path) -> Result<bool> {
     let (from, to) = (root.join("filling/.probe-a"), root.join("filling/.probe-b"));
     let probe = || -> io::Result<bool> {
-        fs::write(&from, [1_u8; 4096])?;
+        for path in [&from, &to] {
+            fs::write(path, [1_u8; PROBE_BYTES])?;
+        }
         let source = File::open(&from)?;
-        let target = File::create(&to)?;
-        let call =
-            FileCloneRange { src_fd: i64::from(source.as_raw_fd()), src_offset: 0, src_length: 0, dest_offset: 0 };
-        // SAFETY: `call` is a valid `file_clone_range`, alive during the call; both descriptors are open.
-        Ok(unsafe { ficlonerange(target.as_raw_fd(), &raw const call) }.is_ok())
+        let target = fs::OpenOptions::new().read(true).write(true).open(&to)?;
+        Ok(share_range(&source, 0, &target, 0..DISK_BLOCK_BYTES)? > 0)
     };
     let outcome = probe().map_err(|error| Error::io("probing", root, error));
     remove_file(&from)?;

@@ -84,7 +84,10 @@ impl Disk {
             make_directory(&root.join(format!("blobs/{byte:02x}")))?;
         }
         let root_handle = File::open(root).map_err(|error| Error::io("opening", root, error))?;
-        let reflink = extents::probe_reflink(root).unwrap_or(false);
+        let reflink = extents::probe_reflink(root).unwrap_or_else(|error| {
+            tracing::warn!(error = %error.report(), "it was not found out whether extents can be shared: none are until the next start");
+            false
+        });
         let (poison, set_aside) = (OnceLock::new(), AtomicU64::new(0));
         let disk = Self { root: root.to_owned(), root_handle, _lock: lock, reflink, poison, set_aside };
         disk.sync_filesystem()?;

@@ -66,7 +66,7 @@ impl Shared {
     /// `NO_SPACE` with the figures; nothing is promised then.
     pub(super) async fn admit_flight(&self, progress: &Progress, sizes: &Sizes, plan: &Plan) -> Result<()> {
         let _one_at_a_time = self.admission().await?;
-        self.admit_bytes(plan.missing_bytes).await?;
+        self.admit_bytes(plan.occupying_bytes()).await?;
         progress.expect(sizes.known_bytes, sizes.files);
         progress.resume(plan.here_bytes);
         Ok(())

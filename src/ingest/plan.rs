@@ -133,6 +133,13 @@ pub fn plan(listing: &Listing, rows: Vec<FillRow>, mut next_number: impl FnMut()
 }
 
 impl Plan {
+    /// What the missing bytes will occupy, as far as known: whole blocks of the disk, which is several times as much where files are tiny.
+    pub fn occupying_bytes(&self) -> u64 {
+        let files = self.small.iter().chain(&self.large);
+        let sizes = files.filter_map(|file| file.file.size);
+        self.missing_bytes + sizes.map(|size| size.next_multiple_of(limits::DISK_BLOCK_BYTES) - size).sum::<u64>()
+    }
+
     fn settle(&mut self, path: EntryPath, kind: EntryKind) {
         self.settled.push(Entry { path, kind });
     }
@@ -224,6 +231,7 @@ mod tests {
         assert_eq!(plan.settled.len(), 1);
         assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);
         assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);
+        assert_eq!(plan.occupying_bytes(), 2 * limits::UNIT_BYTES + 4096);
         assert_eq!(plan.large.iter().map(|file| file.number).collect::<Vec<_>>(), [2, 6]);
         assert_eq!(plan.small.iter().map(|file| (file.number, file.units.is_some())).collect::<Vec<_>>(), [(5, false)]);
     }

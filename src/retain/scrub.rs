@@ -536,7 +536,8 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_panic_ends_the_pass_and_the_next_one_is_made() {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
-        let store = Store::open(directory.path()).unwrap();
+        let path = directory.path().to_owned();
+        let store = tokio::task::spawn_blocking(move || Store::open(&path)).await.unwrap().unwrap();
         let scrubber = Scrubber::of(store, Pacing { bytes_per_s: 0, every: Duration::ZERO });
         let own = scrubber.clone();
         let thread = thread::spawn(move || {

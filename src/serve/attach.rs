@@ -14,7 +14,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -73,6 +73,23 @@ pub struct Mounted {
     pub unique_id: Option<u64>,
     /// The file system on it.
     pub device: Device,
+}
+
+impl Mounted {
+    /// That its process is in the namespace still that the view was put into: another may have its number by now.
+    ///
+    /// # Errors
+    /// `NO_SUCH_PROCESS`.
+    pub(super) fn check_process(&self) -> Result<()> {
+        let Some(pid) = self.pid else { return Ok(()) };
+        if namespace::of_process(pid)?.inode == self.namespace {
+            return Ok(());
+        }
+        let message = format!("process {pid} is in another mount namespace than the view was put into");
+        Err(Error::not_found("NO_SUCH_PROCESS", message)
+            .fact("pid", pid)
+            .remedy("attach again with the process that is the job's now"))
+    }
 }
 
 /// What [`detach`] found.
@@ -212,27 +229,29 @@ fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(&OwnedFd, Found) -> Re
 fn find(proc: &OwnedFd, mounted: &Mounted) -> Result<Found> {
     let lines = namespace::mounts(proc)?;
     let line = lines.into_iter().find(|line| line.mount_id == mounted.mount_id && line.device == mounted.device);
-    let Some(path) = line.map(|line| line.target) else { return Ok(Found::Gone) };
-    Ok(match open_if_ours(&path, mounted)? {
-        Some(root) => Found::Here(path, root),
-        None => Found::Hidden(path),
-    })
+    match line {
+        Some(line) => look_at(line.target, mounted),
+        None => Ok(Found::Gone),
+    }
 }
 
-/// The root of the mount at `path` if that is the recorded one.
-fn open_if_ours(path: &Path, mounted: &Mounted) -> Result<Option<OwnedFd>> {
+/// Whether the recorded mount is at `path`, where a mount of its number is. The kernel gives numbers again, so that may be another job's view of
+/// the same checkpoint: the recorded one is gone then.
+fn look_at(path: PathBuf, mounted: &Mounted) -> Result<Found> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let root = match open(path, flags, Mode::empty()) {
+    let root = match open(&path, flags, Mode::empty()) {
         Ok(root) => root,
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
-        Err(errno) => return Err(Error::io("opening the view at", path, errno.into())),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(Found::Hidden(path)),
+        Err(errno) => return Err(Error::io("opening the view at", &path, errno.into())),
     };
-    let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", path, error))?;
-    let same_number = match (found.unique_id, mounted.unique_id) {
-        (Some(found), Some(recorded)) => found == recorded,
-        _ => found.mount_id == mounted.mount_id,
-    };
-    Ok((same_number && found.device == mounted.device && found.is_mount_root).then_some(root))
+    let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", &path, error))?;
+    if found.mount_id != mounted.mount_id || found.device != mounted.device || !found.is_mount_root {
+        return Ok(Found::Hidden(path));
+    }
+    Ok(match (found.unique_id, mounted.unique_id) {
+        (Some(found), Some(recorded)) if found != recorded => Found::Gone,
+        _ => Found::Here(path, root),
+    })
 }
 
 /// A detached view, ready to be put somewhere.
@@ -312,6 +331,7 @@ fn fill(root: &OwnedFd, views: &[(CString, OwnedFd)]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::ffi::CStr;
+    use std::path::Path;
 
     use super::*;
 

@@ -82,7 +82,7 @@ impl Outlive {
     /// # Errors
     /// The ledger cannot be written.
     pub(super) fn keep(&self, head: &Head, device: &OwnedFd) -> Result<Kept> {
-        let name = new_name(&head.checkpoint);
+        let name = new_name();
         let ledger = Arc::new(LedgerFile::create(&self.ledgers.join(&name), head)?);
         if let Err(error) = self.keeper.keep(&name, device.as_fd()) {
             tracing::warn!(checkpoint = head.checkpoint, error = %error.report(), "a session will not outlive this process");
@@ -178,11 +178,12 @@ pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive, strays: &Stray
     Ok(found)
 }
 
-/// At most 255 bytes without a colon: what systemd takes.
-fn new_name(checkpoint: &str) -> String {
+/// At most 255 bytes without a colon: what systemd takes. Short, since those of all sessions are one variable of the environment of whoever takes
+/// them over, which the kernel bounds at 128 KiB; whose session it is stands in its ledger.
+fn new_name() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("{SESSION}{checkpoint}.{:x}-{count:x}", now_unix_ms())
+    format!("{SESSION}{:x}-{count:x}", now_unix_ms())
 }
 
 fn ended() -> Error {

@@ -60,7 +60,7 @@ type Batch = Arc<Vec<Arc<Sealing>>>;
 struct Sealed {
     blob: i64,
     digest: Digest,
-    borrowed: Vec<Run>,
+    borrowed: Vec<(Run, Digest)>,
     shared: Vec<(Run, Digest)>,
 }
 
@@ -291,21 +291,25 @@ impl Publisher {
     }
 
     /// Step 5. Whoever reads these blobs already, of a checkpoint that is still filling, holds them: they stay whole. Nobody else can: the files are new.
+    /// So do those of which a home's file is missing, which nobody but a scrub has noticed: theirs may be the only bytes. What cannot be given up is
+    /// right all the same and stays; only a disk that fails ends this.
     fn give_up_duplicate_bytes(&self, sealed: &[Sealed]) -> Result<()> {
         let mut changed = Vec::new();
         let mut kept = Vec::new();
         for blob in sealed {
             for (run, home) in &blob.shared {
-                self.disk.share(&blob.digest, run.start..run.start + run.len, home, run.home.start)?;
+                let shared = self.disk.share(&blob.digest, run.start..run.start + run.len, home, run.home.start);
+                self.unless_it_fails(shared.map(drop))?;
             }
             if blob.borrowed.is_empty() {
                 continue;
             }
-            if self.holds.is_held(&blob.digest) {
+            let are_there = || blob.borrowed.iter().all(|(_, home)| self.disk.blob_path(home).exists());
+            if self.holds.is_held(&blob.digest) || !are_there() {
                 kept.push((blob.blob, self.disk.stored_bytes(&blob.digest)?));
             } else {
-                let ranges: Vec<_> = blob.borrowed.iter().map(|run| run.start..run.start + run.len).collect();
-                self.disk.punch(&blob.digest, &ranges)?;
+                let ranges: Vec<_> = blob.borrowed.iter().map(|(run, _)| run.start..run.start + run.len).collect();
+                self.unless_it_fails(self.disk.punch(&blob.digest, &ranges))?;
                 changed.push((blob.blob, self.disk.stored_bytes(&blob.digest)?));
             }
         }
@@ -316,6 +320,18 @@ impl Publisher {
             kept.iter().try_for_each(|(blob, stored)| blobs::set_filled(tx, *blob, *stored))?;
             changed.iter().try_for_each(|(blob, stored)| blobs::set_stored_bytes(tx, *blob, *stored))
         })
+    }
+}
+
+impl Publisher {
+    /// What could not be given up is logged, unless the disk takes no changes any more.
+    fn unless_it_fails(&self, given_up: Result<()>) -> Result<()> {
+        let Err(error) = given_up else { return Ok(()) };
+        if error.reason() == "DISK_IO_ERROR" || self.disk.poisoned().is_some() {
+            return Err(error);
+        }
+        tracing::warn!(error = %error.report(), "bytes that are here twice stay so");
+        Ok(())
     }
 }
 
@@ -336,11 +352,12 @@ fn enter_chunks(tx: &rusqlite::Connection, sealing: &Sealing, blob: i64, reflink
     }
     let mut sealed = Sealed { blob, digest: sealing.digest, borrowed: Vec::new(), shared: Vec::new() };
     for run in runs::borrowable(&homes) {
+        let home = blobs::digest_of(tx, run.home.blob)?;
         if reflink && run.is_congruent() {
-            sealed.shared.push((run, blobs::digest_of(tx, run.home.blob)?));
+            sealed.shared.push((run, home));
         } else {
             blobs::borrow(tx, blob, run.start, run.len, run.home)?;
-            sealed.borrowed.push(run);
+            sealed.borrowed.push((run, home));
         }
     }
     Ok(sealed)

@@ -242,9 +242,11 @@ fn digest_of(open: &OpenBlob, size: u64, pace: Pace<'_>) -> Result<Found> {
     }
 }
 
-/// Whether it says that the bytes cannot be had, rather than that we cannot have them now.
+/// Whether it says that the bytes cannot be had, rather than that we cannot have them now: the disk's error, or a file system's that finds its
+/// own data (EBADMSG) or structure (EUCLEAN) damaged.
 fn is_of_the_bytes(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EIO) || error.kind() == io::ErrorKind::UnexpectedEof
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EBADMSG | libc::EUCLEAN))
+        || error.kind() == io::ErrorKind::UnexpectedEof
 }
 
 /// Shows `take` everything in order, until it says no; whether it saw everything.

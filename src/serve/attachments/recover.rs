@@ -195,7 +195,10 @@ impl Attachments {
         if done != Reconciled::default() {
             tracing::info!("{done}");
             let event = NewEvent { kind: "RECONCILED", message: done.to_string(), ..Default::default() };
-            self.0.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await?;
+            let noted = self.0.store.catalog().write(move |tx| events::record(tx, now_unix_ms(), &event)).await;
+            if let Err(error) = noted {
+                tracing::warn!(error = %error.report(), "what this start did could not be noted");
+            }
         }
         Ok(done)
     }
@@ -216,7 +219,12 @@ impl Attachments {
             blocking(move || crate::serve::unmount_stale_but(&target, &spared).map(|_| ())).await?;
         }
         if let Some(mounted) = mounted(row) {
-            blocking(move || crate::serve::detach(&mounted)).await?;
+            let pid = row.pid;
+            blocking(move || {
+                crate::serve::detach(&mounted)?;
+                if pid == 0 { Ok(()) } else { mounted.check_process() }
+            })
+            .await?;
         }
         let leases = row.leases.clone();
         let records = self.0.store.catalog().read(move |tx| records_of(tx, leases)).await?;
