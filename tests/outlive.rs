@@ -228,7 +228,8 @@ fn a_damaged_ledger_costs_the_views_of_its_own_session_and_foreign_mounts_are_le
     nix::mount::mount(Some("none"), &foreign, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>).unwrap();
     let before = (mount_lines(&at), mount_lines(&foreign));
     let mut ledgers = fs::read_dir(daemon.place().join("run/ledgers")).unwrap().map(|entry| entry.unwrap().path());
-    let ledger = ledgers.find(|path| path.to_str().unwrap().contains(&id)).expect("the session has a ledger");
+    let tells_of_it = |path: &PathBuf| fs::read(path).unwrap().windows(id.len()).any(|part| part == id.as_bytes());
+    let ledger = ledgers.find(tells_of_it).expect("the session has a ledger");
     let byte = [fs::read(&ledger).unwrap()[100] ^ 1];
     File::options().write(true).open(&ledger).unwrap().write_all_at(&byte, 100).unwrap();
     kill_and_wait(&daemon, Signal::SIGKILL);
