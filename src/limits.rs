@@ -117,6 +117,10 @@ pub const READ_AHEAD_DEFAULT: u64 = 4 << 20;
 /// Space that admission leaves free on the store's filesystem, so that the catalog can always commit.
 pub const DISK_RESERVE_BYTES: u64 = 64 << 20;
 
+/// Space that is left free whatever was admitted. What lies between it and the reserve is for the catalog and its log, which grow while what was
+/// admitted comes: it must not fail for that.
+pub const DISK_KEPT_BYTES: u64 = DISK_RESERVE_BYTES / 2;
+
 /// Looks at a tree that somebody still writes to, from the first on, before it is refused: 16 s of pauses in all. A job that has ended
 /// flushes in less, and one that goes on writing will not stop for us.
 pub const LOOKS_AT_A_CHANGING_TREE: u32 = 7;

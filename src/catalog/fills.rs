@@ -187,6 +187,22 @@ pub fn flights(tx: &Connection) -> Result<Vec<String>> {
     read().map_err(catalog_error)
 }
 
+/// Bytes that checkpoints which fill were admitted for and that are not sealed: what is being filled, and what is still to come.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn unsealed_bytes(tx: &Connection) -> Result<u64> {
+    let sum = tx.query_row(
+        "SELECT COALESCE(SUM(MAX(admitted - sealed, 0)), 0) FROM (
+             SELECT MAX(c.charged_bytes) AS admitted,
+                    (SELECT COALESCE(SUM(f.size), 0) FROM fills f WHERE f.flight = c.flight AND f.blob IS NOT NULL) AS sealed
+             FROM checkpoints c WHERE c.state = 'filling' AND c.flight <> '' GROUP BY c.flight)",
+        [],
+        |row| row.get::<_, i64>(0),
+    );
+    sum.map(from_sql).map_err(catalog_error)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

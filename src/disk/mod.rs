@@ -42,7 +42,7 @@ use nix::fcntl::{FallocateFlags, Flock};
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
-use crate::limits::{DISK_BLOCK_BYTES, DISK_RESERVE_BYTES};
+use crate::limits::{DISK_BLOCK_BYTES, DISK_KEPT_BYTES};
 use crate::units::show_bytes;
 
 pub use extents::{FileId, SealedFile, clone_file};
@@ -170,12 +170,12 @@ impl Disk {
         Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
     }
 
-    /// Refuses to write `bytes` more where that would touch the reserve: the catalog must always be able to commit.
+    /// Refuses to write `bytes` more where that would touch what is kept free: the catalog must always be able to commit.
     ///
     /// # Errors
     /// `NO_SPACE` with the figures; the I/O error.
     pub fn check_room(&self, bytes: u64) -> Result<()> {
-        let available = self.free_bytes()?.saturating_sub(DISK_RESERVE_BYTES);
+        let available = self.free_bytes()?.saturating_sub(DISK_KEPT_BYTES);
         if bytes <= available {
             return Ok(());
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::Store;
 use super::read::Reader;
 use crate::catalog::blobs::{self, BlobRow, Borrow};
+use crate::catalog::fills;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 
@@ -58,11 +59,23 @@ impl Store {
     /// Whether `bytes` can be added, after what nobody reads has been given up where that is needed.
     async fn has_room_for(&self, bytes: u64, promised: &(impl Fn() -> u64 + Send)) -> Result<bool> {
         let room = self.room().await?;
-        let lacking = bytes.saturating_add(promised()).saturating_sub(room.below_high_bytes());
+        // After a start what fills is known by its rows before it goes on.
+        let promised = promised().max(self.admitted_before().await?);
+        let lacking = bytes.saturating_add(promised).saturating_sub(room.below_high_bytes());
         if lacking == 0 {
             return Ok(true);
         }
         Ok(self.give_up_unread_duplicates(lacking).await? >= lacking)
+    }
+
+    /// Bytes that are still to come, by the rows of what fills.
+    async fn admitted_before(&self) -> Result<u64> {
+        let unsealed = self.catalog().read(fills::unsealed_bytes).await?;
+        let disk = self.disk().clone();
+        let occupied = tokio::task::spawn_blocking(move || disk.occupied())
+            .await
+            .map_err(|error| Error::internal("looking at the disk ended early").because(error))??;
+        Ok(unsealed.saturating_sub(occupied.filling_bytes))
     }
 
     /// Whether the blob is whole now.
