@@ -57,6 +57,14 @@ impl Disk {
         })
     }
 
+    /// What the files occupy that a flight fills; 0 where there is none.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn occupied_by(&self, flight: &str) -> Result<u64> {
+        tree_bytes(&self.root().join("filling").join(flight))
+    }
+
     /// The filesystem as it is now.
     ///
     /// # Errors

@@ -60,13 +60,21 @@ impl Ingests {
 }
 
 impl Shared {
-    /// Promises a flight the bytes that it lacks, and lets `progress` say what is to come.
+    /// Promises a flight the bytes that it lacks, and lets `progress` say what is to come. Its files occupy `occupied_bytes` already: what a run before
+    /// wrote and did not record is written once more at the same place, and takes nothing.
     ///
     /// # Errors
     /// `NO_SPACE` with the figures; nothing is promised then.
-    pub(super) async fn admit_flight(&self, progress: &Progress, sizes: &Sizes, plan: &Plan) -> Result<()> {
+    pub(super) async fn admit_flight(
+        &self,
+        progress: &Progress,
+        sizes: &Sizes,
+        plan: &Plan,
+        occupied_bytes: u64,
+    ) -> Result<()> {
         let _one_at_a_time = self.admission().await?;
-        self.admit_bytes(plan.occupying_bytes()).await?;
+        let unrecorded = occupied_bytes.saturating_sub(plan.begun_bytes);
+        self.admit_bytes(plan.occupying_bytes().saturating_sub(unrecorded)).await?;
         progress.expect(sizes.known_bytes, sizes.files);
         progress.resume(plan.here_bytes);
         Ok(())

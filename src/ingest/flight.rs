@@ -121,7 +121,8 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let _slot = shared.slot().await?;
     // What an earlier run left without a row is of no use to anybody.
     shared.store.disk().clear_flight(&flying.key, &kept)?;
-    shared.admit_flight(&flying.progress, &sizes, &plan).await?;
+    let occupied = shared.store.disk().occupied_by(&flying.key)?;
+    shared.admit_flight(&flying.progress, &sizes, &plan, occupied).await?;
     flying.growth.begin(plan.here_bytes + plan.missing_bytes);
     let settled = plan.settled.iter().filter(|entry| matches!(entry.kind, EntryKind::File { .. }));
     settled.for_each(|_| flying.progress.sealed());

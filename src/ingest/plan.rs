@@ -97,6 +97,8 @@ pub struct Plan {
     pub large: Vec<ToFill>,
     /// Bytes that are here already.
     pub here_bytes: u64,
+    /// Of those, the ones of files that are not sealed.
+    pub begun_bytes: u64,
     /// Bytes that still have to come, as far as known.
     pub missing_bytes: u64,
 }
@@ -152,6 +154,7 @@ impl Plan {
     fn add(&mut self, file: ToFill) {
         let here = file.units.as_ref().map_or(0, UnitMap::here_bytes);
         self.here_bytes += here;
+        self.begun_bytes += here;
         self.missing_bytes += file.file.size.unwrap_or(0).saturating_sub(here);
         match file.file.size {
             Some(size) if size <= limits::UNIT_BYTES => self.small.push(file),
@@ -229,7 +232,7 @@ mod tests {
         let rows = vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)];
         let plan = plan(&listing, rows, || numbers.next().unwrap());
         assert_eq!(plan.settled.len(), 1);
-        assert_eq!(plan.here_bytes, 5 + limits::UNIT_BYTES);
+        assert_eq!((plan.here_bytes, plan.begun_bytes), (5 + limits::UNIT_BYTES, limits::UNIT_BYTES));
         assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);
         assert_eq!(plan.occupying_bytes(), 2 * limits::UNIT_BYTES + 4096);
         assert_eq!(plan.large.iter().map(|file| file.number).collect::<Vec<_>>(), [2, 6]);
