@@ -93,6 +93,16 @@ impl Flight {
         self.progress.clone()
     }
 
+    /// Whether it has nothing for who joins it now: it failed, or what it saw of files that stay where they are may have been swept since, as no
+    /// row named it any more.
+    pub(super) fn is_over(&self) -> bool {
+        match &*self.outcome.borrow() {
+            Some(Ok(_)) => self.in_place.is_some(),
+            Some(Err(_)) => true,
+            None => self.outcome.has_changed().is_err(),
+        }
+    }
+
     /// Waits until everything is sealed; the manifest.
     pub(super) async fn landed(&self) -> Result<Arc<Manifest>> {
         let mut outcome = self.outcome.clone();

@@ -398,7 +398,7 @@ impl Shared {
         let flight = {
             let mut flights = lock(&self.flights);
             flights.retain(|_, flight| flight.strong_count() > 0);
-            match flights.get(&key).and_then(Weak::upgrade) {
+            match flights.get(&key).and_then(Weak::upgrade).filter(|flight| !flight.is_over()) {
                 Some(flight) => flight,
                 None => {
                     let flight = self.start_flight(record, key.clone(), revision, source, listing, archive)?;
