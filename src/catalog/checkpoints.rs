@@ -152,6 +152,28 @@ pub struct Record {
 }
 
 impl Record {
+    /// One of which nothing is known yet but what was asked for, at `now_ms` milliseconds since the epoch. The host's own without an owner.
+    pub fn new(id: impl Into<String>, name: impl Into<String>, origin: Origin, now_ms: i64) -> Self {
+        Self {
+            id: id.into(),
+            name: name.into(),
+            owner: String::new(),
+            public: false,
+            state: State::New,
+            origin,
+            revision: String::new(),
+            manifest: None,
+            files: 0,
+            logical_bytes: 0,
+            failure: None,
+            created_ms: now_ms,
+            in_place: None,
+            pinned: false,
+            used_ms: now_ms,
+            secrets_given: false,
+        }
+    }
+
     /// The tree that can be served whole now.
     pub fn ready_manifest(&self) -> Option<Digest> {
         self.manifest.filter(|_| self.state == State::Ready)

@@ -232,22 +232,9 @@ pub(super) fn new_record(id: String, name: String, owner: String, public: bool, 
             .remedy("give one of the two"));
     }
     Ok(Record {
-        id: id.to_string(),
-        name: CheckpointName::new(name)?.to_string(),
         owner,
         public,
-        state: State::New,
-        origin,
-        revision: String::new(),
-        manifest: None,
-        files: 0,
-        logical_bytes: 0,
-        failure: None,
-        created_ms: now_unix_ms(),
-        in_place: None,
-        pinned: false,
-        used_ms: now_unix_ms(),
-        secrets_given: false,
+        ..Record::new(id.to_string(), CheckpointName::new(name)?.to_string(), origin, now_unix_ms())
     })
 }
 

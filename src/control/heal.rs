@@ -90,24 +90,9 @@ mod tests {
 
     #[test]
     fn only_what_needs_nobody_comes_back_by_itself() {
-        let lost = Record {
-            id: "i".into(),
-            name: "n".into(),
-            owner: String::new(),
-            public: false,
-            state: State::Ready,
-            origin: Origin { kind: "web".into(), uri: "u".into(), options: Default::default() },
-            revision: "etag".into(),
-            manifest: None,
-            files: 0,
-            logical_bytes: 0,
-            failure: Some(Failure::of(&Error::corrupt("BYTES_ROTTEN", "x"))),
-            created_ms: 0,
-            in_place: None,
-            pinned: false,
-            used_ms: 0,
-            secrets_given: false,
-        };
+        let origin = Origin { kind: "web".into(), uri: "u".into(), options: Default::default() };
+        let failure = Some(Failure::of(&Error::corrupt("BYTES_ROTTEN", "x")));
+        let lost = Record { state: State::Ready, revision: "etag".into(), failure, ..Record::new("i", "n", origin, 0) };
         assert!(comes_back(&lost));
         let of_kind = |kind: &str| Record {
             origin: Origin { kind: kind.into(), uri: "u".into(), options: Default::default() },

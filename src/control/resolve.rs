@@ -171,24 +171,8 @@ mod tests {
     async fn a_public_one_that_is_being_removed_is_not_an_owners_to_remove() {
         let directory = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&directory.path().join("catalog.db")).unwrap();
-        let record = Record {
-            id: "i".into(),
-            name: "n".into(),
-            owner: String::new(),
-            public: true,
-            state: State::Removing,
-            origin: checkpoints::Origin { kind: "web".into(), uri: "u".into(), options: Default::default() },
-            revision: String::new(),
-            manifest: None,
-            files: 0,
-            logical_bytes: 0,
-            failure: None,
-            created_ms: 0,
-            in_place: None,
-            pinned: false,
-            used_ms: 0,
-            secrets_given: false,
-        };
+        let origin = checkpoints::Origin { kind: "web".into(), uri: "u".into(), options: Default::default() };
+        let record = Record { public: true, state: State::Removing, ..Record::new("i", "n", origin, 0) };
         catalog.write(move |tx| checkpoints::insert(tx, &record)).await.unwrap();
         for (owner, reason) in [(None, None), (Some("a"), Some("NOT_YOURS"))] {
             let caller = Caller { name: "c".into(), role: Role::Tenant, owner: owner.map(str::to_owned) };

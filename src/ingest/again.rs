@@ -131,24 +131,9 @@ mod tests {
     use crate::catalog::checkpoints::State;
 
     fn record(kind: &str, revision: &str, manifest: Option<Digest>) -> Record {
-        Record {
-            id: "i".into(),
-            name: "n".into(),
-            owner: String::new(),
-            public: false,
-            state: State::Filling,
-            origin: Origin { kind: kind.into(), uri: "u".into(), options: Default::default() },
-            revision: revision.into(),
-            manifest,
-            files: 0,
-            logical_bytes: 0,
-            failure: None,
-            created_ms: 0,
-            in_place: None,
-            pinned: false,
-            used_ms: 0,
-            secrets_given: false,
-        }
+        let origin = Origin { kind: kind.into(), uri: "u".into(), options: Default::default() };
+        let new = Record::new("i", "n", origin, 0);
+        Record { state: State::Filling, revision: revision.into(), manifest, ..new }
     }
 
     #[test]

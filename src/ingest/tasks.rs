@@ -151,24 +151,8 @@ mod tests {
 
     fn record(id: &str) -> Record {
         let uri = "https://example.org/x".to_owned();
-        Record {
-            id: id.to_owned(),
-            name: id.to_owned(),
-            owner: String::new(),
-            public: false,
-            state: State::New,
-            origin: Origin { kind: SourceKind::Web.to_string(), uri, options: std::collections::BTreeMap::new() },
-            revision: String::new(),
-            manifest: None,
-            files: 0,
-            logical_bytes: 0,
-            failure: None,
-            created_ms: now_unix_ms(),
-            in_place: None,
-            pinned: false,
-            secrets_given: false,
-            used_ms: 0,
-        }
+        let origin = Origin { kind: SourceKind::Web.to_string(), uri, options: std::collections::BTreeMap::new() };
+        Record::new(id, id, origin, now_unix_ms())
     }
 
     fn no_room() -> MakeRoom {

@@ -53,24 +53,8 @@ fn size(file: u8) -> u64 {
 
 fn record(id: String, owner: String) -> Record {
     let origin = Origin { kind: "web".into(), uri: "https://h/x".into(), options: BTreeMap::new() };
-    Record {
-        name: id.clone(),
-        id,
-        public: owner.is_empty(),
-        owner,
-        state: State::Filling,
-        origin,
-        revision: String::new(),
-        manifest: None,
-        files: 0,
-        logical_bytes: 0,
-        failure: None,
-        created_ms: 1,
-        in_place: None,
-        pinned: false,
-        used_ms: 1,
-        secrets_given: false,
-    }
+    let new = Record::new(id.clone(), id, origin, 1);
+    Record { public: owner.is_empty(), owner, state: State::Filling, ..new }
 }
 
 fn manifest(files: &BTreeSet<u8>, twice: bool) -> Manifest {

@@ -99,24 +99,8 @@ impl Fixture {
 }
 
 fn record(id: &str) -> Record {
-    Record {
-        id: id.into(),
-        name: id.into(),
-        owner: String::new(),
-        public: true,
-        state: State::Filling,
-        origin: Origin { kind: "web".into(), uri: "https://h/x".into(), options: BTreeMap::new() },
-        revision: String::new(),
-        manifest: None,
-        files: 0,
-        logical_bytes: 0,
-        failure: None,
-        created_ms: 1,
-        in_place: None,
-        pinned: false,
-        used_ms: 1,
-        secrets_given: false,
-    }
+    let origin = Origin { kind: "web".into(), uri: "https://h/x".into(), options: BTreeMap::new() };
+    Record { public: true, state: State::Filling, ..Record::new(id, id, origin, 1) }
 }
 
 /// A job `j` that has a right to a checkpoint.
