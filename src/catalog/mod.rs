@@ -19,6 +19,7 @@ pub mod jobs;
 pub mod losses;
 pub mod placements;
 pub mod quotas;
+mod record;
 pub mod retention;
 mod schema;
 pub mod scrubs;

@@ -203,3 +203,30 @@ async fn keep_units(arriving: &Arriving, error: &Error) {
         tracing::warn!(error = %second.report(), "what was filled before a failure could not be recorded");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::EntryPath;
+
+    fn begin(in_place: bool, work: impl Future<Output = Result<Manifest>> + Send + 'static) -> Arc<Flight> {
+        let place = in_place.then(|| Place { datastore: "models".into(), below: EntryPath::default() });
+        Flight::start("k".into(), "r".into(), place, Arc::default(), None, work)
+    }
+
+    #[tokio::test]
+    async fn who_comes_late_joins_only_what_has_something_for_him() {
+        for (in_place, works, is_over) in
+            [(false, true, false), (true, true, true), (false, false, true), (true, false, true)]
+        {
+            let outcome = if works { Manifest::new(Vec::new()) } else { Err(Error::unavailable("X", "x")) };
+            let flight = begin(in_place, async { outcome });
+            assert_eq!(flight.landed().await.is_ok(), works);
+            assert_eq!(flight.is_over(), is_over, "in place: {in_place}, works: {works}");
+        }
+        let flight = begin(false, std::future::pending());
+        assert!(!flight.is_over());
+        flight.task.abort();
+        assert!(flight.landed().await.is_err() && flight.is_over(), "it ended without an outcome");
+    }
+}

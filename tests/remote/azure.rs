@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, start, tree,
-    wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, spoil_files,
+    start, tree, wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -145,12 +145,7 @@ fn a_prefix_comes_whole_through_every_fault() {
     let faults = Faults::before(azurite.server.port);
     faults.spoil("comp=list", Fault::Status(500, ""), 1);
     faults.spoil("comp=list", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
-    faults.spoil("/2.json", Fault::Reset(1), 1);
-    faults.spoil("/3.json", Fault::Truncate(2), 1);
-    faults.spoil("/4.json", Fault::Stall(0), 1);
-    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+    spoil_files(&faults, "/");
     let daemon = Daemon::start_with(HASTY);
     let own = endpoint(&faults);
     let key = format!("@account_key={KEY}");

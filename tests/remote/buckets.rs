@@ -22,6 +22,21 @@ pub(crate) const ENDURING: &[(&str, &str)] =
 /// Size of the large file of [`tree`]: more than is asked for in one range, and several pieces when it is put.
 pub(crate) const LARGE: u64 = 36 << 20;
 
+/// Spoils the first answer for files of [`tree`], each in its way; `slash` is how the store's addresses have what stands before a name.
+pub(super) fn spoil_files(faults: &Faults, slash: &str) {
+    let faulty = [
+        Fault::Status(503, "Retry-After: 0"),
+        Fault::Status(429, "Retry-After: 1"),
+        Fault::Reset(1),
+        Fault::Truncate(2),
+        Fault::Stall(0),
+    ];
+    for (number, fault) in faulty.into_iter().enumerate() {
+        faults.spoil(&format!("{slash}{number}.json"), fault, 1);
+    }
+    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+}
+
 /// A tree of regular files with names that have to be encoded, empty files, small ones and two large ones.
 pub(crate) fn tree(root: &Path) {
     let odd = root.join("a b/ü 漢字/%41+#?&=~");

@@ -9,8 +9,8 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, start, tree,
-    wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, spoil_files,
+    start, tree, wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -126,12 +126,7 @@ fn a_prefix_comes_whole_through_every_fault() {
     let faults = Faults::before(server.0.port);
     faults.spoil("maxResults", Fault::Status(500, ""), 1);
     faults.spoil("maxResults", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("%2F0.json", Fault::Status(503, "Retry-After: 0"), 1);
-    faults.spoil("%2F1.json", Fault::Status(429, "Retry-After: 1"), 1);
-    faults.spoil("%2F2.json", Fault::Reset(1), 1);
-    faults.spoil("%2F3.json", Fault::Truncate(2), 1);
-    faults.spoil("%2F4.json", Fault::Stall(0), 1);
-    faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+    spoil_files(&faults, "%2F");
     let daemon = Daemon::start_with(HASTY);
     for (name, uri) in [("slash", "gs://ckpt/some/pre fix/"), ("bare", "gs://ckpt/some/pre fix")] {
         create(&daemon, "gcp", name, uri, &[&endpoint(&faults)]).ok();

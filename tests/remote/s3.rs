@@ -12,7 +12,7 @@ use serde_json::json;
 use super::archives::two_archives;
 use super::buckets::{
     ENDURING, HASTY, LARGE, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway,
-    start, tree, wait_bytes,
+    spoil_files, start, tree, wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -121,12 +121,7 @@ fn a_prefix_comes_whole_through_every_fault() {
         faults.spoil("list-type=2", Fault::Status(500, ""), 1);
         faults.spoil("list-type=2", Fault::Status(503, "Retry-After: 0"), 1);
         faults.spoil("HEAD ", Fault::Status(500, ""), 1);
-        faults.spoil("/0.json", Fault::Status(503, "Retry-After: 0"), 1);
-        faults.spoil("/1.json", Fault::Status(429, "Retry-After: 1"), 1);
-        faults.spoil("/2.json", Fault::Reset(1), 1);
-        faults.spoil("/3.json", Fault::Truncate(2), 1);
-        faults.spoil("/4.json", Fault::Stall(0), 1);
-        faults.spoil("bytes=0-33554431", Fault::Reset(6 << 20), 1);
+        spoil_files(&faults, "/");
         let daemon = Daemon::start_with(HASTY);
         let own = endpoint(&faults);
         let given = [own.as_str(), ANY_ID, ANY_SECRET];
