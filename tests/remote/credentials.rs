@@ -3,12 +3,16 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::support::daemon::{Daemon, LOCALHOST, clean};
+use super::buckets::{assert_kept_nowhere, reason};
+use crate::support::corpus::Random;
+use crate::support::daemon::{Daemon, LOCALHOST, LOOPBACK};
 use crate::support::faults::Faults;
 use crate::support::place::Place;
-use crate::support::ran::{Ran, run, wait_until};
+use crate::support::ran::{Ran, wait_until};
+use crate::support::site::{Page, Site};
 use crate::support::standin::Standin;
 
 /// The token that the stand-in trusts.
@@ -30,20 +34,6 @@ fn create(daemon: &Daemon, endpoint: &str, name: &str, more: &[&str]) -> Ran {
     let endpoint = format!("endpoint={endpoint}");
     let arguments = ["create", name, "--type", "huggingface", "--uri", "acme/private", "--option", &endpoint];
     daemon.ctl(&[&arguments[..], more].concat())
-}
-
-/// Fails if any of `secrets` is in what the daemon shows or keeps.
-fn assert_hidden(daemon: &Daemon, secrets: &[&str]) {
-    let mut shown = daemon.ctl(&["events"]).ok().stdout + &daemon.ctl(&["--json", "list"]).ok().stdout;
-    for row in daemon.rows("list") {
-        shown += &daemon.ctl(&["get", row["id"].as_str().unwrap()]).ok().stdout;
-    }
-    shown += &fs::read_to_string(daemon.place().join("stderr")).unwrap();
-    for secret in secrets {
-        assert!(!shown.contains(secret), "`{secret}` is shown");
-        let kept = run(clean("grep").args(["-rlF", secret]).arg(daemon.state()));
-        assert_eq!(kept.stdout, "", "`{secret}` is in the state directory");
-    }
 }
 
 #[test]
@@ -90,7 +80,7 @@ fn a_request_gets_the_secrets_that_it_may_use_and_no_other() {
     }
     let own = ["--wait", "--option", "credentials=stale", "--credential", &format!("token={TOKEN}")];
     create(&daemon, &endpoint, "own-secret", &own).ok();
-    assert_hidden(&daemon, &[TOKEN, "hf_secret_stale"]);
+    assert_kept_nowhere(&daemon, &[TOKEN, "hf_secret_stale"]);
 }
 
 #[test]
@@ -104,7 +94,7 @@ fn the_file_called_like_the_type_serves_those_that_name_none_and_rotates() {
     daemon.wait_state("before", "ready", Duration::from_secs(30));
     create(&daemon, &hub.url(""), "permitted", &["--wait", "--owner", "team-a"]).ok();
     create(&daemon, &hub.url(""), "not", &["--wait", "--owner", "team-b"]).refused(&[2, 3], &["give a token"]);
-    assert_hidden(&daemon, &[TOKEN]);
+    assert_kept_nowhere(&daemon, &[TOKEN]);
 }
 
 #[test]
@@ -122,7 +112,7 @@ fn a_fill_that_was_killed_has_its_named_secrets_again() {
     daemon.restart();
     daemon.wait_state("p", "ready", Duration::from_secs(60));
     assert_eq!(daemon.json(&["get", "p"])["source"]["options"]["credentials"], "team");
-    assert_hidden(&daemon, &[TOKEN]);
+    assert_kept_nowhere(&daemon, &[TOKEN]);
 }
 
 #[test]
@@ -147,5 +137,26 @@ fn an_endpoint_with_a_secret_in_it_is_refused_before_there_is_a_record() {
         }
     }
     assert!(daemon.rows("list").is_empty(), "nothing is recorded of them");
-    assert_hidden(&daemon, &["hunter22"]);
+    assert_kept_nowhere(&daemon, &["hunter22"]);
+}
+
+#[test]
+fn what_signs_an_address_is_a_secret_of_its_request_and_is_given_again() {
+    let (site, daemon) = (Site::open(), Daemon::start_with(&[LOOPBACK, ("RUST_LOG", "debug")]));
+    let bytes = Arc::new(Random::new(7).bytes(1 << 20));
+    let signed = site.put("/w.bin?v=1&X-Amz-Signature=hunter2", Page::Ranged(Arc::clone(&bytes)));
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &signed, "--wait"]).ok();
+    assert!(fs::read(daemon.attach("job", "w").join("w.bin")).unwrap() == *bytes);
+    daemon.ctl(&["release", "job"]).ok();
+
+    daemon.ctl(&["evict", "w"]).refused(&[4], &["secrets that came with the request"]);
+    wait_until("its session has ended", Duration::from_secs(60), || {
+        daemon.ctl(&["evict", "w", "--force"]).code == Some(0)
+    });
+    daemon.ctl(&["reserve", "job", "w"]).ok();
+    wait_until("it cannot be had without", Duration::from_secs(60), || daemon.json(&["get", "w"])["state"] == "failed");
+    assert_eq!(reason(&daemon, "w"), "SOURCE_GONE");
+    daemon.ctl(&["retry", "w", "--credential", "query=v=1&X-Amz-Signature=hunter2", "--wait"]).ok();
+    assert!(fs::read(daemon.attach("job", "w").join("w.bin")).unwrap() == *bytes);
+    assert_kept_nowhere(&daemon, &["hunter2"]);
 }
