@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read as _;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::limits;
@@ -49,14 +50,14 @@ impl fmt::Debug for EntryName {
 /// Ordered component by component, so that a directory comes right before what is below it: the canonical order
 /// of manifests.
 #[derive(Clone, PartialEq, Eq, Hash, Default)]
-pub struct EntryPath(Box<[u8]>);
+pub struct EntryPath(Arc<[u8]>);
 
 impl EntryPath {
     /// Checks a relative path; the empty path is the root.
     ///
     /// # Errors
     /// `BAD_ENTRY_PATH` for an absolute path, an empty or forbidden component, or one that is too long or too deep.
-    pub fn new(bytes: impl Into<Box<[u8]>>) -> Result<Self> {
+    pub fn new(bytes: impl Into<Arc<[u8]>>) -> Result<Self> {
         let bytes = bytes.into();
         match path_fault(&bytes) {
             None => Ok(Self(bytes)),
@@ -75,7 +76,7 @@ impl EntryPath {
     /// `BAD_ENTRY_PATH` where the whole becomes too long or too deep.
     pub fn join(&self, name: &EntryName) -> Result<Self> {
         if self.is_root() {
-            return Ok(Self(name.0.clone()));
+            return Ok(Self(name.0.as_ref().into()));
         }
         let mut bytes = Vec::with_capacity(self.0.len() + 1 + name.0.len());
         bytes.extend_from_slice(&self.0);

@@ -19,6 +19,7 @@ use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::{assert_same_file, assert_same_tree, b3sum, xattr};
 use support::place::mounts_at;
 use support::ran::{Ran, run, wait_until};
+use support::seccomp::MOUNTS_BY_DESCRIPTOR;
 use support::site::{Page, Site};
 use support::still::Still;
 
@@ -27,13 +28,17 @@ const MIB: u64 = 1 << 20;
 /// A daemon with checkpoints of these names, each of one file `w.bin` and of a directory `source-<name>`.
 fn daemon_with(names: &[&str], env: &[(&'static str, &str)]) -> Daemon {
     let daemon = Daemon::start_with(env);
+    keep(&daemon, names);
+    daemon
+}
+
+fn keep(daemon: &Daemon, names: &[&str]) {
     for (index, name) in names.iter().enumerate() {
-        let source = source(&daemon, name);
+        let source = source(daemon, name);
         random_file(&source.join("w.bin"), seed() + index as u64, 5 * MIB + 3);
         fs::write(source.join("name"), name).unwrap();
         daemon.capture(name, &source);
     }
-    daemon
 }
 
 fn source(daemon: &Daemon, name: &str) -> PathBuf {
@@ -227,6 +232,68 @@ impl Drop for Container {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn where_mounts_cannot_be_made_by_descriptor_they_are_made_by_path() {
+    let mut daemon = Daemon::start_without("keeper", &MOUNTS_BY_DESCRIPTOR);
+    assert_eq!(daemon.json(&["status"])["features"]["open_tree"], false);
+    keep(&daemon, &["a", "b"]);
+    let container = Container::start();
+    let (pid, inside) = (container.0.id().to_string(), daemon.place().dir("inside"));
+    let inside = inside.to_str().unwrap();
+    container.shell(&format!("mount -t tmpfs inside '{inside}'; mkdir '{inside}/one' '{inside}/both'")).ok();
+    let (one, both) = (daemon.place().dir("one"), daemon.place().dir("both"));
+    daemon.attach_at("one", &["a"], &one).ok();
+    daemon.attach_at("both", &["a", "b"], &both).ok();
+    daemon.ctl(&["attach", "one-inside", "b", "--pid", &pid, "--at", &format!("{inside}/one")]).ok();
+    daemon.ctl(&["attach", "both-inside", "a", "b", "--pid", &pid, "--at", &format!("{inside}/both")]).ok();
+
+    let mut open = File::open(one.join("w.bin")).unwrap();
+    let is_right = |daemon: &Daemon| {
+        assert_same_tree(&source(daemon, "a"), &one);
+        assert_same_tree(&source(daemon, "b"), &both.join("b"));
+        let (a, b) = (source(daemon, "a"), source(daemon, "b"));
+        let compare = |at: &str, with: &Path| format!("diff -r '{inside}/{at}' '{}'; ", with.display());
+        container.shell(&[compare("one", &b), compare("both/a", &a), compare("both/b", &b)].concat()).ok();
+    };
+    is_right(&daemon);
+    assert_eq!(xattr(&one.join("w.bin"), "user.ckptd.state"), "passthrough");
+    for closed in [&one, &both, &both.join("a")] {
+        assert_eq!(fs::write(closed.join("x"), "").unwrap_err().raw_os_error(), Some(nix::libc::EROFS));
+        assert_eq!(mounts_at(closed).len(), 1);
+    }
+    container
+        .shell(&format!("! touch '{inside}/both/x'; grep -c '{inside}/.* ro,nosuid,nodev' /proc/mounts | grep -x 4"))
+        .ok();
+    daemon.ctl(&["attach", "late", "a", "--at", one.to_str().unwrap()]).refused(&[4], &["mounted", "already"]);
+
+    // One of the views is as a crash leaves it that comes before its number is recorded.
+    let catalog = rusqlite::Connection::open(daemon.state().join("catalog.db")).unwrap();
+    catalog.busy_timeout(Duration::from_secs(60)).unwrap();
+    let forget =
+        "UPDATE jobs SET mounted = json_set(mounted, '$.mount_id', 0, '$.unique_id', null) WHERE job = 'both-inside'";
+    assert_eq!(catalog.execute(forget, ()).unwrap(), 1);
+    drop(catalog);
+    let server = daemon.server();
+    nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let status = || daemon.ctl(&["--json", "status"]);
+    let succeeded = |status: &Ran| status.code == Some(0) && status.json()["pid"] != server.as_raw();
+    wait_until("a successor answers", Duration::from_secs(180), || succeeded(&status()));
+    let said = status().json()["reconciled"].as_str().unwrap().to_owned();
+    assert!(said.contains("3 views were left as they were, 1 made again, 0 lost"), "{said}");
+    is_right(&daemon);
+    let mut found = Vec::new();
+    open.read_to_end(&mut found).unwrap();
+    assert!(found == fs::read(source(&daemon, "a").join("w.bin")).unwrap());
+
+    for job in ["one", "both", "one-inside", "both-inside"] {
+        daemon.ctl(&["release", job]).ok();
+    }
+    container.shell(&format!("! grep '{inside}/' /proc/mounts")).ok();
+    assert!([&one, &both].iter().all(|target| mounts_at(target).is_empty()));
+    daemon.stop();
+    assert_eq!(mounts_at(&daemon.place().join("run/sessions")).len(), 0, "a daemon that nobody needs leaves a mount");
 }
 
 #[test]

@@ -357,7 +357,7 @@ fn assert_nothing_half_made(daemon: &Daemon, name: &str) {
 
 #[test]
 fn a_system_call_that_a_filter_refuses_is_said_at_once_with_the_remedy() {
-    let daemon = Daemon::start_without(nix::libc::SYS_openat2);
+    let daemon = Daemon::start_without("serve", &[nix::libc::SYS_openat2]);
     let source = daemon.place().dir("source");
     fs::write(source.join("f"), "f").unwrap();
     let begun = Instant::now();
@@ -370,6 +370,7 @@ fn a_system_call_that_a_filter_refuses_is_said_at_once_with_the_remedy() {
 fn a_daemon_that_could_attach_nothing_does_not_start() {
     let place = Place::new();
     let mut command = serve_command(&place.dir("state"), &place.dir("run"));
-    seccomp::refuse(&mut command, nix::libc::SYS_open_tree);
+    let mount = [nix::libc::SYS_open_tree, nix::libc::SYS_mount];
+    seccomp::refuse(&mut command, &mount);
     run(&mut command).refused(&[2], &["preparing the sessions directory", "system call filter"]);
 }

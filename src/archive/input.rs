@@ -1,19 +1,23 @@
 //! The bytes of an archive, decompressed, with a bound on what a few bytes may become.
 
 use std::cell::Cell;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::rc::Rc;
 
 use bytes::Bytes;
 use liblzma::stream::{CONCATENATED, Stream};
 
-use super::{damaged, tar_header, unsupported};
+use super::dictionaries::{Claimed, Dictionaries, too_large};
+use super::{damaged, tar_header};
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
-use crate::limits::{self, ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
+use crate::limits::{ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
 
 /// Bytes handed on at a time.
 pub(super) const PIECE_BYTES: usize = 512 << 10;
+
+/// What an xz decoder takes besides its dictionary.
+const XZ_BESIDES_BYTES: u64 = 1 << 20;
 
 /// Bytes read from the file at a time.
 const READ_BYTES: usize = 128 << 10;
@@ -47,20 +51,26 @@ impl Coding {
         }
     }
 
-    fn open<'a>(self, reader: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-        let reader = BufReader::with_capacity(READ_BYTES, reader);
+    fn open<'a>(self, reader: impl Read + 'a, dictionaries: &Dictionaries) -> Result<(Box<dyn Read + 'a>, Claimed)> {
+        let mut reader = BufReader::with_capacity(READ_BYTES, reader);
+        let claimed = dictionaries.claim(self, reader.fill_buf().map_err(fault)?)?;
+        Ok((self.decode(reader, claimed.bytes).map_err(fault)?, claimed))
+    }
+
+    /// Decodes with a dictionary of so many bytes at most.
+    fn decode<'a>(self, reader: BufReader<impl Read + 'a>, dictionary_bytes: u64) -> io::Result<Box<dyn Read + 'a>> {
         Ok(match self {
             Self::Plain => Box::new(reader),
             Self::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(reader)),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
             Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
             Self::Xz => {
-                let stream = Stream::new_stream_decoder(limits::ARCHIVE_DICTIONARY_BYTES, CONCATENATED)?;
+                let stream = Stream::new_stream_decoder(dictionary_bytes + XZ_BESIDES_BYTES, CONCATENATED)?;
                 Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream))
             }
             Self::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::with_buffer(reader)?;
-                decoder.window_log_max(limits::ARCHIVE_DICTIONARY_BYTES.ilog2())?;
+                decoder.window_log_max(dictionary_bytes.next_power_of_two().ilog2())?;
                 Box::new(decoder)
             }
         })
@@ -105,14 +115,15 @@ impl Meter {
 pub(super) struct Input<'a> {
     reader: Box<dyn Read + 'a>,
     meter: Meter,
+    claimed: Claimed,
 }
 
 impl<'a> Input<'a> {
     /// All of `stream`.
-    pub(super) fn whole(stream: impl Read + 'a, coding: Coding) -> Result<Self> {
+    pub(super) fn whole(stream: impl Read + 'a, coding: Coding, dictionaries: &Dictionaries) -> Result<Self> {
         let meter = Meter::default();
-        let reader = coding.open(Metered { stream, meter: meter.clone() }).map_err(fault)?;
-        Ok(Self { reader, meter })
+        let (reader, claimed) = coding.open(Metered { stream, meter: meter.clone() }, dictionaries)?;
+        Ok(Self { reader, meter, claimed })
     }
 
     /// `length` bytes of `bytes` from `start`.
@@ -122,9 +133,11 @@ impl<'a> Input<'a> {
         length: u64,
         coding: Coding,
         meter: Meter,
+        dictionaries: &Dictionaries,
     ) -> Result<Self> {
         let range = FileRange::new(bytes, start, length, meter.clone());
-        Ok(Self { reader: coding.open(range).map_err(fault)?, meter })
+        let (reader, claimed) = coding.open(range, dictionaries)?;
+        Ok(Self { reader, meter, claimed })
     }
 
     /// What was taken and given so far.
@@ -143,6 +156,7 @@ impl<'a> Input<'a> {
                     self.meter.give(count(more))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if claims_memory(&error) => return Err(too_large(self.claimed.bytes)),
                 Err(error) => return Err(fault(error)),
             }
         }
@@ -259,10 +273,6 @@ pub(super) fn fault(error: io::Error) -> Error {
         Error::io("reading", "the archive", error)
     } else if error.kind() == io::ErrorKind::UnexpectedEof {
         truncated()
-    } else if claims_memory(&error) {
-        let mib = limits::ARCHIVE_DICTIONARY_BYTES >> 20;
-        unsupported(format!("its dictionary takes more than {mib} MiB of memory"))
-            .remedy("pack it again with a smaller window")
     } else {
         damaged("its compressed bytes cannot be read").because(error)
     }

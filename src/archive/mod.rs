@@ -26,6 +26,7 @@
 //! `ARCHIVE_DAMAGED` (corrupt), `ARCHIVE_REFUSED` and `ARCHIVE_BOMB` (invalid), `ARCHIVE_UNSUPPORTED`, `NOT_AN_ARCHIVE`,
 //! `TOO_MANY_ENTRIES`. After an error nothing follows; members that came before it are not to be kept.
 
+mod dictionaries;
 mod format;
 mod gate;
 mod input;
@@ -46,6 +47,7 @@ use crate::names::{EntryName, EntryPath};
 use input::{FileRange, Input, Meter};
 use sink::{Message, Sink};
 
+pub use dictionaries::Dictionaries;
 pub use format::Format;
 
 /// Messages under way between the thread and who takes them: with pieces of [`input::PIECE_BYTES`], 4 MiB at most.
@@ -114,16 +116,16 @@ pub struct About {
 
 impl Members {
     /// Begins to read an archive as what its name and content say it is. Needs a runtime.
-    pub fn read(bytes: Archived, about: About) -> Self {
-        Self::read_rest(bytes, about, Box::new(|_, _| false))
+    pub fn read(bytes: Archived, about: About, dictionaries: Dictionaries) -> Self {
+        Self::read_rest(bytes, about, dictionaries, Box::new(|_, _| false))
     }
 
     /// The same without the bytes of what is `here`.
-    pub fn read_rest(bytes: Archived, about: About, here: Here) -> Self {
+    pub fn read_rest(bytes: Archived, about: About, dictionaries: Dictionaries, here: Here) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
         tokio::task::spawn_blocking(move || {
             let mut sink = Sink::new(sender, here);
-            let outcome = read(bytes, &about, &mut sink).and_then(|()| sink.end());
+            let outcome = read(bytes, &about, &dictionaries, &mut sink).and_then(|()| sink.end());
             if let Err(error) = outcome {
                 let shown = crate::names::show_bytes(about.name.as_bytes());
                 sink.fail(error.during(format!("extracting `{shown}`")));
@@ -162,24 +164,29 @@ impl Members {
     }
 }
 
-fn read(bytes: Archived, about: &About, sink: &mut Sink) -> Result<()> {
+fn read(bytes: Archived, about: &About, dictionaries: &Dictionaries, sink: &mut Sink) -> Result<()> {
     match bytes {
         Archived::Random(bytes, size) if about.format == Format::Zip => {
             about.format.check(&input::start_of(FileRange::new(bytes.as_ref(), 0, size, Meter::default()))?)?;
-            zip::read(bytes.as_ref(), size, sink)
+            zip::read(bytes.as_ref(), size, dictionaries, sink)
         }
         Archived::Random(bytes, size) => {
             let all: Box<dyn Read + '_> = Box::new(FileRange::new(bytes.as_ref(), 0, size, Meter::default()));
-            read_stream(all, about, sink)
+            read_stream(all, about, dictionaries, sink)
         }
-        Archived::Stream(stream) => read_stream(stream, about, sink),
+        Archived::Stream(stream) => read_stream(stream, about, dictionaries, sink),
     }
 }
 
-fn read_stream<'a>(mut stream: Box<dyn Read + 'a>, about: &About, sink: &mut Sink) -> Result<()> {
+fn read_stream<'a>(
+    mut stream: Box<dyn Read + 'a>,
+    about: &About,
+    dictionaries: &Dictionaries,
+    sink: &mut Sink,
+) -> Result<()> {
     let start = input::start_of(&mut stream)?;
     let coding = about.format.check(&start)?;
-    let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding)?;
+    let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding, dictionaries)?;
     match about.format {
         Format::Zip => Err(Error::internal("a zip was given as a stream")),
         Format::Tar => tar::read(&mut input, sink),

@@ -302,6 +302,7 @@ struct Features {
     passthrough: bool,
     resend: bool,
     reflink: bool,
+    open_tree: bool,
 }
 
 impl<'a> From<&'a wire::Status> for Status<'a> {
@@ -315,6 +316,7 @@ impl<'a> From<&'a wire::Status> for Status<'a> {
                 passthrough: features.passthrough,
                 resend: features.resend,
                 reflink: features.reflink,
+                open_tree: features.open_tree,
             },
             sessions: status.sessions,
             attachments: status.attachments,
@@ -502,6 +504,9 @@ mod tests {
             "attachments degraded draining estimates features holder pid reconciled restarts runtime_dir scrub sessions state_dir uptime_s \
              version"
         );
-        assert_eq!(value["features"], json!({"passthrough": false, "resend": false, "reflink": false}));
+        assert_eq!(
+            value["features"],
+            json!({"passthrough": false, "resend": false, "reflink": false, "open_tree": false})
+        );
     }
 }

@@ -230,6 +230,7 @@ pub(super) fn status(status: &wire::Status) -> String {
         ("passthrough", yes_no(features.passthrough)),
         ("resend", yes_no(features.resend)),
         ("reflink", yes_no(features.reflink)),
+        ("open_tree", yes_no(features.open_tree)),
         ("state", plain(&status.state_dir)),
         ("runtime", plain(&status.runtime_dir)),
         ("descriptors held by", plain(&status.holder)),

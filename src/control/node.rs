@@ -82,6 +82,7 @@ impl Service {
             passthrough: features.passthrough,
             resend: features.resend,
             reflink: self.floors.store.disk().reflink(),
+            open_tree: features.open_tree,
         }
     }
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 
+use crate::archive::Dictionaries;
 use crate::control::caller::Roles;
 use crate::control::catalogue::Catalogue;
 use crate::control::tls::Certificates;
@@ -218,12 +219,14 @@ async fn compose(
     });
     let datastores = Arc::new(config.datastores.clone());
     let known = datastores.clone();
+    let dictionaries = Dictionaries::within(config.memory_budget_bytes / 2);
     let ingests = Ingests::new(
         store.clone(),
-        connector(config, &store, datastores)?,
+        connector(config, &store, datastores, dictionaries.clone())?,
         make_room,
         Settings {
             memory_budget_bytes: config.memory_budget_bytes,
+            dictionaries,
             checkpoint_bytes: config.checkpoint_bytes,
             attempts: config.attempts,
             quotas: Arc::new(config.quotas.clone()),
@@ -250,10 +253,16 @@ async fn compose(
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from
 /// `capture` alone, which only the socket's owner can ask for.
-fn connector(config: &Config, store: &Store, datastores: Arc<Datastores>) -> Result<Connector> {
+fn connector(
+    config: &Config,
+    store: &Store,
+    datastores: Arc<Datastores>,
+    dictionaries: Dictionaries,
+) -> Result<Connector> {
     let policy = EgressPolicy::new(config.allow_networks.clone());
     let settings = HttpSettings { inactivity_timeout: config.inactivity_timeout, ..HttpSettings::default() };
     let context = SourceContext::new(&settings, policy)?
+        .with_dictionaries(dictionaries)
         .with_scratch(Arc::clone(store.disk()), config.checkpoint_bytes)
         .with_host_credentials(Some(config.credentials_dir.clone()))
         .with_host_directories()

@@ -68,7 +68,7 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         revision: String,
-        manifest: Manifest,
+        manifest: Arc<Manifest>,
         flight: Option<Arc<Flight>>,
     ) -> Result<()> {
         let own = record.clone();

@@ -29,7 +29,7 @@ pub(super) async fn large_from_here(
     let filling = Arc::new(Filling::open(disk, &flying.key, file.number, UnitMap::new(size))?);
     let _give_up = GiveUp(filling.clone());
     let layout =
-        seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &file.file.locator, error))?);
+        seal::LayoutFrom::File(opened.try_clone().map_err(|error| Error::io("reading", &*file.file.locator, error))?);
     let _core = flying.core().await?;
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
@@ -64,7 +64,7 @@ fn copy_here(from: &std::fs::File, filling: &Filling, file: &File, progress: &Pr
         filling.check_room(want as u64)?;
         copy_piece(from, filling.file(), at, want).map_err(|error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => changed(&file.locator),
-            _ => Error::io("copying", &file.locator, error),
+            _ => Error::io("copying", &*file.locator, error),
         })?;
         let end = at + want as u64;
         (at / UNIT_BYTES..end.div_ceil(UNIT_BYTES)).for_each(|unit| _ = filling.complete(unit));

@@ -136,7 +136,8 @@ async fn open(flying: &Arc<Flying>, archive: &Archive, sealed: Sealed) -> Result
     };
     let known = sealed.clone();
     let here = move |path: &EntryPath, size: u64| known.get(path).is_some_and(|(sealed, _)| *sealed == size);
-    let members = Members::read_rest(bytes, archive.about.clone(), Box::new(here));
+    let dictionaries = flying.shared.settings.dictionaries.clone();
+    let members = Members::read_rest(bytes, archive.about.clone(), dictionaries, Box::new(here));
     Ok(Extracting { members, task, sealed, present: None })
 }
 
@@ -410,7 +411,7 @@ mod tests {
 
     fn listing(name: &str, one_file: bool) -> Listing {
         let file = File {
-            locator: String::new(),
+            locator: Arc::default(),
             size: None,
             executable: false,
             ranges: false,

@@ -126,8 +126,7 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let sizes = plan::Sizes::of(&listing, shared.settings.checkpoint_bytes)?;
     let kept: Vec<u64> = rows.iter().map(|row| row.number).collect();
     let number = || shared.next_number.fetch_add(1, Ordering::Relaxed);
-    let plan = plan::plan(&listing, rows, number);
-    drop(listing);
+    let plan = plan::plan(listing, rows, number);
     let _slot = shared.slot().await?;
     // What an earlier run left without a row is of no use to anybody.
     shared.store.disk().clear_flight(&flying.key, &kept)?;
@@ -140,10 +139,9 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let shape = arriving.tree().shape();
     let owner = flying.owner.clone();
     let learned = shared.store.catalog().read(move |tx| forecasts::order(tx, &owner, &shape)).await?;
-    arriving.begin(&plan, learned)?;
     let large: Vec<u32> = plan.large.iter().filter_map(|file| Some(arriving.find(&file.path)?.0)).collect();
     let missing_bytes = plan.missing_bytes;
-    drop(plan);
+    arriving.begin(plan, learned)?;
     let bringing = Bringing { flying: flying.clone(), arriving: arriving.clone() };
     let begun = Instant::now();
     let brought = bring(&bringing, large).await;

@@ -49,6 +49,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Semaphore, broadcast, watch};
 
+use crate::archive::Dictionaries;
 use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::fills;
 use crate::catalog::placements;
@@ -84,6 +85,8 @@ pub type Connector = Arc<dyn Fn(&SourceSpec, &str, &Credentials) -> Result<Arc<d
 pub struct Settings {
     /// Bytes that fetchers may hold in memory.
     pub memory_budget_bytes: u64,
+    /// For the dictionaries of archives.
+    pub dictionaries: Dictionaries,
     /// Logical bytes one checkpoint may have.
     pub checkpoint_bytes: u64,
     /// Attempts without progress before a fetch is given up.
@@ -96,6 +99,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             memory_budget_bytes: limits::MEMORY_BUDGET_DEFAULT,
+            dictionaries: Dictionaries::default(),
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             attempts: retry::ATTEMPTS_DEFAULT,
             quotas: Arc::default(),
@@ -236,7 +240,7 @@ impl Ingests {
 }
 
 /// What filling gives: revision, tree, and the flight that must be kept until the record is decided.
-type Filled = (String, Manifest, Option<Arc<Flight>>);
+type Filled = (String, Arc<Manifest>, Option<Arc<Flight>>);
 
 impl Shared {
     fn source_of(&self, record: &Record, credentials: &Credentials) -> Result<Arc<dyn Source>> {
@@ -280,13 +284,14 @@ impl Shared {
     ) -> Result<Filled> {
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
+                let _entries = self.bounds.claim_entries(listing.entries.len()).await?;
                 let flight = self.join_flight(record, source.clone(), listing, rest, progress).await?;
                 let landed = flight.landed().await;
                 if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
                     arriving.fail(error);
                 }
                 let manifest = landed?;
-                Ok((flight.revision().to_owned(), manifest.as_ref().clone(), Some(flight)))
+                Ok((flight.revision().to_owned(), manifest, Some(flight)))
             }
             Opened::Streamed(entries) => {
                 let _slot = self.slot().await?;
@@ -331,7 +336,7 @@ impl Shared {
         self.store.disk().clear_flight(&record.id, &[])?;
         self.store.disk().begin_flight(&record.id)?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
-        Ok((revision, manifest, None))
+        Ok((revision, Arc::new(manifest), None))
     }
 
     /// # Errors

@@ -105,31 +105,31 @@ pub struct Plan {
 
 /// Compares a listing with the rows of its flight. Rows belong to the same revision, so equal path and size mean equal bytes.
 /// `next_number` gives numbers for files that have none.
-pub fn plan(listing: &Listing, rows: Vec<FillRow>, mut next_number: impl FnMut() -> u64) -> Plan {
+pub fn plan(listing: Listing, rows: Vec<FillRow>, mut next_number: impl FnMut() -> u64) -> Plan {
     let mut rows: HashMap<Vec<u8>, FillRow> = rows.into_iter().map(|row| (row.path.clone(), row)).collect();
     let mut plan = Plan::default();
-    for listed in &listing.entries {
-        let file = match &listed.what {
+    for listed in listing.entries {
+        let file = match listed.what {
             What::Directory => {
-                plan.settle(listed.path.clone(), EntryKind::Directory);
+                plan.settle(listed.path, EntryKind::Directory);
                 continue;
             }
             // Refused when the listing was counted.
             What::SameAs(_) => continue,
             What::Symlink(target) => {
-                plan.settle(listed.path.clone(), EntryKind::Symlink { target: target.clone() });
+                plan.settle(listed.path, EntryKind::Symlink { target });
                 continue;
             }
             What::File(file) => file,
         };
         let row = rows.remove(listed.path.as_bytes()).filter(|row| file.size.is_none_or(|size| size == row.size));
         if let Some((digest, size)) = row.as_ref().and_then(|row| Some((row.sealed?, row.size))) {
-            plan.settle_file(listed.path.clone(), size, file.executable, digest);
+            plan.settle_file(listed.path, size, file.executable, digest);
             continue;
         }
         let number = row.as_ref().map_or_else(&mut next_number, |row| row.number);
         let units = row.and_then(|row| file.size.map(|size| UnitMap::from_bytes(size, &row.units)));
-        plan.add(ToFill { path: listed.path.clone(), file: file.clone(), number, units });
+        plan.add(ToFill { path: listed.path, file, number, units });
     }
     plan
 }
@@ -202,8 +202,7 @@ mod tests {
     use crate::source::{Expected, Listed};
 
     fn listed(path: &str, size: Option<u64>) -> Listed {
-        let file =
-            File { locator: path.to_owned(), size, executable: false, ranges: true, expected: Expected::default() };
+        let file = File { locator: path.into(), size, executable: false, ranges: true, expected: Expected::default() };
         Listed { path: EntryPath::new(path.as_bytes()).unwrap(), what: What::File(file) }
     }
 
@@ -230,7 +229,7 @@ mod tests {
             listing(vec![listed("a", Some(5)), listed("b", Some(big)), listed("c", Some(7)), listed("d", None)]);
         let mut numbers = 5..;
         let rows = vec![row("a", 4, 5, true), row("b", 2, big, false), row("c", 3, 8, true)];
-        let plan = plan(&listing, rows, || numbers.next().unwrap());
+        let plan = plan(listing, rows, || numbers.next().unwrap());
         assert_eq!(plan.settled.len(), 1);
         assert_eq!((plan.here_bytes, plan.begun_bytes), (5 + limits::UNIT_BYTES, limits::UNIT_BYTES));
         assert_eq!(plan.missing_bytes, 2 * limits::UNIT_BYTES + 7);

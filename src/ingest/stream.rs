@@ -30,6 +30,9 @@ use crate::store::filling::{Filling, UnitMap};
 /// Space that must be left before a file of unknown size grows by as much.
 pub(super) const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
 
+/// Entries whose memory is claimed at a time.
+const ENTRIES_CLAIMED: u32 = 4096;
+
 /// Large files that are sealed at a time while others come: they wait for one thread, so this bounds what waits.
 const LARGE_AT_A_TIME: usize = 8;
 
@@ -48,8 +51,13 @@ pub(super) async fn fill(
     let mut sealing = FuturesUnordered::new();
     let mut large = JoinSet::new();
     let mut bytes = 0_u64;
+    let mut claimed = Vec::new();
     while let Some(listed) = stream.next_entry().await? {
-        if entries.len() + links.len() + sealing.len() >= limits::CHECKPOINT_ENTRIES {
+        let known = entries.len() + links.len() + sealing.len() + large.len();
+        if known >= claimed.len() * ENTRIES_CLAIMED as usize {
+            claimed.push(shared.bounds.claim_more_entries(ENTRIES_CLAIMED)?);
+        }
+        if known >= limits::CHECKPOINT_ENTRIES {
             let message = format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES);
             return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
         }

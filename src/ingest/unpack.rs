@@ -66,7 +66,8 @@ impl Unpacked {
             None => {
                 let Spool { file, size } = spool;
                 let file = Arc::into_inner(file).ok_or_else(|| Error::internal("the spool is still written to"))?;
-                let mut members = Members::read(Archived::Random(Box::new(file), size), about);
+                let dictionaries = self.shared.settings.dictionaries.clone();
+                let mut members = Members::read(Archived::Random(Box::new(file), size), about, dictionaries);
                 let member = members.next().await?;
                 self.state = State::Members(members);
                 Ok(member.map(listed_member))

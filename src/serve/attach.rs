@@ -9,9 +9,13 @@
 //! very one: something that others have mounted, over it or instead of it, is never touched. A namespace that no process
 //! is in any more has taken its mounts with it.
 //!
+//! Where mounts cannot be made by descriptor a view is made in its place, and has no number before: [`by_path`].
+//!
 //! All functions block on mount operations, and enter other namespaces on threads of their own.
 
-use std::ffi::CString;
+mod by_path;
+
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -21,8 +25,10 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, mkdirat};
 use serde::{Deserialize, Serialize};
 
-use super::mount_calls::{self, Device, READ_ONLY};
+use super::mount_calls::{self, Device, Proc, READ_ONLY};
+use super::mountinfo::MountLine;
 use super::namespace::{self, Entrance, MountNamespace};
+use super::session::Original;
 use super::target::{self, Reserved, Whose};
 use crate::error::{Error, Result};
 use crate::names::EntryName;
@@ -45,15 +51,15 @@ pub struct Place {
 pub struct NamedView {
     /// Its directory below the target.
     pub name: EntryName,
-    /// From [`Session::tree`](super::Session::tree).
-    pub tree: OwnedFd,
+    /// From [`Session::original`](super::Session::original).
+    pub original: Original,
 }
 
 /// What is to be seen at the target.
 #[derive(Debug)]
 pub enum Views {
-    /// The content of one checkpoint at the target itself; from [`Session::tree`](super::Session::tree).
-    One(OwnedFd),
+    /// The content of one checkpoint at the target itself; from [`Session::original`](super::Session::original).
+    One(Original),
     /// A directory each.
     Several(Vec<NamedView>),
 }
@@ -67,15 +73,30 @@ pub struct Mounted {
     pub pid: Option<u32>,
     /// Number of the mount namespace it is in.
     pub namespace: u64,
-    /// Number of the mount; the kernel uses it again after an unmount.
+    /// Number of the mount; the kernel uses it again after an unmount. 0 where it was not known before the view was made: it is known by its
+    /// target then, and by being ours.
     pub mount_id: u64,
     /// Number of the mount that is never used again, where the kernel has it.
     pub unique_id: Option<u64>,
-    /// The file system on it.
+    /// The file system on it; 0:0 where that was not known before either.
     pub device: Device,
 }
 
 impl Mounted {
+    /// Whether this is from before the view was made, and says less than could be known afterwards.
+    pub(super) const fn is_foretold(&self) -> bool {
+        self.mount_id == 0
+    }
+
+    /// Whether it is the mount of this line.
+    fn is(&self, line: &MountLine) -> bool {
+        if !self.is_foretold() {
+            return line.mount_id == self.mount_id && line.device == self.device;
+        }
+        let same = self.device == by_path::UNKNOWN || line.device == self.device;
+        same && line.source == by_path::SOURCE && line.target == self.target
+    }
+
     /// That its process is in the namespace still that the view was put into: another may have its number by now.
     ///
     /// # Errors
@@ -103,7 +124,7 @@ pub enum Detached {
 
 /// A view that is built and stands nowhere yet; dropped, it is gone.
 pub struct Prepared {
-    built: Built,
+    build: Build,
     process: Option<MountNamespace>,
     mounted: Mounted,
 }
@@ -118,17 +139,10 @@ pub fn prepare(place: &Place, views: Views, reserved: &Reserved) -> Result<Prepa
     let whose = if process.is_some() { Whose::Process } else { Whose::Host };
     target::check_path(&place.target, whose, reserved)?;
     let namespace = process.as_ref().map_or_else(namespace::own_inode, |process| Ok(process.inode))?;
-    let built = Built::new(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
-    let found = mount_calls::standing(&built.root).map_err(|error| Error::io("looking at", &place.target, error))?;
-    let mounted = Mounted {
-        target: place.target.clone(),
-        pid: place.pid,
-        namespace,
-        mount_id: found.mount_id,
-        unique_id: found.unique_id,
-        device: found.device,
-    };
-    Ok(Prepared { built, process, mounted })
+    let build = Build::of(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
+    let (mount_id, unique_id, device) = build.known().map_err(|error| Error::io("looking at", &place.target, error))?;
+    let mounted = Mounted { target: place.target.clone(), pid: place.pid, namespace, mount_id, unique_id, device };
+    Ok(Prepared { build, process, mounted })
 }
 
 impl Prepared {
@@ -137,21 +151,31 @@ impl Prepared {
         &self.mounted
     }
 
-    /// Puts the view in its place.
+    /// Puts the view in its place; how it is found from now on, which is [`Prepared::mounted`] or says more.
     ///
     /// # Errors
     /// `TARGET_*`, or what the kernel says. Nothing is mounted then.
     pub fn show(self) -> Result<Mounted> {
-        let Self { built, process, mounted } = self;
+        let Self { build, process, mounted } = self;
         let (whose, entrance) = match &process {
             Some(process) => (Whose::Process, Entrance::AsProcess(process)),
             None => (Whose::Host, Entrance::Here),
         };
-        namespace::act(&entrance, || {
-            let target = target::open(&mounted.target, whose)?;
-            built.put(&target).map_err(|error| Error::io("mounting at", &mounted.target, error))
+        let proc = namespace::open_proc()?;
+        let standing = namespace::act(&entrance, || match build {
+            Build::Detached(built) => {
+                let target = target::open(&mounted.target, whose)?;
+                built.put(&target).map_err(|error| Error::io("mounting at", &mounted.target, error))?;
+                Ok(None)
+            }
+            Build::InPlace(views) => by_path::put(&views, &mounted.target, whose, &proc).map(Some),
         })?;
-        Ok(mounted)
+        Ok(match standing {
+            Some(found) => {
+                Mounted { mount_id: found.mount_id, unique_id: found.unique_id, device: found.device, ..mounted }
+            }
+            None => mounted,
+        })
     }
 }
 
@@ -175,7 +199,7 @@ pub fn detach(mounted: &Mounted) -> Result<Detached> {
                 // Nobody can enter the root of a dead connection.
                 Err(Errno::ENOTCONN) => nix::unistd::fchdir(proc)
                     .map_err(io::Error::from)
-                    .and_then(|()| mount_calls::unmount_descriptor_in_proc(&root)),
+                    .and_then(|()| mount_calls::unmount_descriptor(&root, Proc::WorkingDirectory)),
                 Err(errno) => Err(io::Error::from(errno)),
             };
             unmounted.map_err(|error| Error::io("unmounting the view at", &path, error))?;
@@ -228,16 +252,16 @@ fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(&OwnedFd, Found) -> Re
 
 fn find(proc: &OwnedFd, mounted: &Mounted) -> Result<Found> {
     let lines = namespace::mounts(proc)?;
-    let line = lines.into_iter().find(|line| line.mount_id == mounted.mount_id && line.device == mounted.device);
-    match line {
-        Some(line) => look_at(line.target, mounted),
+    match lines.into_iter().find(|line| mounted.is(line)) {
+        Some(line) => look_at(line, mounted),
         None => Ok(Found::Gone),
     }
 }
 
-/// Whether the recorded mount is at `path`, where a mount of its number is. The kernel gives numbers again, so that may be another job's view of
-/// the same checkpoint: the recorded one is gone then.
-fn look_at(path: PathBuf, mounted: &Mounted) -> Result<Found> {
+/// Whether the recorded mount is where the line says that one of its number is. The kernel gives numbers again, so that may be another job's
+/// view of the same checkpoint: the recorded one is gone then.
+fn look_at(line: MountLine, mounted: &Mounted) -> Result<Found> {
+    let path = line.target;
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = match open(&path, flags, Mode::empty()) {
         Ok(root) => root,
@@ -245,13 +269,42 @@ fn look_at(path: PathBuf, mounted: &Mounted) -> Result<Found> {
         Err(errno) => return Err(Error::io("opening the view at", &path, errno.into())),
     };
     let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", &path, error))?;
-    if found.mount_id != mounted.mount_id || found.device != mounted.device || !found.is_mount_root {
+    if found.mount_id != line.mount_id || found.device != line.device || !found.is_mount_root {
         return Ok(Found::Hidden(path));
     }
     Ok(match (found.unique_id, mounted.unique_id) {
         (Some(found), Some(recorded)) if found != recorded => Found::Gone,
         _ => Found::Here(path, root),
     })
+}
+
+/// How a view comes about.
+enum Build {
+    /// It is built already.
+    Detached(Built),
+    /// It will be built where it is to be seen.
+    InPlace(by_path::Views),
+}
+
+impl Build {
+    fn of(views: Views) -> Result<Self> {
+        let needs_path = |original: &Original| matches!(original, Original::Connection { .. });
+        let by_path = match &views {
+            Views::One(original) => needs_path(original),
+            Views::Several(views) => views.iter().any(|view| needs_path(&view.original)),
+        };
+        if by_path { by_path::Views::of(views).map(Self::InPlace) } else { Built::new(views).map(Self::Detached) }
+    }
+
+    /// What is known of its mount before it is seen.
+    fn known(&self) -> io::Result<(u64, Option<u64>, Device)> {
+        match self {
+            Self::Detached(built) => {
+                mount_calls::standing(&built.root).map(|found| (found.mount_id, found.unique_id, found.device))
+            }
+            Self::InPlace(views) => Ok((0, None, views.device())),
+        }
+    }
 }
 
 /// A detached view, ready to be put somewhere.
@@ -265,7 +318,8 @@ impl Built {
     fn new(views: Views) -> Result<Self> {
         let mounting = |error| Error::unavailable("MOUNT_FAILED", "preparing a view").because(error);
         match views {
-            Views::One(tree) => {
+            Views::One(original) => {
+                let tree = detached(original)?;
                 mount_calls::make_private(&tree, READ_ONLY).map_err(mounting)?;
                 Ok(Self { root: tree, left: Vec::new() })
             }
@@ -273,8 +327,9 @@ impl Built {
                 let root = directory_mount(views.len()).map_err(mounting)?;
                 let mut named = Vec::with_capacity(views.len());
                 for view in views {
-                    mount_calls::make_private(&view.tree, READ_ONLY).map_err(mounting)?;
-                    named.push((make_directory(&root, &view.name)?, view.tree));
+                    let tree = detached(view.original)?;
+                    mount_calls::make_private(&tree, READ_ONLY).map_err(mounting)?;
+                    named.push((make_directory(&root, &view.name)?, tree));
                 }
                 let left = match fill(&root, &named) {
                     Ok(()) => Vec::new(),
@@ -300,13 +355,26 @@ impl Built {
     }
 }
 
+fn detached(original: Original) -> Result<OwnedFd> {
+    match original {
+        Original::Mount(tree) => Ok(tree),
+        Original::Connection { .. } => Err(Error::internal("a connection is to be moved")),
+    }
+}
+
+/// What a tmpfs with room for so many directories and nothing else is made with.
+fn directory_options(directories: usize) -> [(&'static CStr, String); 3] {
+    let inodes = directories.saturating_add(2).to_string();
+    [(c"mode", "0555".to_owned()), (c"size", "4096".to_owned()), (c"nr_inodes", inodes)]
+}
+
 /// A detached tmpfs with room for directories and nothing else.
 fn directory_mount(directories: usize) -> io::Result<OwnedFd> {
     let filesystem = mount_calls::open_filesystem(c"tmpfs")?;
-    mount_calls::set_option(&filesystem, c"source", "ckptd")?;
-    mount_calls::set_option(&filesystem, c"mode", "0555")?;
-    mount_calls::set_option(&filesystem, c"size", "4096")?;
-    mount_calls::set_option(&filesystem, c"nr_inodes", &directories.saturating_add(2).to_string())?;
+    mount_calls::set_option(&filesystem, c"source", by_path::SOURCE)?;
+    for (key, value) in directory_options(directories) {
+        mount_calls::set_option(&filesystem, key, &value)?;
+    }
     mount_calls::create_filesystem(&filesystem)?;
     mount_calls::mount_filesystem(&filesystem, libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV)
 }
@@ -330,7 +398,6 @@ fn fill(root: &OwnedFd, views: &[(CString, OwnedFd)]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::CStr;
     use std::path::Path;
 
     use super::*;
@@ -378,7 +445,7 @@ mod tests {
             let root = open(target.path(), OFlag::O_PATH, Mode::empty()).unwrap();
             assert!(mount_calls::standing(&root).unwrap().is_mount_root);
             nix::unistd::fchdir(namespace::open_proc()?).unwrap();
-            mount_calls::unmount_descriptor_in_proc(&root)
+            mount_calls::unmount_descriptor(&root, Proc::WorkingDirectory)
                 .map_err(|error| Error::io("unmounting", target.path(), error))
         })
         .unwrap();

@@ -1,8 +1,8 @@
 //! Jobs and their views: rights in the catalog, sessions in memory, binds in the kernel.
 //!
 //! **Attach**: row `attaching` (durable, with the leases, so that nothing named can be removed), sessions of all checkpoints started or
-//! found, the view built, row `attached` with how it will be found again, the view put in its place. So a crash at no step leaves a mount that no
-//! row knows. A failure in between undoes what was done and restores the row that was there. **Detach** unmounts, then writes `reserved`. Requests of one job pass one gate, so they never overlap; the
+//! found, the view built, row `attached` with how it will be found again, the view put in its place (and the row again, where it is built there: its
+//! number is known only then). So a crash at no step leaves a mount that no row knows. A failure in between undoes what was done and restores the row that was there. **Detach** unmounts, then writes `reserved`. Requests of one job pass one gate, so they never overlap; the
 //! start of a session passes the gate of its checkpoint. No gate is held while waiting for another job.
 //!
 //! **Sessions** start with the first job and stop with the last; what a job still has open is served until it is closed. A checkpoint
@@ -50,6 +50,9 @@ pub use recover::Reconciled;
 
 /// Where a job inside a container expects its checkpoint.
 pub const CONTAINER_TARGET: &str = "/opt/ml/checkpoint";
+
+/// Directory among the sessions in which the kernel is asked what it offers: no id begins so.
+const PROBE: &str = ".probe";
 
 /// How long a stop waits for the threads of a session; they go on by themselves after that.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
@@ -138,7 +141,7 @@ impl Attachments {
             store.punch_nothing();
         }
         super::prepare_sessions_dir(&sessions_dir)?;
-        let features = super::probe()?;
+        let features = super::probe(&sessions_dir.join(PROBE))?;
         let stack_depth = features::stack_depth(store.disk().root());
         let reserved = reserved(store.disk().root(), runtime_dir, &jobs_dir);
         Ok(Self(Arc::new(Shared {
@@ -359,9 +362,11 @@ impl Attachments {
         let subdirs: Vec<String> = row.leases.iter().map(|lease| lease.subdir.clone()).collect();
         let reserved = self.0.reserved.clone();
         let view = blocking(move || super::prepare(&place, views(&served, &subdirs)?, &reserved)).await?;
-        let row = self.note_mounted(row, view.mounted()).await?;
-        blocking(move || view.show()).await?;
-        Ok(row)
+        let foretold = view.mounted().clone();
+        let row = self.note_mounted(row, &foretold).await?;
+        let mounted = blocking(move || view.show()).await?;
+        // Where it has no number before it is seen.
+        if mounted == foretold { Ok(row) } else { self.note_mounted(&row, &mounted).await }
     }
 
     async fn note_mounted(&self, row: &JobRow, mounted: &super::Mounted) -> Result<JobRow> {
@@ -479,24 +484,24 @@ async fn stands(row: &JobRow) -> Result<bool> {
 }
 
 fn views(served: &[Arc<Served>], subdirs: &[String]) -> Result<Views> {
-    let mut trees = Vec::new();
+    let mut originals = Vec::new();
     for served in served {
         let session = lock(&served.session);
         let session = session.as_ref().ok_or_else(|| {
             Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again")
         })?;
-        trees.push(session.tree()?);
+        originals.push(session.original()?);
     }
     if let [subdir] = subdirs
         && subdir.is_empty()
-        && let Some(tree) = trees.pop()
+        && let Some(original) = originals.pop()
     {
-        return Ok(Views::One(tree));
+        return Ok(Views::One(original));
     }
-    let named = trees
+    let named = originals
         .into_iter()
         .zip(subdirs)
-        .map(|(tree, subdir)| Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, tree }));
+        .map(|(original, subdir)| Ok(NamedView { name: EntryName::new(subdir.as_bytes())?, original }));
     named.collect::<Result<_>>().map(Views::Several)
 }
 

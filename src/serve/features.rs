@@ -1,11 +1,16 @@
 //! What the running kernel's FUSE can do, as it says in its INIT request.
 //!
-//! Every session hears it; [`probe`] asks without one, by making a file system that is never mounted anywhere.
+//! Every session hears it; [`probe`] asks without one, by making a file system that nobody sees.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use super::mount_calls;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+
+use super::mount_calls::{self, Proc, Standing};
 use crate::error::{Error, Kind, Result};
 
 /// The device through which a kernel asks.
@@ -43,6 +48,8 @@ pub struct Features {
     pub no_opendir: bool,
     /// Views may be mounted with mapped owners (Linux 6.12).
     pub idmap: bool,
+    /// Mounts are made by descriptor; else by path, which a filter of system calls may leave alone.
+    pub open_tree: bool,
 }
 
 impl Features {
@@ -62,38 +69,83 @@ impl Features {
             resend: flags & HAS_RESEND != 0,
             no_opendir: flags & NO_OPENDIR_SUPPORT != 0,
             idmap: flags & ALLOW_IDMAP != 0,
+            open_tree: false,
         })
     }
 }
 
-/// A file system that is made but not mounted: its connection and its detached mount.
+/// A file system that is made but shown to nobody: its connection and its mount.
 pub(super) struct Fresh {
     /// The connection, still without an answer to INIT.
     pub(super) device: OwnedFd,
-    /// The detached mount.
-    pub(super) mount: OwnedFd,
+    /// Its mount.
+    pub(super) mount: FreshMount,
     /// The raw INIT request, already taken from the device.
     pub(super) init: Vec<u8>,
 }
 
-/// Asks the kernel what it offers.
+/// A mount that is gone when it is dropped before it was shown.
+pub(super) struct FreshMount {
+    /// Its root; `None` once it is shown.
+    root: Option<OwnedFd>,
+    /// Whether it is in its place already, where it cannot be made otherwise; else it is detached.
+    stands: bool,
+}
+
+/// Asks the kernel what it offers. `scratch` is made for that, where file systems cannot be made without being mounted, and removed again.
 ///
 /// # Errors
 /// As for a session: `NO_FUSE`, `FUSE_NOT_PERMITTED`, `MOUNT_FAILED`.
-pub fn probe() -> Result<Features> {
-    let fresh = make_filesystem()?;
-    Features::from_init(&fresh.init).ok_or_else(unreadable_init)
+pub fn probe(scratch: &Path) -> Result<Features> {
+    std::fs::create_dir_all(scratch).map_err(|error| Error::io("making the directory", scratch, error))?;
+    let features = ask(scratch);
+    // A later start makes and removes it again.
+    let _ = std::fs::remove_dir(scratch);
+    features
 }
 
-/// Makes a file system of ours and takes its INIT request.
-pub(super) fn make_filesystem() -> Result<Fresh> {
+fn ask(scratch: &Path) -> Result<Features> {
+    let fresh = make_filesystem(scratch)?;
+    let features = Features::from_init(&fresh.init).ok_or_else(unreadable_init)?;
+    Ok(Features { open_tree: !fresh.mount.stands, ..features })
+}
+
+/// Makes a file system of ours and takes its INIT request; `mountpoint` is where it will be shown.
+pub(super) fn make_filesystem(mountpoint: &Path) -> Result<Fresh> {
     let device = open_device()?;
-    let mount = describe_and_mount(&device).map_err(explain_mount)?;
+    let stands = !mount_calls::by_descriptor();
+    let made = if stands { mount_by_path(&device, mountpoint) } else { describe_and_mount(&device) };
+    let mount = FreshMount { root: Some(made.map_err(explain_mount)?), stands };
     let mut init = vec![0; INIT_ROOM];
     let length = nix::unistd::read(&device, &mut init)
         .map_err(|errno| Error::io("taking the first request from", DEVICE, errno.into()))?;
     init.truncate(length);
     Ok(Fresh { device, mount, init })
+}
+
+impl FreshMount {
+    /// Which mount it is.
+    pub(super) fn standing(&self) -> std::io::Result<Standing> {
+        mount_calls::standing(self.root.as_ref().ok_or(Errno::EBADF)?)
+    }
+
+    /// Has it stand at `place`; its root.
+    pub(super) fn show(mut self, place: &OwnedFd) -> std::io::Result<OwnedFd> {
+        let root = self.root.as_ref().ok_or(Errno::EBADF)?;
+        if !self.stands {
+            mount_calls::move_onto(root, place)?;
+        }
+        Ok(self.root.take().ok_or(Errno::EBADF)?)
+    }
+}
+
+impl Drop for FreshMount {
+    fn drop(&mut self) {
+        let Some(root) = self.root.take().filter(|_| self.stands) else { return };
+        if let Err(error) = mount_calls::unmount_descriptor(&root, Proc::Here) {
+            tracing::error!(%error, "a session that did not begin stays mounted");
+        }
+    }
 }
 
 /// Another descriptor of the connection `device`. What is taken through it ends with it.
@@ -123,26 +175,49 @@ fn open_device() -> Result<OwnedFd> {
     })
 }
 
-fn describe_and_mount(device: &OwnedFd) -> std::io::Result<OwnedFd> {
-    let filesystem = mount_calls::open_filesystem(c"fuse")?;
-    let options = [
-        (c"source", "ckptd".to_owned()),
-        (c"subtype", "ckptd".to_owned()),
+/// What every mount of a connection is made with, but for the connection.
+fn options(device: impl AsFd) -> [(&'static CStr, String); 5] {
+    [
         (c"fd", device.as_fd().as_raw_fd().to_string()),
         (c"rootmode", "40555".to_owned()),
         (c"user_id", "0".to_owned()),
         (c"group_id", "0".to_owned()),
         (c"max_read", super::buffers::READ_BYTES.to_string()),
-    ];
-    for (key, value) in options {
+    ]
+}
+
+const FLAGS: [&CStr; 2] = [c"allow_other", c"default_permissions"];
+
+fn describe_and_mount(device: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let filesystem = mount_calls::open_filesystem(c"fuse")?;
+    for (key, value) in [(c"source", "ckptd".to_owned()), (c"subtype", "ckptd".to_owned())] {
+        mount_calls::set_option(&filesystem, key, &value)?;
+    }
+    for (key, value) in options(device) {
         mount_calls::set_option(&filesystem, key, &value)?;
     }
     // `ro` on the file system, not only on the mount: otherwise the kernel asks for the access time after every read.
-    for flag in [c"allow_other", c"default_permissions", c"ro"] {
+    for flag in FLAGS.into_iter().chain([c"ro"]) {
         mount_calls::set_flag(&filesystem, flag)?;
     }
     mount_calls::create_filesystem(&filesystem)?;
     mount_calls::mount_filesystem(&filesystem, mount_calls::READ_ONLY)
+}
+
+/// The root of a file system that is mounted at `mountpoint` now, by path.
+fn mount_by_path(device: &OwnedFd, mountpoint: &Path) -> std::io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let open = || nix::fcntl::open(mountpoint, flags, Mode::empty());
+    mount_connection(device, &open()?, Proc::Here)?;
+    Ok(open()?)
+}
+
+/// Mounts the file system of the connection `device` on the directory `at`, by path; it may be mounted elsewhere, too.
+pub(super) fn mount_connection(device: impl AsFd, at: &OwnedFd, proc: Proc) -> std::io::Result<()> {
+    let options = options(device).map(|(key, value)| format!("{}={value}", key.to_string_lossy()));
+    let flags = FLAGS.map(|flag| flag.to_string_lossy().into_owned());
+    let options = [options.join(","), flags.join(",")].join(",");
+    mount_calls::mount_on(at, proc, c"fuse.ckptd", mount_calls::READ_ONLY_BY_PATH, &options)
 }
 
 fn explain_mount(error: std::io::Error) -> Error {

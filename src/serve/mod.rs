@@ -60,6 +60,6 @@ pub use content::{Content, FileNode, FileState, OpenFile, Resume};
 pub use features::{Features, probe};
 pub use keeping::{HandedOver, Keeper, Keeping, Orphan, Outlive};
 pub use mount_calls::Device;
-pub use session::{Session, SessionConfig, Stopped};
+pub use session::{Original, Session, SessionConfig, Stopped};
 pub use sessions::{prepare_sessions_dir, release_sessions_dir, stale_mounts, unmount_stale, unmount_stale_but};
 pub use target::Reserved;

@@ -1,9 +1,13 @@
-//! The mount system calls by descriptor, which neither `nix` nor `libc` wraps.
+//! The mount system calls, which neither `nix` nor `libc` wraps as they are needed here.
 //!
-//! `fsopen`, `fsconfig`, `fsmount`, `move_mount` and `open_tree` are Linux 5.2, `mount_setattr` 5.12: all older than any
-//! kernel that is supported (5.15). So there is no other path by `mount(2)`: only a filter of system calls can be in the way, sessions themselves could
-//! not be made under it, and the start is refused with what to do about it (the sessions directory is made by the same calls). Every function is one call, returns what the kernel said, and does not retry. A mount
-//! that was made but not yet moved belongs to its descriptor and goes away with it, so nothing here needs undoing.
+//! **By descriptor** (`fsopen`, `fsconfig`, `fsmount`, `move_mount`, `open_tree`: Linux 5.2, `mount_setattr`: 5.12): a mount that was made
+//! but not yet moved belongs to its descriptor and goes away with it, so nothing of it needs undoing.
+//!
+//! **By path** (`mount`): the next-best way, where a filter of system calls refuses one of those ([`by_descriptor`]; all are older than any kernel that
+//! is supported, 5.15). What is mounted so stands at once. A path is that of a descriptor in `/proc`, so nobody can swap what it leads to. In
+//! another namespace nothing of ours can be bound; but a FUSE connection can be mounted any number of times (Linux 5.15), anywhere.
+//!
+//! Every function is one call, returns what the kernel said, and does not retry.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -11,11 +15,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use libc::{c_int, c_long, c_uint};
+use libc::{c_int, c_long, c_uint, c_ulong};
 use serde::{Deserialize, Serialize};
 
 /// What every mount of ours carries.
 pub(super) const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+
+/// The same by path.
+pub(super) const READ_ONLY_BY_PATH: c_ulong = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;
 
 const EMPTY: &CStr = c"";
 
@@ -45,6 +52,23 @@ pub(super) struct Standing {
     pub(super) device: Device,
     /// Whether this is where the mount starts.
     pub(super) is_mount_root: bool,
+}
+
+/// Whether all calls by descriptor are to be had; each is asked for something impossible.
+pub(super) fn by_descriptor() -> bool {
+    let (nothing, from): (*const libc::c_char, _) = (std::ptr::null(), EMPTY.as_ptr());
+    let refused = |answer: c_long| {
+        answer < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
+    };
+    // SAFETY: no descriptor, no mount and no memory but an empty path is given to any of these calls, so they change nothing.
+    unsafe {
+        !refused(libc::syscall(libc::SYS_fsopen, nothing, 0))
+            && !refused(libc::syscall(libc::SYS_fsconfig, -1, 0, nothing, nothing, 0))
+            && !refused(libc::syscall(libc::SYS_fsmount, -1, 0, 0))
+            && !refused(libc::syscall(libc::SYS_move_mount, -1, from, -1, from, libc::MOVE_MOUNT_F_EMPTY_PATH))
+            && !refused(libc::syscall(libc::SYS_open_tree, -1, from, libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC))
+            && !refused(libc::syscall(libc::SYS_mount_setattr, -1, from, 0, nothing, 0))
+    }
 }
 
 fn check(result: c_long) -> io::Result<c_long> {
@@ -186,10 +210,9 @@ pub(super) fn unmount_at(path: &Path) -> io::Result<()> {
     unmount(&CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Takes the mount away whose root `root` is, without entering it; the working directory of the calling thread is our `/proc`.
-pub(super) fn unmount_descriptor_in_proc(root: impl AsFd) -> io::Result<()> {
-    let link = CString::new(format!("thread-self/fd/{}", root.as_fd().as_raw_fd()))?;
-    unmount_with(&link, libc::MNT_DETACH)
+/// Takes the mount away whose root `root` is, without entering it.
+pub(super) fn unmount_descriptor(root: impl AsFd, proc: Proc) -> io::Result<()> {
+    unmount_with(&proc.path_of(root)?, libc::MNT_DETACH)
 }
 
 fn unmount(path: &CStr) -> io::Result<()> {
@@ -199,6 +222,55 @@ fn unmount(path: &CStr) -> io::Result<()> {
 fn unmount_with(path: &CStr, flags: c_int) -> io::Result<()> {
     // SAFETY: `path` is a C string that outlives the call.
     check(unsafe { libc::umount2(path.as_ptr(), flags) }.into()).map(drop)
+}
+
+/// Where `/proc` is reached.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Proc {
+    /// At its usual place.
+    Here,
+    /// It is the working directory of the calling thread.
+    WorkingDirectory,
+}
+
+impl Proc {
+    fn path_of(self, descriptor: impl AsFd) -> io::Result<CString> {
+        let proc = match self {
+            Self::Here => "/proc",
+            Self::WorkingDirectory => ".",
+        };
+        Ok(CString::new(format!("{proc}/thread-self/fd/{}", descriptor.as_fd().as_raw_fd()))?)
+    }
+}
+
+/// Mounts a file system of type `kind` on the directory `at`, by path.
+pub(super) fn mount_on(at: impl AsFd, proc: Proc, kind: &CStr, flags: c_ulong, options: &str) -> io::Result<()> {
+    let (at, options) = (proc.path_of(at)?, CString::new(options)?);
+    mount(Some(c"ckptd"), &at, Some(kind), flags, Some(&options))
+}
+
+/// Mounts the directory `at` on itself, by path.
+pub(super) fn bind_on_itself(at: impl AsFd, proc: Proc) -> io::Result<()> {
+    let at = proc.path_of(at)?;
+    mount(Some(&at), &at, None, libc::MS_BIND, None)
+}
+
+/// Changes the mount whose root `root` is, by path: its propagation, or (`MS_REMOUNT | MS_BIND`) its attributes.
+pub(super) fn change_mount(root: impl AsFd, proc: Proc, flags: c_ulong) -> io::Result<()> {
+    mount(None, &proc.path_of(root)?, None, flags, None)
+}
+
+fn mount(
+    source: Option<&CStr>,
+    at: &CStr,
+    kind: Option<&CStr>,
+    flags: c_ulong,
+    options: Option<&CStr>,
+) -> io::Result<()> {
+    let or_null = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: all pointers are null or C strings that outlive the call; the kernel copies them.
+    check(unsafe { libc::mount(or_null(source), at.as_ptr(), or_null(kind), flags, or_null(options).cast()) }.into())
+        .map(drop)
 }
 
 /// Makes the number of `old` stand for the open file of `new`, in one step.

@@ -104,6 +104,20 @@ impl SessionConfig {
     }
 }
 
+/// What views of a session are made of.
+#[derive(Debug)]
+pub enum Original {
+    /// A detached copy of its mount.
+    Mount(OwnedFd),
+    /// Its connection, to be mounted once more by path.
+    Connection {
+        /// Of the connection.
+        device: Arc<OwnedFd>,
+        /// The session's file system.
+        number: Device,
+    },
+}
+
 /// What became of a session that was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stopped {
@@ -138,10 +152,11 @@ impl Session {
     pub fn start(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>) -> Result<Self> {
         keep_large_buffers_unbacked();
         let place = open_place(&config.mountpoint)?;
-        let Fresh { device, mount, init } = features::make_filesystem()?;
+        let Fresh { device, mount, init } = features::make_filesystem(&config.mountpoint)?;
         let features = Features::from_init(&init).ok_or_else(features::unreadable_init)?;
         let passthrough = config.passthrough && features.passthrough;
-        let number = mount_calls::standing(&mount)
+        let number = mount
+            .standing()
             .map_err(|error| Error::io("looking at the new mount for", &config.mountpoint, error))?
             .device;
         let head = Head {
@@ -163,8 +178,8 @@ impl Session {
         let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         raise_read_ahead(number, config.read_ahead_kib);
         let ended = run(fuse).map_err(undo)?;
-        mount_calls::move_onto(&mount, &place)
-            .map_err(|error| undo(Error::io("mounting a session at", &config.mountpoint, error)))?;
+        let mount =
+            mount.show(&place).map_err(|error| undo(Error::io("mounting a session at", &config.mountpoint, error)))?;
         tracing::debug!(mountpoint = %config.mountpoint.display(), %number, passthrough, "a session is mounted");
         let (mountpoint, mount, init, shape) = (config.mountpoint, Some(mount), head.init, head.shape);
         Ok(Self { mountpoint, device, mount, number, init, features, passthrough, shape, open, ended, kept })
@@ -255,16 +270,20 @@ impl Session {
         &self.init
     }
 
-    /// A detached copy of the mount, to be bound somewhere.
+    /// What a view of it is made of.
     ///
     /// # Errors
     /// What the kernel says; out of mounts (`fs.mount-max`) mostly.
-    pub fn tree(&self) -> Result<OwnedFd> {
+    pub fn original(&self) -> Result<Original> {
         let mount = self.mount.as_ref().ok_or_else(|| {
             Error::unavailable("SESSION_STOPPED", "the session was stopped meanwhile").remedy("attach again")
         })?;
-        mount_calls::clone_tree(mount)
-            .map_err(|error| Error::io("copying the mount of the session at", &self.mountpoint, error))
+        if mount_calls::by_descriptor() {
+            let copied = mount_calls::clone_tree(mount);
+            let failed = |error| Error::io("copying the mount of the session at", &self.mountpoint, error);
+            return copied.map(Original::Mount).map_err(failed);
+        }
+        Ok(Original::Connection { device: self.device.clone(), number: self.number })
     }
 
     /// Unmounts, and waits up to `patience` for the threads to end. Views that stand elsewhere are not touched.

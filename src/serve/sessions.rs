@@ -18,7 +18,7 @@ use std::time::Duration;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use super::mount_calls::{self, Device};
+use super::mount_calls::{self, Device, Proc};
 use super::mountinfo::MountLine;
 use super::namespace;
 use crate::error::{Error, Result};
@@ -45,11 +45,26 @@ pub fn prepare_sessions_dir(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
     if !is_mount_root(path).map_err(failed)? {
         let here = open_directory(path).map_err(failed)?;
-        let itself = mount_calls::clone_tree(&here).map_err(failed)?;
-        mount_calls::move_onto(&itself, &here).map_err(failed)?;
+        bind_on_itself(&here).map_err(failed)?;
     }
     // Only now: being moved below a shared mount would make it shared again.
-    open_directory(path).and_then(|root| mount_calls::make_private(root, 0)).map_err(failed)
+    open_directory(path).and_then(|root| make_private(&root)).map_err(failed)
+}
+
+fn bind_on_itself(here: &OwnedFd) -> std::io::Result<()> {
+    if mount_calls::by_descriptor() {
+        mount_calls::move_onto(mount_calls::clone_tree(here)?, here)
+    } else {
+        mount_calls::bind_on_itself(here, Proc::Here)
+    }
+}
+
+fn make_private(root: &OwnedFd) -> std::io::Result<()> {
+    if mount_calls::by_descriptor() {
+        mount_calls::make_private(root, 0)
+    } else {
+        mount_calls::change_mount(root, Proc::Here, libc::MS_PRIVATE)
+    }
 }
 
 /// Undoes [`prepare_sessions_dir`], once no session is in it; the directory stays.

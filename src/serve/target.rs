@@ -67,13 +67,7 @@ pub(super) fn check_path(target: &Path, whose: Whose, reserved: &Reserved) -> Re
 /// `TARGET_MISSING`, `TARGET_NOT_DIRECTORY`, `TARGET_IS_SYMLINK`, `TARGET_IS_MOUNTPOINT`, `TARGET_NOT_EMPTY`,
 /// `TARGET_IN_CHECKPOINT`.
 pub(super) fn open(target: &Path, whose: Whose) -> Result<OwnedFd> {
-    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let (resolve, flags) = match whose {
-        Whose::Host => (ResolveFlag::RESOLVE_NO_SYMLINKS, directory),
-        Whose::Process => (ResolveFlag::RESOLVE_NO_MAGICLINKS, directory | OFlag::O_NOFOLLOW),
-    };
-    let opened = openat2(AT_FDCWD, target, OpenHow::new().flags(flags).resolve(resolve));
-    let directory = opened.map_err(|errno| explain(target, errno))?;
+    let directory = walk(target, whose)?;
     let standing = mount_calls::standing(&directory).map_err(|error| Error::io("looking at", target, error))?;
     if standing.is_mount_root {
         let message = format!("something is mounted at the target {} already", target.display());
@@ -83,6 +77,20 @@ pub(super) fn open(target: &Path, whose: Whose) -> Result<OwnedFd> {
     }
     check_inside(target, &directory)?;
     Ok(directory)
+}
+
+/// The directory that the target's path leads to.
+///
+/// # Errors
+/// `TARGET_MISSING`, `TARGET_NOT_DIRECTORY`, `TARGET_IS_SYMLINK`.
+pub(super) fn walk(target: &Path, whose: Whose) -> Result<OwnedFd> {
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let (resolve, flags) = match whose {
+        Whose::Host => (ResolveFlag::RESOLVE_NO_SYMLINKS, directory),
+        Whose::Process => (ResolveFlag::RESOLVE_NO_MAGICLINKS, directory | OFlag::O_NOFOLLOW),
+    };
+    let opened = openat2(AT_FDCWD, target, OpenHow::new().flags(flags).resolve(resolve));
+    opened.map_err(|errno| explain(target, errno))
 }
 
 fn check_inside(target: &Path, directory: &OwnedFd) -> Result<()> {

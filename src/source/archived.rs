@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{EntryStream, File, Listed, What};
-use crate::archive::{self, About, Archived, Member, Members};
+use crate::archive::{self, About, Archived, Dictionaries, Member, Members};
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
@@ -29,11 +29,17 @@ impl ArchivedEntries {
     ///
     /// # Errors
     /// The I/O error.
-    pub(super) fn read(opened: OpenFile, about: About, revision: String, check: Check) -> Result<Self> {
+    pub(super) fn read(
+        opened: OpenFile,
+        about: About,
+        dictionaries: Dictionaries,
+        revision: String,
+        check: Check,
+    ) -> Result<Self> {
         let fault = |error| Error::io("opening", show_bytes(about.name.as_bytes()), error);
         let size = opened.metadata().map_err(fault)?.len();
         let reading = opened.try_clone().map_err(fault)?;
-        let members = Members::read(Archived::Random(Box::new(reading), size), about);
+        let members = Members::read(Archived::Random(Box::new(reading), size), about, dictionaries);
         Ok(Self { members, opened, check, revision })
     }
 

@@ -45,10 +45,13 @@ pub(super) fn connect(spec: &SourceSpec, context: &SourceContext) -> Result<Arc<
     let extract = spec.option("extract") != Some("false");
     let path = Path::new(&spec.uri);
     let (tree, turns) = match process_of(spec)? {
-        None => (DirectorySource::new(path, extract), context.path_turns.of(spec.uri.clone())),
+        None => (
+            DirectorySource::new(path, extract.then(|| context.dictionaries.clone())),
+            context.path_turns.of(spec.uri.clone()),
+        ),
         Some(process) => {
             let inside = ProcessRoot::open(&process, path)?;
-            let tree = DirectorySource::found_by("directory", Arc::new(move || inside.find()), false);
+            let tree = DirectorySource::found_by("directory", Arc::new(move || inside.find()), None);
             (tree, context.process_turns.of(process.to_string()))
         }
     };

@@ -15,6 +15,7 @@ use super::http::{HttpClient, HttpSettings};
 use super::huggingface::RepositoryId;
 use super::patience::{AllTurns, TurnsAsked};
 use super::{Credentials, Source, SourceKind, SourceSpec, captured, git, huggingface, kaggle, objects, regional, web};
+use crate::archive::Dictionaries;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
@@ -43,6 +44,8 @@ pub struct SourceContext {
     pub(super) scratch: Option<ScratchSpace>,
     /// The directory with what the operator knows of other hosts (`known_hosts`).
     pub(super) host_credentials: Option<PathBuf>,
+    /// For the dictionaries of archives of this host.
+    pub(super) dictionaries: Dictionaries,
     host_directories: bool,
 }
 
@@ -67,6 +70,7 @@ impl SourceContext {
             settings: settings.clone(),
             scratch: None,
             host_credentials: None,
+            dictionaries: Dictionaries::default(),
             datastores: Arc::default(),
             turns: AllTurns::default(),
             process_turns: TurnsAsked::default(),
@@ -85,6 +89,12 @@ impl SourceContext {
     #[must_use]
     pub fn with_host_credentials(self, directory: Option<PathBuf>) -> Self {
         Self { host_credentials: directory, ..self }
+    }
+
+    /// The same with the memory that there is for the dictionaries of archives.
+    #[must_use]
+    pub fn with_dictionaries(self, dictionaries: Dictionaries) -> Self {
+        Self { dictionaries, ..self }
     }
 
     /// The same for a request of the scheduler or operator, which may name directories of this host. Never for a tenant's.

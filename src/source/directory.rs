@@ -22,7 +22,7 @@ use super::beneath::{Locator, Root, changed, check_stamp};
 use super::patience::Pace;
 use super::walk::{Walked, walk};
 use super::{ByteStream, File, Listed, Listing, Opened, Source, What, empty};
-use crate::archive::{About, Format};
+use crate::archive::{About, Dictionaries, Format};
 use crate::error::{Error, Result};
 
 /// Bytes read at a time by [`Source::read`].
@@ -36,21 +36,21 @@ pub(super) struct DirectorySource {
     /// Begins the revision.
     kind: &'static str,
     find: Find,
-    /// Whether a root that is an archive is taken apart.
-    extract: bool,
+    /// Given where a root that is an archive is to be taken apart.
+    extract: Option<Dictionaries>,
     root: Mutex<Option<Arc<Root>>>,
 }
 
 impl DirectorySource {
     /// The tree at the absolute `path`, or in the archive that it names if `extract`; nothing is touched before it is opened.
-    pub(super) fn new(path: &Path, extract: bool) -> Self {
+    pub(super) fn new(path: &Path, extract: Option<Dictionaries>) -> Self {
         // By components, since a `/` at the end would follow a link in spite of `O_NOFOLLOW`.
         let path: PathBuf = path.components().collect();
         Self::found_by("directory", Arc::new(move || Root::open(&path)), extract)
     }
 
     /// The tree at the root that `find` finds; `kind` says in revisions what it is.
-    pub(super) fn found_by(kind: &'static str, find: Find, extract: bool) -> Self {
+    pub(super) fn found_by(kind: &'static str, find: Find, extract: Option<Dictionaries>) -> Self {
         Self { kind, find, extract, root: Mutex::default() }
     }
 
@@ -72,12 +72,12 @@ impl DirectorySource {
 
     /// What opening does to the file system; blocks.
     pub(super) fn look(&self) -> impl FnOnce(&Pace) -> Result<Looked> + Send + use<> {
-        let (find, kind, extract) = (self.find.clone(), self.kind, self.extract);
+        let (find, kind, extract) = (self.find.clone(), self.kind, self.extract.clone());
         move |pace| {
             let root = find()?;
             pace.step()?;
             let listing = list(&root, kind, pace)?;
-            let archive = if extract { open_archive(&root, &listing, kind)? } else { None };
+            let archive = extract.map(|with| open_archive(&root, &listing, kind, with)).transpose()?.flatten();
             Ok(Looked { root, listing, archive })
         }
     }
@@ -186,6 +186,7 @@ pub(super) struct Looked {
 struct Archive {
     opened: OpenFile,
     about: About,
+    dictionaries: Dictionaries,
     revision: String,
     locator: Locator,
     shown: PathBuf,
@@ -194,14 +195,14 @@ struct Archive {
 impl Archive {
     /// Begins to read the members. Needs a runtime.
     fn read(self) -> Result<ArchivedEntries> {
-        let Self { opened, about, revision, locator, shown } = self;
+        let Self { opened, about, dictionaries, revision, locator, shown } = self;
         let check = Box::new(move |opened: &OpenFile| check_stamp(&locator, opened, &shown));
-        ArchivedEntries::read(opened, about, revision, check)
+        ArchivedEntries::read(opened, about, dictionaries, revision, check)
     }
 }
 
 /// The one file that was listed, if its name is that of an archive.
-fn open_archive(root: &Root, listing: &Listing, kind: &str) -> Result<Option<Archive>> {
+fn open_archive(root: &Root, listing: &Listing, kind: &str, dictionaries: Dictionaries) -> Result<Option<Archive>> {
     let Some(name) = &root.only else { return Ok(None) };
     let (Some(format), [Listed { what: What::File(file), .. }]) = (Format::of_name(name), listing.entries.as_slice())
     else {
@@ -212,7 +213,7 @@ fn open_archive(root: &Root, listing: &Listing, kind: &str) -> Result<Option<Arc
     let shown = root.shown(&locator.path);
     let revision = listing.revision.replacen(kind, "archive", 1);
     let about = About { name: name.clone(), format, executable: file.executable };
-    Ok(Some(Archive { opened, about, revision, locator, shown }))
+    Ok(Some(Archive { opened, about, dictionaries, revision, locator, shown }))
 }
 
 /// Everything below `root`, as a revision.

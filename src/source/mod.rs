@@ -40,6 +40,7 @@ mod web;
 
 use std::ops::Range;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -60,7 +61,7 @@ pub use datastore::{Datastore, Datastores, Trouble, check_file};
 pub use http::{HttpClient, HttpSettings};
 pub use inside::ProcessId;
 pub use spec::{SourceKind, SourceSpec};
-pub use stated::{Expected, Verifier};
+pub use stated::{Expected, Stated, Verifier};
 
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -179,7 +180,7 @@ pub enum What {
 #[derive(Clone, Debug)]
 pub struct File {
     /// How the source finds it again: a URL, a key, a path. Never shown; may hold a signature.
-    pub locator: String,
+    pub locator: Arc<str>,
     /// Exact size in bytes; `None` where the source does not say.
     pub size: Option<u64>,
     /// Whether the executable bit is to be set.
@@ -193,7 +194,7 @@ pub struct File {
 impl File {
     /// A file whose bytes come right behind its entry in a stream, with nothing stated but its size.
     pub fn streamed(size: Option<u64>, executable: bool) -> Self {
-        Self { locator: String::new(), size, executable, ranges: false, expected: Expected::default() }
+        Self { locator: Arc::default(), size, executable, ranges: false, expected: Expected::default() }
     }
 
     /// What tells that a file of this host is untouched.

@@ -50,7 +50,7 @@ pub(super) fn connect(spec: &SourceSpec, context: &SourceContext) -> Result<Arc<
         })?;
         root.descend(&below)
     };
-    let tree = DirectorySource::found_by("regional", Arc::new(find), extract);
+    let tree = DirectorySource::found_by("regional", Arc::new(find), extract.then(|| context.dictionaries.clone()));
     let in_place = (!copy).then(|| Place { datastore: spec.uri.clone(), below: path });
     let turns = context.turns.get(&spec.uri).ok_or_else(|| Error::internal("a datastore has no turns"))?;
     let patience = context.settings.inactivity_timeout;

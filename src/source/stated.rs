@@ -1,12 +1,18 @@
 //! Digests that a source states, and bytes held to them.
 
+use std::sync::Arc;
+
 use sha1::Digest as _;
 
 use crate::error::{Error, Result};
 
+/// What is expected of one file: what its source [`Stated`], if anything. A listing has millions of these; it is as large as a pointer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected(Option<Arc<Stated>>);
+
 /// Digests stated by a source, all verified where present.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Expected {
+pub struct Stated {
     /// SHA-256 of the bytes (LFS, Hugging Face).
     pub sha256: Option<[u8; 32]>,
     /// SHA-1 of `blob <size>\0` and the bytes (git's object id of a plain file).
@@ -23,8 +29,19 @@ pub struct Expected {
 
 impl Expected {
     /// Whether there is nothing to verify.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// The digests.
+    pub fn stated(&self) -> Stated {
+        self.0.as_deref().cloned().unwrap_or_default()
+    }
+}
+
+impl From<Stated> for Expected {
+    fn from(stated: Stated) -> Self {
+        Self((stated != Stated::default()).then(|| Arc::new(stated)))
     }
 }
 
@@ -44,7 +61,7 @@ enum Taken {
 impl Verifier {
     /// For a file of `size` bytes.
     pub fn new(expected: &Expected, size: u64) -> Self {
-        let Expected { sha256, git_sha1, md5, crc64nvme, crc32c, crc32 } = expected;
+        let Stated { sha256, git_sha1, md5, crc64nvme, crc32c, crc32 } = expected.stated();
         let git = || sha1::Sha1::new_with_prefix(format!("blob {size}\0"));
         let all = [
             sha256.map(|stated| (Taken::Sha256(sha2::Sha256::new()), stated.to_vec())),
@@ -126,14 +143,16 @@ mod tests {
             0xa1, 0xb0,
         ];
         let none = Expected::default();
+        let stated = Stated::default();
         for alone in [
-            Expected { sha256: Some(sha256), ..none.clone() },
-            Expected { git_sha1: Some(git), ..none.clone() },
-            Expected { md5: Some(md5::Md5::digest(b"hello").into()), ..none.clone() },
+            Stated { sha256: Some(sha256), ..stated.clone() },
+            Stated { git_sha1: Some(git), ..stated.clone() },
+            Stated { md5: Some(md5::Md5::digest(b"hello").into()), ..stated.clone() },
             // What `gsutil hash` prints for `hello`, and what zip keeps of it.
-            Expected { crc32c: Some(0x9a71_bb4c), ..none.clone() },
-            Expected { crc32: Some(0x3610_a686), ..none.clone() },
+            Stated { crc32c: Some(0x9a71_bb4c), ..stated.clone() },
+            Stated { crc32: Some(0x3610_a686), ..stated.clone() },
         ] {
+            let alone = alone.into();
             verify(&alone, b"hello").unwrap();
             assert_eq!(verify(&alone, b"hellO").unwrap_err().reason(), "DIGEST_MISMATCH", "{alone:?}");
         }
@@ -143,14 +162,14 @@ mod tests {
     #[test]
     fn checksums_are_those_of_their_names() {
         // The check values of the catalogue of parametrised CRC algorithms (reveng.sourceforge.io), all of these nine digits.
-        let check = Expected {
+        let check = Stated {
             crc64nvme: Some(0xae8b_1486_0a79_9888),
             crc32c: Some(0xe306_9283),
             crc32: Some(0xcbf4_3926),
-            ..Expected::default()
+            ..Stated::default()
         };
-        verify(&check, b"123456789").unwrap();
-        let two = Expected { crc32: Some(0), ..check };
-        assert!(verify(&two, b"123456789").unwrap_err().to_string().contains("CRC-32 cbf43926"));
+        verify(&check.clone().into(), b"123456789").unwrap();
+        let two = Stated { crc32: Some(0), ..check };
+        assert!(verify(&two.into(), b"123456789").unwrap_err().to_string().contains("CRC-32 cbf43926"));
     }
 }

@@ -111,7 +111,7 @@ impl Walk<'_> {
         self.record(b'f', &path, format!("{stamp:?}").as_bytes());
         let locator = Locator { stamp, path: path.clone() }.to_string();
         let file = File {
-            locator,
+            locator: locator.into(),
             size: Some(stamp.size),
             executable: stat.st_mode & 0o111 != 0,
             ranges: true,

@@ -380,7 +380,7 @@ impl Node for Answers {
     type WatchEventsStream = BoxStream<'static, Result<wire::Event, Status>>;
 
     async fn get_status(&self, _: Request<wire::GetStatusRequest>) -> Answer<wire::Status> {
-        let features = Some(wire::Features { passthrough: true, resend: true, reflink: false });
+        let features = Some(wire::Features { passthrough: true, resend: true, reflink: false, open_tree: true });
         Ok(Response::new(wire::Status { pid: 7, version: "0.1.0".into(), features, ..Default::default() }))
     }
 

@@ -14,7 +14,7 @@ fn host(target: PathBuf) -> Place {
 }
 
 fn one(served: &Served) -> Views {
-    Views::One(served.session().tree().unwrap())
+    Views::One(served.session().original().unwrap())
 }
 
 /// What was made durable before must find the view that is there afterwards.
@@ -73,7 +73,7 @@ fn several_checkpoints_are_directories_of_a_read_only_target() {
     let target = ground.directory("job");
     let view = |name: &str, served: &Served| NamedView {
         name: EntryName::new(name.as_bytes()).unwrap(),
-        tree: served.session().tree().unwrap(),
+        original: served.session().original().unwrap(),
     };
     let twice = Views::Several(vec![view("x", &a), view("x", &b)]);
     assert_eq!(put(&host(target.clone()), twice, &ground.sessions()).unwrap_err().reason(), "DUPLICATE_VIEW");
@@ -143,7 +143,7 @@ fn a_view_goes_into_the_namespace_of_a_process_and_nowhere_else() {
     assert_eq!(fs::read_dir(holder.inside("/mnt/opt/ml/checkpoint")).unwrap().count(), 0);
     let views = Views::Several(vec![NamedView {
         name: EntryName::new(*b"x").unwrap(),
-        tree: served.session().tree().unwrap(),
+        original: served.session().original().unwrap(),
     }]);
     let again = put(&place("/mnt/opt/ml/checkpoint"), views, &ground.sessions()).unwrap();
     assert_eq!(config(&holder.inside("/mnt/opt/ml/checkpoint/x")), "a");

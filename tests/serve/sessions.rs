@@ -17,8 +17,10 @@ fn the_kernel_s_offer_is_found_without_a_mount() {
     if !can_mount() {
         return;
     }
-    let features = probe().unwrap();
-    assert!(features.passthrough && features.resend && features.no_opendir, "{features:?}");
+    let place = tempfile::tempdir().unwrap();
+    let features = probe(&place.path().join("scratch")).unwrap();
+    assert!(features.passthrough && features.resend && features.no_opendir && features.open_tree, "{features:?}");
+    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
 }
 
 #[test]

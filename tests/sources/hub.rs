@@ -12,9 +12,9 @@ async fn a_repository_is_listed_over_its_pages_with_the_digest_of_each_file() {
     assert_eq!(listing.revision, "a".repeat(40));
     assert_eq!(paths(&listing), ["config.json", "model.safetensors", "sub", "sub/small.bin", "sub/ä b+c%20d#e?.bin"]);
     let plain = file_of(&listing, "config.json");
-    assert!(plain.expected.git_sha1.is_some() && plain.expected.sha256.is_none());
+    assert!(plain.expected.stated().git_sha1.is_some() && plain.expected.stated().sha256.is_none());
     let large = file_of(&listing, "model.safetensors");
-    assert!(large.expected.git_sha1.is_none() && large.expected.sha256.is_some());
+    assert!(large.expected.stated().git_sha1.is_none() && large.expected.stated().sha256.is_some());
     assert_eq!((plain.size, large.size), (Some(9), Some(5 << 20)));
     assert_eq!(read(&source, &plain, 0..9).await.unwrap(), b"{\"a\": 1}\n");
     let odd = file_of(&listing, "sub/ä b+c%20d#e?.bin");

@@ -43,8 +43,8 @@ pub(crate) struct Daemon {
     state: PathBuf,
     verb: &'static str,
     env: Vec<(&'static str, String)>,
-    /// A system call that it finds missing.
-    refused: Option<nix::libc::c_long>,
+    /// System calls that it finds missing.
+    refused: &'static [nix::libc::c_long],
 }
 
 impl Daemon {
@@ -72,12 +72,12 @@ impl Daemon {
         Self::start_in(Place::new(), state, "serve", env)
     }
 
-    /// Starts one that finds the system call `call` missing, as under a filter.
-    pub(crate) fn start_without(call: nix::libc::c_long) -> Self {
+    /// Starts one, under the keeper where the verb says so, that finds these system calls missing, as under a filter.
+    pub(crate) fn start_without(verb: &'static str, calls: &'static [nix::libc::c_long]) -> Self {
         let place = Place::new();
         let state = place.dir("state");
         place.dir("run");
-        let mut daemon = Self { child: None, place, state, verb: "serve", env: Vec::new(), refused: Some(call) };
+        let mut daemon = Self { child: None, place, state, verb, env: Vec::new(), refused: calls };
         daemon.launch();
         daemon
     }
@@ -85,7 +85,7 @@ impl Daemon {
     fn start_in(place: Place, state: PathBuf, verb: &'static str, env: &[(&'static str, &str)]) -> Self {
         place.dir("run");
         let env = env.iter().map(|(key, value)| (*key, (*value).to_owned())).collect();
-        let mut daemon = Self { child: None, place, state, verb, env, refused: None };
+        let mut daemon = Self { child: None, place, state, verb, env, refused: &[] };
         daemon.launch();
         daemon
     }
@@ -256,8 +256,8 @@ impl Daemon {
     fn launch(&mut self) {
         let stderr = File::options().create(true).append(true).open(self.place.join("stderr")).unwrap();
         let mut command = command(self.verb, &self.state, &self.place.join("run"));
-        if let Some(call) = self.refused {
-            seccomp::refuse(&mut command, call);
+        if !self.refused.is_empty() {
+            seccomp::refuse(&mut command, self.refused);
         }
         let mut child = command
             .envs(self.env.iter().map(|(key, value)| (key, value)))

@@ -12,6 +12,7 @@
 mod directory;
 
 use self::directory::{Directory, Record};
+use super::dictionaries::Dictionaries;
 use super::input::{self, Coding, Input, Meter, count, truncated};
 use super::sink::Sink;
 use super::{damaged, refused, unsupported};
@@ -27,9 +28,9 @@ type Bytes<'a> = &'a (dyn ReadAt + Send);
 const LOCAL_BYTES: u64 = 30;
 
 /// Reads all members.
-pub(super) fn read(file: Bytes<'_>, size: u64, sink: &mut Sink) -> Result<()> {
+pub(super) fn read(file: Bytes<'_>, size: u64, dictionaries: &Dictionaries, sink: &mut Sink) -> Result<()> {
     let mut directory = Directory::open(file, size)?;
-    let mut reading = Reading { file, sink, meter: Meter::default(), until: directory.start(), taken: 0 };
+    let mut reading = Reading { file, sink, dictionaries, meter: Meter::default(), until: directory.start(), taken: 0 };
     while let Some(record) = directory.next()? {
         reading.member(&record).map_err(|error| match error.kind() {
             crate::error::Kind::Corrupt => error.during(format!("`{}`", record.shown())),
@@ -42,6 +43,7 @@ pub(super) fn read(file: Bytes<'_>, size: u64, sink: &mut Sink) -> Result<()> {
 struct Reading<'a> {
     file: Bytes<'a>,
     sink: &'a mut Sink,
+    dictionaries: &'a Dictionaries,
     meter: Meter,
     /// Where the directory begins: members end before.
     until: u64,
@@ -123,7 +125,7 @@ impl<'a> Reading<'a> {
             return Err(damaged(format!("its own header calls it `{}`", show_bytes(&name))));
         }
         self.take(record, end - record.header_at)?;
-        Input::range(self.file, start, record.stored, coding, self.meter.clone())
+        Input::range(self.file, start, record.stored, coding, self.meter.clone(), self.dictionaries)
     }
 }
 

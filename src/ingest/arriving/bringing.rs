@@ -30,16 +30,16 @@ impl Arriving {
     ///
     /// # Errors
     /// Internal where the plan is of another tree; the I/O error.
-    pub(in crate::ingest) fn begin(&self, plan: &Plan, learned: Vec<(u32, u64)>) -> Result<()> {
+    pub(in crate::ingest) fn begin(&self, plan: Plan, learned: Vec<(u32, u64)>) -> Result<()> {
         let mut queue = Queue::default();
         let mut fills = HashMap::new();
         let mut found = HashMap::new();
-        for file in &plan.small {
+        for file in plan.small {
             let (entry, _) = self.find(&file.path).ok_or_else(|| foreign(&file.path))?;
             queue.add_small(entry);
-            fills.insert(entry, Arc::new(file.clone()));
+            fills.insert(entry, Arc::new(file));
         }
-        for file in &plan.large {
+        for file in plan.large {
             let (entry, _) = self.find(&file.path).ok_or_else(|| foreign(&file.path))?;
             let size = file.file.size.unwrap_or(0);
             let known = match self.lock().at.get(entry as usize) {
@@ -55,7 +55,7 @@ impl Arriving {
                 found.insert(entry, Arc::new(filling));
             }
             queue.add(entry, here.units(), file.file.ranges, |unit| here.contains(unit));
-            fills.insert(entry, Arc::new(file.clone()));
+            fills.insert(entry, Arc::new(file));
         }
         queue.learn(learned);
         let mut state = self.lock();
@@ -248,6 +248,10 @@ impl Arriving {
                 if reader.is_none() {
                     if let Some(at) = state.at.get_mut(entry as usize) {
                         *at = At::Sealed(digest, size);
+                    }
+                    if size <= UNIT_BYTES {
+                        // Nobody fetches any of it any more, and there may be millions.
+                        state.fills.remove(&entry);
                     }
                     let ready = state.take_ready(entry);
                     drop(state);

@@ -273,7 +273,9 @@ fn mounted(row: &JobRow) -> Option<Mounted> {
 
 /// Whether the view of a row needs nothing.
 async fn goes_on(row: &JobRow, alive: &HashMap<String, Device>) -> bool {
-    let Some(mounted) = mounted(row).filter(|_| row.state == JobState::Attached) else { return false };
+    // One that may be half made is made again.
+    let complete = |mounted: &Mounted| row.state == JobState::Attached && !mounted.is_foretold();
+    let Some(mounted) = mounted(row).filter(complete) else { return false };
     let all = row.leases.iter().all(|lease| alive.contains_key(&lease.checkpoint));
     // A view of one is its session's file system; one of several is a directory of ours with a view each.
     let same = match row.leases.as_slice() {

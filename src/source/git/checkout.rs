@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::super::connect::SourceContext;
-use super::super::{Expected, File, Listed, What};
+use super::super::{File, Listed, Stated, What};
 use super::access::Access;
 use super::address::Remote;
 use super::blobs::read_all;
@@ -267,21 +267,21 @@ fn plain_file(number: usize, item: &Item, executable: bool) -> Result<File> {
     // Ids of 64 digits are SHA-256, made of what no other program calls so: git itself verified them.
     let git_sha1 = decode::<20>(&item.id);
     Ok(File {
-        locator: format!("blob/{number}/{}", item.id),
+        locator: format!("blob/{number}/{}", item.id).into(),
         size: Some(item.size),
         executable,
         ranges: false,
-        expected: Expected { git_sha1, ..Expected::default() },
+        expected: Stated { git_sha1, ..Stated::default() }.into(),
     })
 }
 
 fn lfs_file(number: usize, index: usize, pointer: &Pointer, executable: bool) -> File {
     File {
-        locator: format!("{}{index}", prefix(number)),
+        locator: format!("{}{index}", prefix(number)).into(),
         size: Some(pointer.size),
         executable,
         ranges: true,
-        expected: Expected { sha256: Some(pointer.sha256), ..Expected::default() },
+        expected: Stated { sha256: Some(pointer.sha256), ..Stated::default() }.into(),
     }
 }
 

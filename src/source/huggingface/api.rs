@@ -11,7 +11,7 @@ use reqwest::header::LINK;
 use serde::Deserialize;
 
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Reply, Request, read_document};
-use super::super::{Expected, File, Listed, What};
+use super::super::{Expected, File, Listed, Stated, What};
 use super::{RepositoryId, component};
 use crate::error::{Error, Kind, Result, TOO_MANY};
 use crate::limits;
@@ -229,7 +229,7 @@ pub(super) fn listed(item: Item, url: impl Fn(&str) -> Result<Url>) -> Result<Li
         return Ok(Listed { path, what: What::Directory });
     }
     let file = File {
-        locator: url(&item.path)?.into(),
+        locator: url(&item.path)?.as_str().into(),
         size: item.lfs.as_ref().map(|lfs| lfs.size).or(item.size),
         executable: false,
         ranges: true,
@@ -244,9 +244,9 @@ fn expected(item: &Item) -> Result<Expected> {
     match &item.lfs {
         Some(lfs) => {
             let hex = lfs.oid.strip_prefix("sha256:").unwrap_or(&lfs.oid);
-            Ok(Expected { sha256: Some(decode_hex(hex).ok_or_else(bad)?), ..Expected::default() })
+            Ok(Stated { sha256: Some(decode_hex(hex).ok_or_else(bad)?), ..Stated::default() }.into())
         }
-        None => Ok(Expected { git_sha1: Some(decode_hex(&item.oid).ok_or_else(bad)?), ..Expected::default() }),
+        None => Ok(Stated { git_sha1: Some(decode_hex(&item.oid).ok_or_else(bad)?), ..Stated::default() }.into()),
     }
 }
 
@@ -289,10 +289,16 @@ mod tests {
         let sha = "ab".repeat(32);
         let plain = item(&format!(r#"{{"type":"file","path":"a/b","oid":"{oid}","size":3}}"#)).unwrap();
         let What::File(file) = plain.what else { panic!() };
-        assert_eq!((file.size, file.expected.git_sha1, file.expected.sha256), (Some(3), Some([0x11; 20]), None));
+        assert_eq!(
+            (file.size, file.expected.stated().git_sha1, file.expected.stated().sha256),
+            (Some(3), Some([0x11; 20]), None)
+        );
         let lfs = format!(r#"{{"type":"file","path":"c","oid":"{oid}","size":134,"lfs":{{"oid":"{sha}","size":9}}}}"#);
         let What::File(file) = item(&lfs).unwrap().what else { panic!() };
-        assert_eq!((file.size, file.expected.git_sha1, file.expected.sha256), (Some(9), None, Some([0xab; 32])));
+        assert_eq!(
+            (file.size, file.expected.stated().git_sha1, file.expected.stated().sha256),
+            (Some(9), None, Some([0xab; 32]))
+        );
     }
 
     #[test]

@@ -30,7 +30,7 @@ use super::http::{
     without_user_information,
 };
 use super::{
-    ByteStream, Credentials, Expected, File, Listed, Listing, Opened, Source, SourceSpec, What, source_changed,
+    ByteStream, Credentials, Expected, File, Listed, Listing, Opened, Source, SourceSpec, Stated, What, source_changed,
 };
 use crate::error::{Error, Result};
 use crate::names::{EntryName, EntryPath};
@@ -135,7 +135,7 @@ impl Source for KaggleSource {
             (None, None) => String::new(),
         };
         let file = File {
-            locator: target.url().to_string(),
+            locator: target.url().as_str().into(),
             size: probe.size,
             executable: false,
             ranges: probe.ranges,
@@ -176,17 +176,17 @@ fn text_of(headers: &HeaderMap, name: HeaderName) -> Option<String> {
 
 /// Digests of the whole object by Google's storage: `X-Goog-Hash: crc32c=<base64>,md5=<base64>`, in one header or several.
 fn stated(headers: &HeaderMap) -> Expected {
-    let mut expected = Expected::default();
+    let mut stated = Stated::default();
     let values = headers.get_all("x-goog-hash").iter().filter_map(|value| value.to_str().ok());
     for (name, text) in values.flat_map(|value| value.split(',')).filter_map(|pair| pair.trim().split_once('=')) {
         let bytes = base64::engine::general_purpose::STANDARD.decode(text).unwrap_or_default();
         match name {
-            "md5" => expected.md5 = bytes.try_into().ok(),
-            "crc32c" => expected.crc32c = bytes.try_into().ok().map(u32::from_be_bytes),
+            "md5" => stated.md5 = bytes.try_into().ok(),
+            "crc32c" => stated.crc32c = bytes.try_into().ok().map(u32::from_be_bytes),
             _ => {}
         }
     }
-    expected
+    stated.into()
 }
 
 fn extension_of_magic(magic: &[u8]) -> Option<&'static str> {
@@ -217,7 +217,7 @@ mod tests {
             }
             stated(&headers)
         };
-        let both = Expected { md5: Some([0; 16]), crc32c: Some(0x0102_0304), ..Expected::default() };
+        let both = Stated { md5: Some([0; 16]), crc32c: Some(0x0102_0304), ..Stated::default() }.into();
         assert_eq!(of(&["crc32c=AQIDBA==,md5=AAAAAAAAAAAAAAAAAAAAAA=="]), both);
         assert_eq!(of(&["crc32c=AQIDBA==", "md5=AAAAAAAAAAAAAAAAAAAAAA=="]), both);
         assert!(of(&["md5=short", "sha1=AAAA", "crc32c"]).is_empty());

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::beginning::Beginning;
 use super::revision;
-use crate::archive::{About, Archived, Format, Members};
+use crate::archive::{About, Archived, Dictionaries, Format, Members};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryName;
 use crate::source::{EntryStream, Listed, listed_member};
@@ -109,7 +109,7 @@ pub fn stream(extract: bool) -> Result<(Feed, SentTar)> {
         heard: Arc::clone(&heard),
     };
     let about = About { name: EntryName::new(*b"the upload")?, format: Format::Tar, executable: false };
-    let members = Members::read(Archived::Stream(Box::new(incoming)), about);
+    let members = Members::read(Archived::Stream(Box::new(incoming)), about, Dictionaries::default());
     let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)) };
     Ok((feed, SentTar { members, heard, extract }))
 }

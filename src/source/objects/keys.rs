@@ -44,7 +44,7 @@ fn listed(path: EntryPath, object: Object) -> Listed {
         return Listed { path, what: What::Directory };
     }
     let file = File {
-        locator: Locator::to_text(&object.pin, &object.key),
+        locator: Locator::to_text(&object.pin, &object.key).into(),
         size: Some(object.size),
         executable: false,
         ranges: true,

@@ -66,7 +66,7 @@ impl Source for WebFile {
         let validators = Validators::of(&probe.headers);
         let revision = validators.pin(probe.size).unwrap_or_else(unpinned);
         let file = File {
-            locator: self.url.to_string(),
+            locator: self.url.as_str().into(),
             size: probe.size,
             executable: false,
             ranges: probe.ranges,

@@ -100,7 +100,7 @@ impl WebTree {
         let validators = Validators::of(&probe.headers);
         let pin = validators.pin(probe.size);
         let file = File {
-            locator: Locator { url, validators }.to_text(),
+            locator: Locator { url, validators }.to_text().into(),
             size: probe.size,
             executable: false,
             ranges: probe.ranges,
@@ -323,7 +323,7 @@ mod tests {
     fn a_revision_is_met_again_only_if_all_is_pinned() {
         let file = |name: &str, pin: Option<&str>| {
             let file = File {
-                locator: String::new(),
+                locator: "".into(),
                 size: Some(1),
                 executable: false,
                 ranges: true,

@@ -29,7 +29,7 @@ use super::super::http::{
     Authorization, Failure, HttpClient, Reply, Request, Wanted, announced_length, read_document,
     without_user_information,
 };
-use super::super::{ByteStream, Credentials, Expected, Source, SourceSpec, source_changed};
+use super::super::{ByteStream, Credentials, Source, SourceSpec, Stated, source_changed};
 use super::xml::{Document, Fields};
 use super::{
     Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded, encoded_key, header,
@@ -165,7 +165,7 @@ impl Container {
         let etag = fields.get("Etag").map(|etag| quoted(etag)).ok_or_else(|| bad("a blob has no ETag"))?;
         let md5 = fields.get("Content-MD5").and_then(|coded| decoded(coded));
         let pin = Pin { version: String::new(), etag };
-        Ok(Object { key, size, pin, expected: Expected { md5, ..Expected::default() } })
+        Ok(Object { key, size, pin, expected: Stated { md5, ..Stated::default() }.into() })
     }
 }
 
@@ -191,7 +191,7 @@ impl Bucket for Container {
         let etag = header(headers, ETAG.as_str()).map(quoted).ok_or_else(|| bad("it has no ETag"))?;
         let md5 = header(headers, "content-md5").and_then(decoded);
         let pin = Pin { version: String::new(), etag };
-        Ok(Some(Object { key: key.to_owned(), size, pin, expected: Expected { md5, ..Expected::default() } }))
+        Ok(Some(Object { key: key.to_owned(), size, pin, expected: Stated { md5, ..Stated::default() }.into() }))
     }
 
     async fn page(&self, prefix: &str, after: Option<&str>) -> Result<Page> {

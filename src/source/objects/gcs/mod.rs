@@ -26,7 +26,7 @@ use super::super::connect::{SourceContext, parse_http};
 use super::super::http::{
     Answer, Authorization, Failure, HttpClient, Reply, Request, Wanted, read_document, without_user_information,
 };
-use super::super::{ByteStream, Credentials, Expected, Source, SourceSpec, source_changed};
+use super::super::{ByteStream, Credentials, Source, SourceSpec, Stated, source_changed};
 use super::{
     Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded, header, shown_key,
     url_below,
@@ -171,7 +171,7 @@ impl Gcs {
         let crc32c = item.crc32c.as_deref().and_then(decoded).map(u32::from_be_bytes);
         let md5 = item.md5_hash.as_deref().filter(|_| crc32c.is_none()).and_then(decoded);
         let pin = Pin { version: item.generation, etag: String::new() };
-        Ok(Object { key: item.name, size, pin, expected: Expected { crc32c, md5, ..Expected::default() } })
+        Ok(Object { key: item.name, size, pin, expected: Stated { crc32c, md5, ..Stated::default() }.into() })
     }
 
     async fn media(&self, object: &Locator<'_>, range: Option<String>) -> Result<Reply, Failure> {

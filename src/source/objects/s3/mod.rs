@@ -34,7 +34,7 @@ use super::super::http::{
     Answer, Authorization, ContentRange, Failure, HttpClient, Reply, Request, Wanted, announced_length, read_document,
     without_user_information,
 };
-use super::super::{ByteStream, Credentials, Expected, File, Source, SourceKind, SourceSpec, source_changed};
+use super::super::{ByteStream, Credentials, Expected, File, Source, SourceKind, SourceSpec, Stated, source_changed};
 use super::verified::verified;
 use super::xml::{Document, Fields};
 use super::{
@@ -258,7 +258,7 @@ impl S3 {
             return Err(source_changed(&what, "it was replaced"));
         }
         let pin = Pin { version: head.pin.version.clone(), etag: object.pin.etag.clone() };
-        file.locator = Locator::to_text(&pin, object.key);
+        file.locator = Locator::to_text(&pin, object.key).into();
         file.expected = head.expected(self.etags_are_md5.load(Ordering::Relaxed));
         Ok(())
     }
@@ -270,7 +270,7 @@ impl S3 {
             return Ok(());
         }
         let reply = self.ask(Method::GET, Some(object.key), &[], &[]).await.map_err(explain)?;
-        let stated = Head::of(reply.response.headers(), None).expected(true).md5;
+        let stated = Head::of(reply.response.headers(), None).expected(true).stated().md5;
         let limit = usize::try_from(limits::UNIT_BYTES).unwrap_or(usize::MAX);
         let bytes = read_document(reply, limit, &self.http).await?;
         let found: [u8; 16] = <md5::Md5 as md5::Digest>::digest(&bytes).into();
@@ -416,15 +416,16 @@ impl Head {
 
     /// The one digest to verify: a SHA-256, else the longest checksum, which costs a tenth of an MD5; an MD5 only where ETags are known to be that.
     fn expected(&self, etags_are_md5: bool) -> Expected {
-        let none = Expected::default();
-        match self {
-            Self { sha256: Some(_), .. } => Expected { sha256: self.sha256, ..none },
-            Self { crc64nvme: Some(_), .. } => Expected { crc64nvme: self.crc64nvme, ..none },
-            Self { crc32c: Some(_), .. } => Expected { crc32c: self.crc32c, ..none },
-            Self { crc32: Some(_), .. } => Expected { crc32: self.crc32, ..none },
-            _ if etags_are_md5 => Expected { md5: self.md5, ..none },
+        let none = Stated::default();
+        let stated = match self {
+            Self { sha256: Some(_), .. } => Stated { sha256: self.sha256, ..none },
+            Self { crc64nvme: Some(_), .. } => Stated { crc64nvme: self.crc64nvme, ..none },
+            Self { crc32c: Some(_), .. } => Stated { crc32c: self.crc32c, ..none },
+            Self { crc32: Some(_), .. } => Stated { crc32: self.crc32, ..none },
+            _ if etags_are_md5 => Stated { md5: self.md5, ..none },
             _ => none,
-        }
+        };
+        stated.into()
     }
 }
 

@@ -230,7 +230,7 @@ impl Located {
         let path = percent_encode(&self.path, NON_ALPHANUMERIC);
         let locator = format!("{};{};{path}", fact(&self.stamp.modified), fact(&self.stamp.unique));
         let ranges = ranges && self.size.is_some();
-        File { locator, size: self.size, executable: false, ranges, expected: Expected::default() }
+        File { locator: locator.into(), size: self.size, executable: false, ranges, expected: Expected::default() }
     }
 
     fn parse(file: &File) -> Result<Self> {
