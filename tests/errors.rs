@@ -356,6 +356,30 @@ fn assert_nothing_half_made(daemon: &Daemon, name: &str) {
 }
 
 #[test]
+fn a_tree_whose_entries_have_no_room_in_memory_is_refused_and_one_that_fits_comes_again_and_again() {
+    let daemon = Daemon::start_with(&[("CKPTD_MEMORY__BUDGET", "16777216")]);
+    let source = daemon.place().dir("source");
+    let fits = 16 * 1024;
+    (0..fits).for_each(|index| fs::write(source.join(index.to_string()), "").unwrap());
+    let packed = |name: &str| {
+        let archive = daemon.place().join(name);
+        run(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&source).arg(".")).ok();
+        archive
+    };
+    let fitting = packed("fits.tar");
+    for name in ["one", "two"] {
+        daemon.capture(name, &source);
+        daemon.capture(&format!("{name}-packed"), &fitting);
+    }
+    fs::write(source.join("one-more"), "").unwrap();
+    for (name, from) in [("more", &source), ("more-packed", &packed("more.tar"))] {
+        let refused = daemon.ctl(&["capture", "j", "--name", name, "--from", from.to_str().unwrap()]);
+        refused.refused(&[5], &["room for 16384 entries", "memory.budget"]);
+        daemon.wait_state(name, "failed", Duration::from_secs(60));
+    }
+}
+
+#[test]
 fn a_system_call_that_a_filter_refuses_is_said_at_once_with_the_remedy() {
     let daemon = Daemon::start_without("serve", &[nix::libc::SYS_openat2]);
     let source = daemon.place().dir("source");
