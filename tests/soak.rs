@@ -1,8 +1,13 @@
 //! Readers of every kind, over checkpoints of every kind, while the daemon is killed at random moments.
 //!
+//! Four checkpoints: one whose file is whole (passthrough, where the kernel has it), one whose file is compact and stays so, one of a thousand small
+//! files, and one that fills all the while. Fourteen readers: each of the three large files is read at random, in order, through a mapping, and opened
+//! again and again (with a look at its size); the tree of small files is walked, and they are opened, read whole and closed.
+//!
 //! A hundred kills by default, which takes some minutes; `TEST_SOAK_KILLS` asks for more. A third of them come before the daemon answers: while it
-//! starts, or takes sessions over. Something fills all the while. Every byte is checked; one error, wrong byte or
-//! reader that does not come back, or waits for longer than the daemon was away, fails the test. The seed is printed.
+//! starts, or takes sessions over. Every byte is checked; one error, wrong byte or
+//! reader that does not come back, or waits for longer than the daemon was away, fails the test. Readers of what fills wait for the source besides:
+//! see [`SOURCE_TAKES`]. The seed is printed.
 
 #![cfg(test)]
 
@@ -31,6 +36,19 @@ const LIMIT: Duration = Duration::from_secs(120);
 const BESIDES: Duration = Duration::from_secs(5);
 /// Bytes a second that the source gives: a kill costs whatever unit is on its way.
 const RATE: usize = 4 * MIB;
+/// Bytes of a fill unit.
+const UNIT: usize = 4 * MIB;
+/// Units that a round of a reader of what fills may have fetched: two that it reads of, and as many that the kernel reads ahead of it.
+const UNITS_A_ROUND: usize = 4;
+/// Readers of what fills: each may have asked just before another.
+const READERS_OF_FILLING: usize = 4;
+/// Streams of the background: they stand still for readers, and what each has in its socket by then, a unit at most, is on the line before theirs.
+const STREAMS_BEFORE: usize = 4;
+/// What the source needs at its rate for all that can be before the units of one round, and for those: for so long a reader of what fills may wait
+/// within one life of the daemon. Wanted units go to the head of the queue, so nothing else is before them. A kill costs the units on their way,
+/// and what is wanted is asked for again in the next life: a life that is shorter than this may bring a reader nothing.
+const SOURCE_TAKES: Duration =
+    Duration::from_secs(((READERS_OF_FILLING * UNITS_A_ROUND + STREAMS_BEFORE) * UNIT / RATE) as u64);
 /// Bytes that arrive for each kill, at most: a life and a half at that rate.
 const PER_KILL: usize = 2 * RATE;
 /// Kills that something fills through; in a longer run it is whole some time.
@@ -107,16 +125,41 @@ impl Ledger {
         self.longest.lock().unwrap().clone()
     }
 
-    /// That nobody waited for longer than there was no daemon. Who reads what arrives waits for a slow source too.
+    /// The longest that somebody waited for what fills within one life of the daemon.
+    fn longest_in_a_life(&self, away: &[Range<Instant>]) -> Duration {
+        let slow = self.slow.lock().unwrap();
+        let of_filling = slow.iter().filter(|(name, _)| name.starts_with("arriving"));
+        of_filling.map(|(_, round)| longest_in_a_life(round, away)).max().unwrap_or_default()
+    }
+
+    /// That nobody waited for longer than there was no daemon; who reads what fills, in no life of it for longer than the source takes.
     fn assert_not_kept_waiting(&self, away: &[Range<Instant>]) {
         let slow = self.slow.lock().unwrap();
-        for (name, round) in slow.iter().filter(|(name, _)| !name.starts_with("arriving")) {
+        for (name, round) in slow.iter() {
+            if name.starts_with("arriving") {
+                let waited = longest_in_a_life(round, away);
+                assert!(
+                    waited < SOURCE_TAKES + BESIDES,
+                    "{name}: {waited:?} in one life, for {SOURCE_TAKES:?} of the source"
+                );
+                continue;
+            }
             let within =
                 |away: &Range<Instant>| away.end.min(round.end).saturating_duration_since(away.start.max(round.start));
             let (took, away): (_, Duration) = (round.end - round.start, away.iter().map(within).sum());
             assert!(took < away + BESIDES, "{name}: {took:?}, in which there was no daemon for {away:?}");
         }
     }
+}
+
+/// The longest part of a round in which one daemon was there; `away` is in order.
+fn longest_in_a_life(round: &Range<Instant>, away: &[Range<Instant>]) -> Duration {
+    let (mut longest, mut since) = (Duration::ZERO, round.start);
+    for away in away.iter().filter(|away| away.start < round.end && round.start < away.end) {
+        longest = longest.max(away.start.saturating_duration_since(since));
+        since = since.max(away.end);
+    }
+    longest.max(round.end.saturating_duration_since(since))
 }
 
 fn at_random(file: &File, bytes: &[u8], random: &mut Random) -> Result<(), String> {
@@ -219,7 +262,11 @@ fn soak(env: &[(&'static str, &str)], kills: u64) {
     ledger.assert_alive();
     let longest = ledger.end();
     let longest_away = away.iter().map(|away| away.end - away.start).max().unwrap_or_default();
-    println!("{kills} kills; away for {longest_away:?} at most; longest waits: {longest:?}");
+    let in_a_life = ledger.longest_in_a_life(&away);
+    println!(
+        "{kills} kills; away for {longest_away:?} at most; longest waits: {longest:?}; for what fills, in one life, {in_a_life:?} \
+         of {SOURCE_TAKES:?}"
+    );
     ledger.assert_not_kept_waiting(&away);
     let states = |jobs: &serde_json::Value| -> Vec<String> {
         let jobs = jobs["jobs"].as_array().unwrap();
