@@ -5,6 +5,7 @@
 mod support;
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use support::corpus::{Random, Tensors, random_file, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::{assert_same_tree, xattr};
 use support::place::mounts_at;
-use support::ran::{run, wait_until};
+use support::ran::{run, shell, wait_until};
 use support::site::{Page, Site};
 use support::still::Still;
 use support::waiting::waiting_requests;
@@ -134,6 +135,45 @@ fn readers_go_on(env: &[(&'static str, &str)], how: &str) {
     wait_until("nothing of the session is left", LIMIT, || {
         fs::read_dir(daemon.place().join("run/ledgers")).unwrap().count() == 0
     });
+}
+
+/// A runtime directory without room: what a successor would have to know of an open file cannot be noted.
+#[test]
+fn what_cannot_be_noted_is_read_by_the_daemon_and_by_its_successor() {
+    // More than the slots that a ledger has from the beginning.
+    const FILES: usize = 1200;
+    let daemon = Daemon::start_kept(&[]);
+    let source = daemon.place().dir("source");
+    for file in 0..FILES {
+        fs::write(source.join(format!("f{file:04}")), format!("{file} ").repeat(2000)).unwrap();
+    }
+    daemon.capture("k", &source);
+    let ledgers = daemon.place().join("run/ledgers");
+    shell("mount -t tmpfs -o size=64k tmpfs \"$1\"", &[&ledgers]).ok();
+    let at = daemon.attach("job", "k");
+    let (first, last) = (at.join("f0000"), at.join(format!("f{:04}", FILES - 1)));
+    let offered = xattr(&first, "user.ckptd.state");
+    let mut full = File::create(ledgers.join("full")).unwrap();
+    fs::remove_file(ledgers.join("full")).unwrap();
+    while full.write_all(&[0; 4096]).is_ok() {}
+
+    let held = [&first, &last].map(|path| File::open(path).unwrap());
+    assert_eq!(xattr(&first, "user.ckptd.state"), offered, "there is room for the first");
+    assert_eq!(xattr(&last, "user.ckptd.state"), "daemon");
+    assert_same_tree(&source, &at);
+    kill_and_wait(&daemon, Signal::SIGKILL);
+    // An open in another mode than that of whoever has it open would be an error.
+    assert_same_tree(&source, &at);
+    drop(full);
+    assert_same_tree(&source, &at);
+    for (open, path) in held.iter().zip([&first, &last]) {
+        let expected = fs::read(source.join(path.file_name().unwrap())).unwrap();
+        let mut found = vec![0; expected.len()];
+        open.read_exact_at(&mut found, 0).unwrap();
+        assert!(found == expected, "{}", path.display());
+    }
+    drop(held);
+    daemon.ctl(&["detach", "job"]).ok();
 }
 
 #[test]

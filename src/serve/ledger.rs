@@ -10,11 +10,13 @@
 //!   80   u16 length, checkpoint id    u16 length, raw INIT request    zeros
 //! 4064   digest of the bytes before it
 //! 4096   u64 for each inode from 0: mode in the two highest bits (0 closed, 1 daemon, 2 passthrough), handles in the next 30,
-//!        number of the backing file in the lowest 32
+//!        number of the backing file in the lowest 32; of inode 0, which there is not: 3 in the two highest bits where inodes may be open
+//!        through the daemon that are noted as closed
 //! ```
 //! Integers are little-endian. The head is complete before the file has its name and never changes. A slot is eight aligned
 //! bytes and written by one `pwrite`, which a kill cannot tear; a file system without space is an error of that write (a mapped
-//! page would be SIGBUS). Closed inodes cost nothing: the file is sparse.
+//! page would be SIGBUS). Closed inodes cost nothing: the file is sparse. The slot of inode 0 is written at the beginning, so that it can be
+//! written again where there is no room any more; the page that it is on has those of some five hundred inodes besides.
 //!
 //! Nothing is synced: when the machine stops, the connection that this is about is gone too.
 //!
@@ -44,6 +46,8 @@ const PASSTHROUGH: u32 = 1;
 
 const MODE_DAEMON: u64 = 1;
 const MODE_PASSTHROUGH: u64 = 2;
+/// Of inode 0.
+const MODE_SILENCE: u64 = 3;
 const HANDLES_MAX: u32 = (1 << 30) - 1;
 
 /// Bytes of slots read at a time.
@@ -90,7 +94,8 @@ impl LedgerFile {
             let mut options = OpenOptions::new();
             let file = options.read(true).write(true).create_new(true).mode(0o600).open(&unfinished)?;
             file.write_all_at(&bytes, 0)?;
-            file.set_len(slot_at(head.inodes))?;
+            file.set_len(slot_at(head.inodes.max(1)))?;
+            file.write_all_at(&[0; 8], slot_at(0))?;
             fs::rename(&unfinished, path)?;
             Ok(file)
         };
@@ -136,6 +141,12 @@ impl LedgerFile {
         Ok(held)
     }
 
+    /// Whether inodes may be open through the daemon that are noted as closed; so it is where that cannot be told.
+    pub(super) fn is_silent(&self) -> bool {
+        let mut slot = [0; 8];
+        self.file.read_exact_at(&mut slot, slot_at(0)).is_err() || u64::from_le_bytes(slot) >> 62 == MODE_SILENCE
+    }
+
     /// Whether the kernel may have been given files through this session that somebody has open still; so it is where that cannot be told.
     pub(super) fn may_have_given(&self) -> bool {
         self.held().map_or(true, |held| held.iter().any(|(_, held)| matches!(held, Held::Passthrough { .. })))
@@ -164,6 +175,12 @@ impl Ledger for LedgerFile {
         self.file
             .write_all_at(&pack(held).to_le_bytes(), slot_at(inode))
             .map_err(|error| Error::io("noting an open file in", &self.path, error))
+    }
+
+    fn note_silence(&self) -> Result<()> {
+        self.file
+            .write_all_at(&(MODE_SILENCE << 62).to_le_bytes(), slot_at(0))
+            .map_err(|error| Error::io("noting that files are open without a note in", &self.path, error))
     }
 }
 
@@ -305,9 +322,12 @@ mod tests {
             ledger.note(inode, held).unwrap();
         }
         assert!(ledger.note(1_000_000, None).is_err());
+        assert!(!ledger.is_silent());
+        ledger.note_silence().unwrap();
         drop(ledger);
         let (found, ledger) = LedgerFile::open(&path).unwrap();
         assert_eq!(found, head());
+        assert!(ledger.is_silent());
         assert_eq!(ledger.held().unwrap(), [(2, Held::Daemon { handles: 1 }), (999_999, far)]);
     }
 

@@ -10,6 +10,10 @@
 //! Where a count is in doubt it errs towards keeping: a backing file kept too long costs a descriptor, one dropped too early
 //! costs EIO.
 //!
+//! Where the ledger has no room for an inode, the daemon answers its reads: then there is no number that a successor would have to know. That such
+//! handles are about it must know all the same, or it would answer the next open of one with another mode; [`Ledger::note_silence`] needs no room. It
+//! gives the kernel no file then that was not given it before.
+//!
 //! The `Arc<dyn OpenFile>` is held from first open to last release: that is the store's sign not to punch (law 7).
 
 use std::collections::HashMap;
@@ -91,8 +95,14 @@ pub trait Ledger: Send + Sync {
     /// memory.
     ///
     /// # Errors
-    /// The open is then refused.
+    /// There is no room. An open with passthrough is then answered without it.
     fn note(&self, inode: u64, held: Option<Held>) -> Result<()>;
+
+    /// Notes that inodes may be open through the daemon that are noted as closed, for as long as the session lives. Takes no room.
+    ///
+    /// # Errors
+    /// The open is then refused.
+    fn note_silence(&self) -> Result<()>;
 }
 
 /// A ledger for sessions that nobody takes over.
@@ -101,6 +111,10 @@ pub struct NoLedger;
 
 impl Ledger for NoLedger {
     fn note(&self, _: u64, _: Option<Held>) -> Result<()> {
+        Ok(())
+    }
+
+    fn note_silence(&self) -> Result<()> {
         Ok(())
     }
 }
@@ -131,6 +145,11 @@ impl OpenFiles {
             inodes: Mutex::default(),
             order: ReadOrder::default(),
         }
+    }
+
+    /// Gives the kernel no more files.
+    pub fn end_passthrough(&self) {
+        self.passthrough.store(false, Ordering::Relaxed);
     }
 
     /// What a predecessor had open, before the first request is answered; `open` gets the bytes of what the kernel reads itself, so that
@@ -170,11 +189,8 @@ impl OpenFiles {
         if let Some(other) = inodes.get_mut(&inode) {
             return self.one_more(inode, other);
         }
-        let held = self.first_hold(file.as_ref());
-        if let Err(error) = self.ledger.note(inode, Some(held)) {
-            self.withdraw(held);
-            return Err(error);
-        }
+        let first = self.first_hold(file.as_ref());
+        let held = self.note_or_be_silent(inode, first)?;
         inodes.insert(inode, OpenInode { file: Some(file), held });
         Ok(held.mode())
     }
@@ -232,9 +248,21 @@ impl OpenFiles {
 
     fn one_more(&self, inode: u64, open: &mut OpenInode) -> Result<Mode> {
         let held = open.held.with_handles(open.held.handles().saturating_add(1));
-        self.ledger.note(inode, Some(held))?;
+        match held {
+            Held::Passthrough { .. } => self.ledger.note(inode, Some(held))?,
+            Held::Daemon { .. } => drop(self.note_or_be_silent(inode, held)?),
+        }
         open.held = held;
         Ok(held.mode())
+    }
+
+    /// Notes how an inode is open, or that it is open through the daemon without a note; which it is.
+    fn note_or_be_silent(&self, inode: u64, held: Held) -> Result<Held> {
+        let Err(error) = self.ledger.note(inode, Some(held)) else { return Ok(held) };
+        self.withdraw(held);
+        self.ledger.note_silence()?;
+        tracing::warn!(inode, error = %error.report(), "the daemon answers reads of a file that cannot be noted");
+        Ok(Held::Daemon { handles: held.handles() })
     }
 
     fn first_hold(&self, file: &dyn OpenFile) -> Held {
@@ -372,18 +400,44 @@ mod tests {
         assert_eq!(open.handles(), 4);
     }
 
-    #[test]
-    fn a_ledger_that_cannot_write_refuses_the_open_and_nothing_is_counted() {
-        struct Full;
-        impl Ledger for Full {
-            fn note(&self, _: u64, _: Option<Held>) -> Result<()> {
-                Err(Error::internal("full"))
-            }
+    /// Has no room; whether it can say so.
+    struct Full(bool);
+
+    impl Ledger for Full {
+        fn note(&self, _: u64, _: Option<Held>) -> Result<()> {
+            Err(Error::internal("full"))
         }
+
+        fn note_silence(&self) -> Result<()> {
+            if self.0 { Ok(()) } else { Err(Error::internal("not even that")) }
+        }
+    }
+
+    #[test]
+    fn what_a_ledger_has_no_room_for_is_read_by_the_daemon() {
         let backings = Arc::new(Table::default());
-        let open = OpenFiles::new(true, Box::new(backings.clone()), Arc::new(Full));
+        let open = OpenFiles::new(true, Box::new(backings.clone()), Arc::new(Full(true)));
+        assert_eq!(open.open(7, whole).unwrap(), Mode::Daemon);
+        assert!(backings.0.lock().unwrap().1.is_empty());
+        assert_eq!(open.open(7, || panic!("open already")).unwrap(), Mode::Daemon);
+        assert_eq!(open.handles(), 2);
+    }
+
+    #[test]
+    fn a_ledger_that_cannot_say_anything_refuses_the_open_and_nothing_is_counted() {
+        let backings = Arc::new(Table::default());
+        let open = OpenFiles::new(true, Box::new(backings.clone()), Arc::new(Full(false)));
         assert!(open.open(7, whole).is_err());
         assert_eq!(open.handles(), 0);
         assert!(backings.0.lock().unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn whoever_follows_silence_gives_the_kernel_no_more_than_it_has() {
+        let (_, open) = table(true);
+        open.restore([(7, Held::Passthrough { backing: 40, handles: 1 })], |_| whole());
+        open.end_passthrough();
+        assert_eq!(open.open(7, || panic!("open already")).unwrap(), Mode::Passthrough { backing: 40 });
+        assert_eq!(open.open(8, whole).unwrap(), Mode::Daemon);
     }
 }

@@ -208,6 +208,9 @@ impl Session {
             let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
             bytes.open(&node)
         });
+        if kept.ledger.is_silent() {
+            open.end_passthrough();
+        }
         let taking = Taking::of(config.resend && features.resend);
         let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         let ended = run(fuse).map_err(undo)?;
