@@ -2,7 +2,8 @@
 //!
 //! **Healing** writes right bytes over wrong ones, in place, once their digest was checked. **Losing** comes in this order: what others borrow of the
 //! file and is right is brought into them ([`rescue`](super::rescue)); the file leaves for `quarantine/` durably, unless another has taken its place; who
-//! has it open through the daemon gets errors from now on; then the rows say so. A crash in between leaves a blob without a file, which the next scrub
+//! has it open through the daemon gets errors from now on; then the rows say so, of the blob and of the checkpoints that need it
+//! in one transaction. A crash in between leaves a blob without a file, which the next scrub
 //! finds and loses. Wrong bytes are never given to a reader once they are known, save what the kernel has: pages of its cache, and files that it was
 //! given for passthrough and that a job still has open.
 //!
@@ -13,6 +14,8 @@
 //! beginning what is borrowed.
 
 use std::os::unix::fs::FileExt as _;
+
+use rusqlite::Connection;
 
 use super::Store;
 use super::verify::{Rot, Verdict};
@@ -43,7 +46,9 @@ impl Store {
         }
         let verdict = self.verify(blob, &mut |_| true)?;
         if matches!(verdict, Verdict::Right) {
-            self.tell(blob, rotten, "were not what they should be, and were put right", None)?;
+            let (blob, rotten) = (*blob, rotten.to_vec());
+            let what = "were not what they should be, and were put right";
+            self.catalog().write_blocking(move |tx| tell(tx, &blob, &rotten, what, None))?;
         }
         Ok(verdict)
     }
@@ -68,13 +73,19 @@ impl Store {
                 continue;
             }
             self.holds.mark_lost(&holder.digest);
-            let lost = self.catalog().write_blocking(move |tx| scrubs::lose(tx, &holder))?;
-            copies.extend(lost.copies);
-            for broken in lost.broken {
-                let ranges = if broken.id == blob.id { rotten } else { &[] };
+            let (read, ranges) = (blob.id, rotten.to_vec());
+            // All of it or nothing: nobody looks again at what is lost already.
+            let lost = self.catalog().write_blocking(move |tx| {
+                let lost = scrubs::lose(tx, &holder)?;
                 let failure = Failure::of(&rotted());
-                self.tell(&broken, ranges, "are rotten and there is no other copy here: they are lost", Some(failure))?;
-            }
+                for broken in &lost.broken {
+                    let ranges = if broken.id == read { ranges.as_slice() } else { &[] };
+                    let what = "are rotten and there is no other copy here: they are lost";
+                    tell(tx, broken, ranges, what, Some(&failure))?;
+                }
+                Ok(lost)
+            })?;
+            copies.extend(lost.copies);
         }
         Ok(is_all.then_some(copies))
     }
@@ -150,28 +161,26 @@ impl Store {
             .map_err(|error| Error::io("reading", self.disk().blob_path(&rot.holder.digest), error))?;
         self.disk().keep_rotten(&rot.holder.digest, rot.holder_start, &bytes)
     }
+}
 
-    /// Says in the events which file of which checkpoints it is about, and notes `failure` in their records. What was put right is the operator's
-    /// to know: that there was another copy would tell an owner that somebody else has the same.
-    fn tell(&self, blob: &BlobRow, ranges: &[Rot], what: &str, failure: Option<Failure>) -> Result<()> {
-        let (blob, where_, what) = (*blob, in_words(ranges, blob.size), what.to_owned());
-        self.catalog().write_blocking(move |tx| {
-            let mut files = scrubs::files_of(tx, &blob)?;
-            if let Some(failure) = &failure {
-                files.iter().try_for_each(|file| scrubs::set_failure(tx, &file.id, failure))?;
-            }
-            if files.is_empty() {
-                files.push(NamedFile { id: String::new(), name: blob.digest.to_hex(), path: "the blob".to_owned() });
-            }
-            for file in files.into_iter().take(EVENTS) {
-                let message = format!("`{}` of `{}`: {where_} {what}", file.path, file.name);
-                let (kind, operators_only) = (BYTES_ROTTEN, failure.is_none());
-                let event = NewEvent { kind, checkpoint: file.id, message, operators_only, ..Default::default() };
-                events::record(tx, now_unix_ms(), &event)?;
-            }
-            Ok(())
-        })
+/// Says in the events which file of which checkpoints it is about, and notes `failure` in their records. What was put right is the operator's
+/// to know: that there was another copy would tell an owner that somebody else has the same.
+fn tell(tx: &Connection, blob: &BlobRow, ranges: &[Rot], what: &str, failure: Option<&Failure>) -> Result<()> {
+    let where_ = in_words(ranges, blob.size);
+    let mut files = scrubs::files_of(tx, blob)?;
+    if let Some(failure) = failure {
+        files.iter().try_for_each(|file| scrubs::set_failure(tx, &file.id, failure))?;
     }
+    if files.is_empty() {
+        files.push(NamedFile { id: String::new(), name: blob.digest.to_hex(), path: "the blob".to_owned() });
+    }
+    for file in files.into_iter().take(EVENTS) {
+        let message = format!("`{}` of `{}`: {where_} {what}", file.path, file.name);
+        let (kind, operators_only) = (BYTES_ROTTEN, failure.is_none());
+        let event = NewEvent { kind, checkpoint: file.id, message, operators_only, ..Default::default() };
+        events::record(tx, now_unix_ms(), &event)?;
+    }
+    Ok(())
 }
 
 /// What a checkpoint fails with whose bytes are lost.
