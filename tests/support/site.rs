@@ -40,6 +40,7 @@ struct Shared {
     pages: Mutex<BTreeMap<String, (Page, String)>>,
     sent: AtomicU64,
     bodies: AtomicU64,
+    asked: Mutex<Vec<(String, u64)>>,
     short: AtomicU64,
     delay_ms: AtomicU64,
     pace: Mutex<Pace>,
@@ -91,6 +92,11 @@ impl Site {
     pub(crate) fn put(&self, path: &str, page: Page) -> String {
         let tag = page.entity_tag();
         self.shared.pages.lock().unwrap().insert(path.to_owned(), (page, tag));
+        self.url(path)
+    }
+
+    /// The URL of a path, whether a page is there or not.
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.address)
     }
 
@@ -118,6 +124,11 @@ impl Site {
     /// Bytes of bodies sent since the last call.
     pub(crate) fn take_sent(&self) -> u64 {
         self.shared.sent.swap(0, Ordering::Relaxed)
+    }
+
+    /// What bodies were asked for so far, in order: the path, and from which byte on. One that only asks for the first byte looks what there is.
+    pub(crate) fn asked(&self) -> Vec<(String, u64)> {
+        self.shared.asked.lock().unwrap().clone()
     }
 
     /// Bodies begun so far.
@@ -164,6 +175,10 @@ impl Shared {
         let Some(mut request) = read_request(&mut reader)? else { return Ok(()) };
         let (page, tag) = self.pages.lock().unwrap().get(&request.path).cloned().unzip();
         request.tag = tag.unwrap_or_default();
+        if !request.head && request.range != Some((0, Some(0))) {
+            let from = request.range.map_or(0, |(from, _)| from);
+            self.asked.lock().unwrap().push((request.path.clone(), from));
+        }
         thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::Relaxed)));
         match page {
             None => bare(stream, "404 Not Found", ""),
