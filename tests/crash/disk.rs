@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::support::corpus::Random;
 use crate::support::files::walk;
+use crate::support::rot::ROT;
 use crate::trace::Act;
 
 /// Writes that are cut short end at a multiple of this.
@@ -31,6 +32,13 @@ pub(crate) struct Content {
 impl Content {
     fn new(bytes: Vec<u8>) -> Self {
         Self { bytes: Arc::new(bytes), number: next_number() }
+    }
+
+    /// The same with another byte at `at`.
+    pub(crate) fn with_byte(&self, at: usize, byte: u8) -> Self {
+        let mut bytes = self.bytes.as_ref().clone();
+        bytes[at] = byte;
+        Self::new(bytes)
     }
 
     fn change(&mut self, change: &Change) {
@@ -78,13 +86,22 @@ impl Inode {
         self.pending.clear();
     }
 
-    /// Its size with the bytes it had before.
+    /// Its size and holes with the bytes it had before.
     fn hollow(&self) -> Content {
         let mut content = self.durable.clone();
+        self.pending.iter().filter(|change| matches!(change, Change::Punch(_))).for_each(|hole| content.change(hole));
         if !self.pending.is_empty() {
             content.change(&Change::Size(self.now.bytes.len()));
         }
         content
+    }
+
+    /// Changes a byte of what is at rest.
+    fn rot(&mut self, at: usize) {
+        for content in [&mut self.now, &mut self.durable] {
+            let wrong = content.bytes[at] ^ ROT;
+            *content = content.with_byte(at, wrong);
+        }
     }
 
     /// What may be left of it.
@@ -185,7 +202,7 @@ pub(crate) enum Loss {
     Nothing,
     /// None of it.
     Everything,
-    /// Names and sizes are there, bytes are not: a journal is written first.
+    /// Names, sizes and holes are there, bytes are not: a journal is written first.
     Bytes,
     /// Some of it, by a seed.
     Some(u64),
@@ -227,6 +244,10 @@ impl Disk {
             Act::Write { path, at, bytes } => self.change(path, Change::Write(*at, bytes.clone())),
             Act::Size { path, size } => self.change(path, Change::Size(*size)),
             Act::Punch { path, range } => self.change(path, Change::Punch(range.clone())),
+            Act::Rot { path, at } => match self.now.get(path) {
+                Some(Node::File(inode)) => self.inodes[*inode].rot(*at),
+                _ => panic!("`{path}` rots and is not there"),
+            },
             Act::Sync(path) => match self.now.get(path) {
                 Some(Node::File(inode)) => self.inodes[*inode].sync(),
                 Some(Node::Directory) => self.sync_names(path),

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use rusqlite::{Connection, Row};
 
-use crate::disk::Image;
+use crate::disk::{Content, Image};
 use crate::support::place::Place;
+use crate::support::rot::ROT;
 
 const UNIT_BYTES: usize = 4 << 20;
 /// Files that the catalog consists of.
 const CATALOG: [&str; 3] = ["catalog.db", "catalog.db-wal", "catalog.db-journal"];
 
-type Sum = [u8; 32];
+pub(crate) type Sum = [u8; 32];
 
 /// What was promised of a checkpoint to whoever asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub(crate) enum Promise {
     /// It was asked for, for the first time or after it was evicted.
     Arriving,
     Ready,
+    /// Bytes of it rotted, and it is filled again: the rest of it is there.
+    Damaged,
     /// Its removal was asked for.
     Leaving,
     Gone,
@@ -35,8 +38,10 @@ pub(crate) fn note(promises: &mut Promises, remark: &str) {
     let promise = match what {
         "begin" | "evict" => Promise::Arriving,
         "ready" => Promise::Ready,
+        "lose" => Promise::Damaged,
         "remove" => Promise::Leaving,
         "gone" => Promise::Gone,
+        "punch" | "retry" => return,
         _ => panic!("nobody says `{remark}`"),
     };
     promises.insert(name.to_owned(), promise);
@@ -47,8 +52,27 @@ pub(crate) fn note(promises: &mut Promises, remark: &str) {
 pub(crate) struct Truth {
     /// The digests of a checkpoint's files, by its name.
     pub(crate) trees: BTreeMap<String, BTreeSet<Sum>>,
-    /// Files that fill for long, by their path in the checkpoint.
+    /// Files that fill from a site, by their path in the checkpoint.
     pub(crate) filling: BTreeMap<String, Arc<Vec<u8>>>,
+    /// What the disk does behind everybody's back.
+    pub(crate) rots: Vec<Rot>,
+}
+
+/// A byte of a blob that rotted.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rot {
+    pub(crate) blob: Sum,
+    pub(crate) at: usize,
+    pub(crate) right: u8,
+    /// When, in milliseconds since the epoch: a row that says that the blob was right later says that this was put right.
+    pub(crate) since_ms: i64,
+}
+
+impl Rot {
+    /// Whether it is in these bytes of the blob.
+    pub(crate) fn is_in(&self, content: &Content) -> bool {
+        content.bytes.get(self.at) == Some(&(self.right ^ ROT))
+    }
 }
 
 struct Blob {
@@ -56,6 +80,16 @@ struct Blob {
     digest: Sum,
     size: usize,
     state: String,
+    stored: usize,
+    verified_ms: i64,
+}
+
+/// A record: see the table.
+struct Checkpoint {
+    name: String,
+    state: String,
+    manifest: Option<Sum>,
+    failure: Option<String>,
 }
 
 /// Rows as (blob, start, len, digest).
@@ -81,8 +115,7 @@ struct Fill {
 
 #[derive(Default)]
 struct Rows {
-    /// Name, state, manifest.
-    checkpoints: Vec<(String, String, Option<Sum>)>,
+    checkpoints: Vec<Checkpoint>,
     /// Names of those that fill and are shown to a job, and whether what it was shown is known.
     shown: Vec<(String, bool)>,
     listings: Vec<String>,
@@ -101,12 +134,16 @@ pub(crate) struct Law {
     rows: Option<(Vec<Option<u64>>, Rows)>,
     /// Digests of ranges, by number of the content.
     sums: HashMap<(u64, usize, usize), Sum>,
+    /// Contents with what rotted of them put right, by number and how many bytes that were.
+    righted: HashMap<(u64, usize), Content>,
     /// Units that a row claimed and that were there.
     pub(crate) units_seen: u64,
     /// Ranges that were borrowed and not here.
     pub(crate) borrows_seen: u64,
     /// Checkpoints that filled under a job's eyes.
     pub(crate) shown_seen: u64,
+    /// Blobs whose bytes were lost, and away.
+    pub(crate) lost_seen: u64,
 }
 
 type Fault = Result<(), String>;
@@ -118,9 +155,11 @@ impl Law {
             place: Place::new(),
             rows: None,
             sums: HashMap::new(),
+            righted: HashMap::new(),
             units_seen: 0,
             borrows_seen: 0,
             shown_seen: 0,
+            lost_seen: 0,
         }
     }
 
@@ -174,8 +213,20 @@ impl Law {
             .map_err(|error| format!("the catalog cannot be read: {error}"))
     }
 
-    fn sum(&mut self, image: &Image, path: &str, start: usize, len: usize) -> Option<Sum> {
-        let file = image.files.get(path)?;
+    /// The bytes of a blob, but for what rotted of them and was not found right since: that is as if it were right, and may be away.
+    fn content(&mut self, image: &Image, blob: &Blob) -> Option<Content> {
+        let file = image.files.get(&blob_path(&blob.digest));
+        let rots: Vec<Rot> = self.truth.rots_of(&blob.digest).filter(|rot| blob.verified_ms <= rot.since_ms).collect();
+        if rots.is_empty() {
+            return file.cloned();
+        }
+        let file = file.or_else(|| image.files.get(&format!("quarantine/{}", hex(&blob.digest))))?;
+        let there: Vec<Rot> = rots.into_iter().filter(|rot| rot.is_in(file)).collect();
+        let right = || there.iter().fold(file.clone(), |content, rot| content.with_byte(rot.at, rot.right));
+        Some(self.righted.entry((file.number, there.len())).or_insert_with(right).clone())
+    }
+
+    fn sum(&mut self, file: &Content, start: usize, len: usize) -> Option<Sum> {
         let bytes = file.bytes.get(start..start + len)?;
         Some(*self.sums.entry((file.number, start, len)).or_insert_with(|| blake3::hash(bytes).into()))
     }
@@ -205,28 +256,35 @@ impl Law {
 
     /// 3: what a chunk's row names is in its blob.
     fn chunks(&mut self, image: &Image, rows: &Rows) -> Fault {
-        let paths: HashMap<_, _> = rows.blobs.iter().map(|blob| (blob.id, blob_path(&blob.digest))).collect();
+        let contents: HashMap<_, _> = rows.blobs.iter().map(|blob| (blob.id, self.content(image, blob))).collect();
         for (blob, start, len, digest) in &rows.chunks {
-            let path = paths.get(blob).ok_or_else(|| format!("a chunk's home, {blob}, has no row"))?;
-            let found = self.sum(image, path, *start, *len);
-            ensure(found == Some(*digest), || format!("the chunk at {start} of {path} is not there"))?;
+            let content = contents.get(blob).ok_or_else(|| format!("a chunk's home, {blob}, has no row"))?;
+            let found = content.as_ref().and_then(|content| self.sum(content, *start, *len));
+            ensure(found == Some(*digest), || format!("the chunk at {start} of blob {blob} is not there"))?;
         }
         Ok(())
     }
 
-    /// 2 and 3: a sealed blob is there, and with what it borrows it has the bytes that it is named after.
+    /// 2 and 3: a sealed blob is there, and with what it borrows it has the bytes that it is named after. What is lost has no wrong bytes by its name.
     fn blobs(&mut self, image: &Image, rows: &Rows) -> Fault {
         let by_id: HashMap<_, _> = rows.blobs.iter().map(|blob| (blob.id, blob)).collect();
         for blob in rows.blobs.iter().filter(|blob| blob.state != "doomed") {
             let path = blob_path(&blob.digest);
-            let file = image.files.get(&path).ok_or_else(|| format!("the {} blob {path} is missing", blob.state))?;
+            if self.truth.is_lost(blob) {
+                self.lost_seen += 1;
+                let found = image.files.get(&path).map(|file| self.sum(file, 0, blob.size));
+                let is_right = found.is_none_or(|found| found == Some(blob.digest));
+                ensure(is_right, || format!("{path} is lost, and wrong bytes bear its name"))?;
+                continue;
+            }
+            let file = self.content(image, blob).ok_or_else(|| format!("the {} blob {path} is missing", blob.state))?;
             ensure(file.bytes.len() == blob.size, || format!("{path} has {} bytes", file.bytes.len()))?;
             if blob.state != "sealed" {
                 continue;
             }
             let missing: Vec<_> = rows.borrows.iter().filter(|row| row.blob == blob.id && !row.filled).collect();
             if missing.is_empty() {
-                let found = self.sum(image, &path, 0, blob.size);
+                let found = self.sum(&file, 0, blob.size);
                 ensure(found == Some(blob.digest), || format!("{path} has other bytes than it is named after"))?;
                 continue;
             }
@@ -234,9 +292,9 @@ impl Law {
             for borrow in missing {
                 self.borrows_seen += 1;
                 let home = by_id.get(&borrow.home).filter(|home| home.state != "doomed");
-                let home = home.and_then(|home| image.files.get(&blob_path(&home.digest)));
+                let home = home.and_then(|home| self.content(image, home));
                 let range = borrow.home_start..borrow.home_start + borrow.len;
-                let lent = home.and_then(|home| home.bytes.get(range));
+                let lent = home.as_ref().and_then(|home| home.bytes.get(range));
                 let lent = lent.ok_or_else(|| format!("{path} borrows from a blob that is not there"))?;
                 bytes[borrow.start..borrow.start + borrow.len].copy_from_slice(lent);
             }
@@ -249,30 +307,47 @@ impl Law {
     }
 }
 
+impl Truth {
+    /// What rots of a blob.
+    fn rots_of(&self, digest: &Sum) -> impl Iterator<Item = Rot> {
+        self.rots.iter().copied().filter(move |rot| rot.blob == *digest)
+    }
+
+    /// Whether a row says that the bytes of a blob are lost.
+    fn is_lost(&self, blob: &Blob) -> bool {
+        blob.state == "remnant" && blob.stored == 0 && self.rots_of(&blob.digest).next().is_some()
+    }
+}
+
 /// 2: who was told that a checkpoint is ready finds it so; what is ready has all its files. 4: what is gone stays gone.
 fn promised(truth: &Truth, rows: &Rows, promises: &Promises) -> Fault {
     for (name, promise) in promises {
-        let row = rows.checkpoints.iter().find(|(row, ..)| row == name);
-        match (promise, row) {
-            (Promise::Ready, None) => return Err(format!("`{name}` was ready and is not there")),
-            (Promise::Ready, Some((_, state, _))) if state != "ready" => {
-                return Err(format!("`{name}` was ready and is {state}"));
-            }
-            (Promise::Gone, Some((_, state, _))) => return Err(format!("`{name}` was gone and is {state}")),
-            _ => {}
-        }
+        let row = rows.checkpoints.iter().find(|row| row.name == *name);
+        let state = row.map_or("not there", |row| row.state.as_str());
+        let is_whole = row.is_some_and(|row| row.failure.is_none());
+        let is_kept = match promise {
+            Promise::Ready => state == "ready" && is_whole,
+            Promise::Damaged => state == "ready" || (state == "filling" && !is_whole),
+            Promise::Gone => row.is_none(),
+            Promise::Arriving | Promise::Leaving => true,
+        };
+        ensure(is_kept, || format!("`{name}` is {promise:?}, as was said, and it is {state}, whole: {is_whole}"))?;
     }
     let sealed: HashMap<_, _> =
         rows.blobs.iter().filter(|blob| blob.state == "sealed").map(|blob| (blob.id, blob.digest)).collect();
-    for (name, state, manifest) in &rows.checkpoints {
-        if state != "ready" {
-            continue;
-        }
+    for Checkpoint { name, state, manifest, failure } in &rows.checkpoints {
+        let wanted = truth.trees.get(name);
         let named = rows.named.iter().filter(|(of, _)| Some(*of) == *manifest);
-        let found: Option<BTreeSet<Sum>> = named.map(|(_, blob)| sealed.get(blob).copied()).collect();
-        ensure(found.as_ref() == truth.trees.get(name), || {
-            format!("`{name}` is ready and not all its files are sealed")
-        })?;
+        let found: BTreeSet<Option<Sum>> = named.map(|(_, blob)| sealed.get(blob).copied()).collect();
+        let is_there = match (state.as_str(), failure) {
+            ("ready", None) => wanted.is_some_and(|wanted| wanted.iter().copied().map(Some).eq(found)),
+            // Of what is damaged all is there that did not rot, while it is filled again too.
+            ("ready" | "filling", Some(_)) => wanted.is_some_and(|wanted| {
+                wanted.iter().all(|file| found.contains(&Some(*file)) || truth.rots_of(file).next().is_some())
+            }),
+            _ => true,
+        };
+        ensure(is_there, || format!("`{name}` is {state} and not all its files are sealed"))?;
     }
     for (name, known) in &rows.shown {
         ensure(*known, || format!("a job sees `{name}` while it fills, and what it was shown is not known"))?;
@@ -295,18 +370,19 @@ fn strays(image: &Image, rows: &Rows) -> Fault {
 
 fn read_rows(catalog: &Connection) -> rusqlite::Result<Rows> {
     // Nothing is promised before the catalog has its tables, these included.
-    if catalog.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? < 3 {
+    if catalog.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? < 4 {
         return Ok(Rows::default());
     }
     let text = |row: &Row<'_>, at| row.get::<_, String>(at);
     let number = |row: &Row<'_>, at| row.get::<_, i64>(at).map(|value| usize::try_from(value).unwrap());
     Ok(Rows {
-        checkpoints: all(catalog, "SELECT name, state, manifest FROM checkpoints", |row| {
-            Ok((text(row, 0)?, text(row, 1)?, row.get(2)?))
+        checkpoints: all(catalog, "SELECT name, state, manifest, failure FROM checkpoints", |row| {
+            Ok(Checkpoint { name: text(row, 0)?, state: text(row, 1)?, manifest: row.get(2)?, failure: row.get(3)? })
         })?,
         named: all(catalog, "SELECT manifest, blob FROM manifest_blobs", |row| Ok((row.get(0)?, row.get(1)?)))?,
-        blobs: all(catalog, "SELECT id, digest, size, state FROM blobs", |row| {
-            Ok(Blob { id: row.get(0)?, digest: row.get(1)?, size: number(row, 2)?, state: text(row, 3)? })
+        blobs: all(catalog, "SELECT id, digest, size, state, stored_bytes, verified_ms FROM blobs", |row| {
+            let (id, digest, size, state) = (row.get(0)?, row.get(1)?, number(row, 2)?, text(row, 3)?);
+            Ok(Blob { id, digest, size, state, stored: number(row, 4)?, verified_ms: row.get(5)? })
         })?,
         chunks: all(catalog, "SELECT blob, start, len, digest FROM chunks", |row| {
             Ok((row.get(0)?, number(row, 1)?, number(row, 2)?, row.get(3)?))
@@ -352,7 +428,8 @@ fn hex(digest: &Sum) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn blob_path(digest: &Sum) -> String {
+/// Where a blob is in an image.
+pub(crate) fn blob_path(digest: &Sum) -> String {
     let hex = hex(digest);
     format!("blobs/{}/{hex}", &hex[..2])
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags};
 
 use crate::disk::Image;
-use crate::law::{Law, Promise, Promises};
+use crate::law::{Law, Promise, Promises, Rot, blob_path};
 use crate::story::Story;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::files::{assert_same_tree, regular_files};
@@ -22,6 +22,12 @@ pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, cle
     let state = place.join("state");
     image.write_to(&state);
     let mut daemon = Daemon::start_on(state.clone(), &[LOOPBACK]);
+    if is_rotten(story, image) {
+        // All is read, though it may take another pass where what is lost comes again meanwhile.
+        wait_until("rot is found", LIMIT, || {
+            matches!(daemon.ctl(&["scrub", "--full-rate", "--wait"]).code, Some(0 | 6))
+        });
+    }
     let mut settled = Promises::new();
     for row in daemon.rows("list") {
         let name = row["name"].as_str().unwrap();
@@ -55,6 +61,12 @@ pub(crate) fn reopen(story: &Arc<Story>, image: &Image, promises: &Promises, cle
     }
 }
 
+/// Whether bytes are wrong, or were and are away.
+fn is_rotten(story: &Story, image: &Image) -> bool {
+    let is_there = |rot: &Rot| image.files.get(&blob_path(&rot.blob)).is_some_and(|file| rot.is_in(file));
+    story.truth.rots.iter().any(is_there) || image.files.keys().any(|path| path.starts_with("quarantine/"))
+}
+
 /// Blobs that are to go and are not gone yet, by the catalog.
 fn unneeded_blobs(state: &Path) -> i64 {
     let catalog = Connection::open_with_flags(state.join("catalog.db"), OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
@@ -70,6 +82,7 @@ fn unneeded_blobs(state: &Path) -> i64 {
 /// Compares it with its source through a mount, once it is here.
 fn read_back(story: &Story, daemon: &Daemon, name: &str) {
     let mut tries = 0;
+    let mut is_asked_for = false;
     wait_until_told(LIMIT, || {
         let record = daemon.json(&["get", name]);
         if record["state"] == "evicted" {
@@ -80,7 +93,13 @@ fn read_back(story: &Story, daemon: &Daemon, name: &str) {
             assert!(tries < 3, "`{name}` fails again and again: {record}");
             daemon.ctl(&["retry", name]).ok();
         }
-        if record["state"] == "ready" { Ok(()) } else { Err(format!("`{name}` is not ready: {record}")) }
+        let is_damaged = !record["error"].is_null();
+        if record["state"] == "ready" && is_damaged && !is_asked_for {
+            // Where it begins by itself meanwhile, it is refused.
+            is_asked_for = daemon.ctl(&["retry", name]).code == Some(0);
+        }
+        let is_whole = record["state"] == "ready" && !is_damaged;
+        if is_whole { Ok(()) } else { Err(format!("`{name}` is not whole: {record}")) }
     });
     let target = daemon.attach(name, name);
     let tree = story.sources.place.join(if name == "a2" { "a" } else { name });

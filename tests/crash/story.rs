@@ -1,6 +1,6 @@
 //! What the daemon does while it is recorded: everything that changes the state directory, a few times over.
 //!
-//! It is told in legs. A leg is one daemon from its start to its end; it begins with what the one before had left, the last two with what
+//! It is told in legs. A leg is one daemon from its start to its end; it begins with what an earlier one has left, two of them with what
 //! a crash in the middle of an earlier one leaves.
 
 use std::collections::BTreeSet;
@@ -8,10 +8,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::disk::{Disk, Image, Loss};
-use crate::law::{self, Promise, Promises, Truth};
+use crate::law::{self, Promise, Promises, Rot, Truth, blob_path};
 use crate::support::corpus::{Random, Tensors, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::files::regular_files;
@@ -33,6 +33,24 @@ pub(crate) const REMOVES: usize = 2;
 pub(crate) const UNDOES: usize = 3;
 /// The start after a crash in a removal.
 pub(crate) const FINISHES: usize = 4;
+/// Bytes rot, and are put right from a copy, saved from a home that is lost, or fetched again; an ingest that failed is retried.
+pub(crate) const MENDS: usize = 5;
+/// The store fills: copies are given up, then a checkpoint.
+pub(crate) const PRESSED: usize = 6;
+
+/// What a site has, as trees of files of so many MiB.
+const FETCHED: &[(&str, &[(&str, usize)])] = &[
+    ("w", &[("w.bin", 20)]),
+    ("v", &[("v1.bin", 1), ("v2.bin", 5)]),
+    ("r", &[("r1.bin", 5), ("r2.bin", 5)]),
+    ("p", &[("p.bin", 6)]),
+    ("x", &[("x.bin", 8)]),
+    ("y", &[("y.bin", 6)]),
+];
+/// What a source that gives out is asked, so that it is soon given up.
+const FEW_ATTEMPTS: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "3");
+/// From what is kept to the high watermark: `p` and `x` come to more, by half a MiB, and so does `y` after them, whatever goes for them.
+const SLACK: usize = 14 * MIB - MIB / 2;
 
 /// One daemon's life.
 #[derive(Default)]
@@ -53,23 +71,13 @@ pub(crate) struct Story {
 /// Where the checkpoints come from.
 pub(crate) struct Sources {
     pub(crate) place: Place,
-    /// Nobody else serves `w.bin`.
-    pub(crate) _site: Site,
+    /// Nobody else serves what is not captured or uploaded.
+    site: Site,
 }
 
-impl Story {
-    /// The story of this process: told once for as long as anybody listens.
-    pub(crate) fn told() -> Arc<Self> {
-        static TOLD: Mutex<Weak<Story>> = Mutex::new(Weak::new());
-        let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
-        told.upgrade().unwrap_or_else(|| {
-            let story = Arc::new(Self::tell());
-            *told = Arc::downgrade(&story);
-            story
-        })
-    }
-
-    fn tell() -> Self {
+impl Sources {
+    /// All of them, and what there is at them.
+    fn new() -> (Self, Truth) {
         let place = Place::new();
         let base = Tensors::new(seed(), 4, 2 * MIB);
         base.write_safetensors(&place.join("a/model.safetensors"));
@@ -93,27 +101,63 @@ impl Story {
         fs::write(place.join("b/empty"), b"").unwrap();
         fs::write(place.join("c/sent"), random.bytes(5 * MIB)).unwrap();
         fs::write(place.join("c/sent-too"), random.bytes(MIB)).unwrap();
-        fs::create_dir_all(place.join("w")).unwrap();
-        fs::write(place.join("w/w.bin"), random.bytes(20 * MIB)).unwrap();
 
         let site = Site::open();
-        let bytes = Arc::new(fs::read(place.join("w/w.bin")).unwrap());
-        let url = site.put("/w.bin", Page::Ranged(bytes.clone()));
         let mut truth = Truth::default();
-        for (name, tree) in [("a", "a"), ("b", "b"), ("c", "c"), ("w", "w"), ("a2", "a")] {
-            truth.trees.insert(name.into(), digests(&place.join(tree)));
+        for (name, files) in FETCHED {
+            fs::create_dir_all(place.join(name)).unwrap();
+            for (file, mib) in *files {
+                let bytes = Arc::new(random.bytes(mib * MIB));
+                fs::write(place.join(name).join(file), bytes.as_slice()).unwrap();
+                site.put(&format!("/{name}/{file}"), Page::Ranged(bytes.clone()));
+                truth.filling.insert((*file).into(), bytes);
+            }
+            let links: String = files.iter().map(|(file, _)| format!("<li><a href=\"{file}\">{file}</a>")).collect();
+            let index = format!("<html><title>Directory listing for /</title>{links}</html>");
+            site.put(&format!("/{name}/"), Page::Html(index.into_bytes().into()));
         }
-        truth.filling.insert("w.bin".into(), bytes);
+        for name in ["a", "b", "c"].into_iter().chain(FETCHED.iter().map(|(name, _)| *name)) {
+            truth.trees.insert(name.into(), digests(&place.join(name)));
+        }
+        truth.trees.insert("a2".into(), truth.trees["a"].clone());
+        (Self { place, site }, truth)
+    }
 
-        let keeps = record(Leg::default().end(), |daemon, marks| keep_and_share(daemon, marks, &place));
-        let interrupted = record(keeps.end(), |daemon, marks| {
-            site.limit(5 * MIB as u64);
-            interrupt(daemon, marks, &url);
+    /// Has one of [`FETCHED`] filled.
+    fn create(&self, daemon: &Daemon, name: &str) {
+        let url = self.site.url(&format!("/{name}/"));
+        daemon.ctl(&["create", name, "--type", "web", "--uri", &url]).ok();
+    }
+}
+
+impl Story {
+    /// The story of this process: told once for as long as anybody listens.
+    pub(crate) fn told() -> Arc<Self> {
+        static TOLD: Mutex<Weak<Story>> = Mutex::new(Weak::new());
+        let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+        told.upgrade().unwrap_or_else(|| {
+            let story = Arc::new(Self::tell());
+            *told = Arc::downgrade(&story);
+            story
+        })
+    }
+
+    fn tell() -> Self {
+        let (sources, mut truth) = Sources::new();
+        let place = &sources.place;
+
+        let mut kept_bytes = 0;
+        let keeps = record(Leg::default().end(), &[], |daemon, marks| {
+            kept_bytes = keep_and_share(daemon, marks, place);
         });
-        site.limit(0);
-        let removes = record(interrupted.end(), |daemon, marks| resume_and_remove(daemon, marks, &place));
+        let interrupted = record(keeps.end(), &[], |daemon, marks| {
+            sources.site.limit(5 * MIB as u64);
+            interrupt(daemon, marks, &sources);
+        });
+        sources.site.limit(0);
+        let removes = record(interrupted.end(), &[], |daemon, marks| resume_and_remove(daemon, marks, place));
         let publishes = |act: &Act| matches!(act, Act::Rename { to, .. } if to.starts_with("blobs/"));
-        let undoes = record(keeps.stopped_after(publishes), |daemon, marks| {
+        let undoes = record(keeps.stopped_after(publishes), &[], |daemon, marks| {
             daemon.wait_state("a", "ready", LIMIT);
             marks.say("ready a");
             daemon.stop();
@@ -122,19 +166,22 @@ impl Story {
         let broken_off = removes.stopped_after(unlinks);
         let leaving = broken_off.1.iter().find(|(_, promise)| **promise == Promise::Leaving);
         let leaving = leaving.unwrap().0.clone();
-        let finishes = record(broken_off, |daemon, marks| {
+        let finishes = record(broken_off, &[], |daemon, marks| {
             wait_until("it is gone", LIMIT, || daemon.rows("list").iter().all(|row| row["name"] != *leaving));
             marks.say(&format!("gone {leaving}"));
             wait_until("its bytes are back", LIMIT, || freed(daemon, "interrupted removals"));
             daemon.stop();
         });
-        let legs = vec![keeps, interrupted, removes, undoes, finishes];
-        Self { legs, truth: Arc::new(truth), sources: Sources { place, _site: site } }
+        let mends =
+            record(keeps.end(), &[FEW_ATTEMPTS], |daemon, marks| truth.rots = mend_and_retry(daemon, marks, &sources));
+        let pressed = press_on(&keeps, kept_bytes, &sources);
+        let legs = vec![keeps, interrupted, removes, undoes, finishes, mends, pressed];
+        Self { legs, truth: Arc::new(truth), sources }
     }
 }
 
-/// Captures, an upload, bytes shared and made whole again for a job.
-fn keep_and_share(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
+/// Captures, an upload, bytes shared and made whole again for a job; bytes that it comes to.
+fn keep_and_share(daemon: &mut Daemon, marks: &mut Marks, place: &Place) -> usize {
     for name in ["a", "b"] {
         marks.say(&format!("begin {name}"));
         daemon.capture(name, &place.join(name));
@@ -149,13 +196,15 @@ fn keep_and_share(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     marks.say("begin c");
     daemon.ctl(&["upload", "c", place.join("c").to_str().unwrap()]).ok();
     marks.say("ready c");
+    let bytes = daemon.json(&["usage"])["physical_bytes"].as_u64().unwrap();
     daemon.stop();
+    usize::try_from(bytes).unwrap()
 }
 
 /// A slow source, a job that reads what it sends, and the end in the middle.
-fn interrupt(daemon: &mut Daemon, marks: &mut Marks, url: &str) {
+fn interrupt(daemon: &mut Daemon, marks: &mut Marks, sources: &Sources) {
     marks.say("begin w");
-    daemon.ctl(&["create", "w", "--type", "web", "--uri", url]).ok();
+    sources.create(daemon, "w");
     let target = daemon.place().dir("at-hasty");
     daemon.ctl(&["attach", "hasty", "w", "--lazy", "--at", target.to_str().unwrap()]).ok();
     let mut found = [0; 10];
@@ -184,6 +233,106 @@ fn resume_and_remove(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
     daemon.stop();
 }
 
+/// Rot that a copy puts right; the copy given up; rot that costs the home, and not who borrows from it; rot that its source makes good; and a source
+/// that gives out half-way. What rotted when.
+fn mend_and_retry(daemon: &mut Daemon, marks: &mut Marks, sources: &Sources) -> Vec<Rot> {
+    let of_a = sources.place.join("a/model.safetensors");
+    let size = usize::try_from(fs::metadata(&of_a).unwrap().len()).unwrap();
+    // In the last of four tensors of 2 MiB, which `b` has too.
+    let shared = rot(daemon, marks, &of_a, size - MIB);
+    assert_eq!(daemon.json(&["scrub", "--full-rate", "--wait"])["healed"], 1);
+
+    marks.say("punch b");
+    daemon.ctl(&["evict", "--until", "900TB"]).ok();
+    assert_eq!(daemon.json(&["usage"])["duplicate_bytes"], 0);
+    // In the second, which it has not.
+    marks.say("lose a");
+    let own = rot(daemon, marks, &of_a, size - 5 * MIB);
+    assert_eq!(daemon.ctl(&["scrub", "--full-rate", "--wait"]).code, Some(6));
+    daemon.ctl(&["retry", "a"]).ok();
+    until_whole(daemon, "a");
+    marks.say("ready a");
+
+    marks.say("begin v");
+    sources.create(daemon, "v");
+    until_whole(daemon, "v");
+    marks.say("ready v");
+    marks.say("lose v");
+    let fetched = rot(daemon, marks, &sources.place.join("v/v2.bin"), 3 * MIB);
+    assert_eq!(daemon.ctl(&["scrub", "--full-rate", "--wait"]).code, Some(6));
+    until_whole(daemon, "v");
+    marks.say("ready v");
+
+    let second = fs::read(sources.place.join("r/r2.bin")).unwrap();
+    sources.site.put("/r/r2.bin", Page::Short(Arc::new(second.clone()), u64::MAX));
+    marks.say("begin r");
+    sources.create(daemon, "r");
+    daemon.wait_state("r", "failed", LIMIT);
+    sources.site.put("/r/r2.bin", Page::Ranged(second.into()));
+    marks.say("retry r");
+    daemon.ctl(&["retry", "r"]).ok();
+    until_whole(daemon, "r");
+    marks.say("ready r");
+    daemon.stop();
+    vec![shared, own, fetched]
+}
+
+/// Lets a byte of the blob that has a file's bytes rot.
+fn rot(daemon: &Daemon, marks: &mut Marks, file: &Path, at: usize) -> Rot {
+    let bytes = fs::read(file).unwrap();
+    let blob = blake3::hash(&bytes).into();
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    marks.rot(daemon.state(), &blob_path(&blob), at);
+    Rot { blob, at, right: bytes[at], since_ms: i64::try_from(since.as_millis()).unwrap() }
+}
+
+fn until_whole(daemon: &Daemon, name: &str) {
+    wait_until(&format!("`{name}` is whole"), LIMIT, || {
+        let record = daemon.json(&["get", name]);
+        assert_ne!(record["state"], "failed", "{record}");
+        record["state"] == "ready" && record["error"].is_null()
+    });
+}
+
+/// [`press`], in a store whose high watermark is not far from what it keeps.
+fn press_on(keeps: &Leg, kept_bytes: usize, sources: &Sources) -> Leg {
+    let high = kept_bytes + SLACK;
+    let capacity = 2 * high;
+    // In thousandths, as it is kept.
+    let low = (high - 4 * MIB) * 1000 / capacity;
+    let (capacity, low) = (capacity.to_string(), format!("0.{low:03}"));
+    let watermarks = [
+        ("CKPTD_STORE__CAPACITY", capacity.as_str()),
+        ("CKPTD_STORE__HIGH_WATERMARK", "0.5"),
+        ("CKPTD_STORE__LOW_WATERMARK", &low),
+    ];
+    record(keeps.end(), &watermarks, |daemon, marks| press(daemon, marks, sources))
+}
+
+/// More and more: above the high watermark copies that nobody reads go, and after them whatever was used longest ago.
+fn press(daemon: &mut Daemon, marks: &mut Marks, sources: &Sources) {
+    for (name, gives_up) in [("p", None), ("x", Some("copies")), ("y", Some("p"))] {
+        if gives_up == Some("p") {
+            marks.say("evict p");
+        }
+        marks.say(&format!("begin {name}"));
+        sources.create(daemon, name);
+        daemon.wait_state(name, "ready", LIMIT);
+        match gives_up {
+            Some("copies") => {
+                wait_until("copies go", LIMIT, || daemon.json(&["usage"])["duplicate_bytes"] == 0);
+                assert_eq!(daemon.json(&["get", "p"])["state"], "ready", "they do");
+            }
+            Some(other) => {
+                wait_until("it goes", LIMIT, || daemon.json(&["get", other])["state"] == "evicted");
+            }
+            None => {}
+        }
+        marks.say(&format!("ready {name}"));
+    }
+    daemon.stop();
+}
+
 fn remove(daemon: &Daemon, marks: &mut Marks, name: &str) {
     marks.say(&format!("remove {name}"));
     daemon.ctl(&["remove", name, "--yes"]).ok();
@@ -198,12 +347,17 @@ fn freed(daemon: &Daemon, words: &str) -> bool {
 }
 
 /// Runs a daemon on what it begins with and writes down what it does. `play` ends it.
-fn record((begins_with, promises): (Image, Promises), play: impl FnOnce(&mut Daemon, &mut Marks)) -> Leg {
+fn record(
+    (begins_with, promises): (Image, Promises),
+    more: &[(&'static str, &str)],
+    play: impl FnOnce(&mut Daemon, &mut Marks),
+) -> Leg {
     let place = Place::new();
     let state = place.join("state");
     begins_with.write_to(&state);
     let recorder = Recorder::new(place.path());
-    let environment: Vec<_> = recorder.environment(&state).into_iter().chain([LOOPBACK]).collect();
+    let environment: Vec<_> =
+        recorder.environment(&state).into_iter().chain([LOOPBACK]).chain(more.iter().copied()).collect();
     let mut daemon = Daemon::start_on(state.clone(), &environment);
     play(&mut daemon, &mut recorder.marks());
     let leg = Leg { begins_with, promises, acts: recorder.acts() };

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use crate::support::ran::run;
+use crate::support::rot::flip;
 
 /// One thing that was done, by paths below the state directory.
 #[derive(Clone, Debug)]
@@ -27,6 +28,11 @@ pub(crate) enum Act {
     Punch {
         path: String,
         range: Range<usize>,
+    },
+    /// By the disk: nobody is told.
+    Rot {
+        path: String,
+        at: usize,
     },
     /// Of a file or a directory; it had returned.
     Sync(String),
@@ -50,7 +56,7 @@ impl Act {
             Self::Sync(path) if path.starts_with("catalog.db") => Some("the catalog"),
             Self::Sync(path) if path.starts_with("filling/") => Some("bytes that are filled"),
             Self::Sync(path) if path.starts_with("blobs/") && path.matches('/').count() == 1 => Some("names of blobs"),
-            Self::Sync(path) if path.starts_with("blobs/") => Some("bytes that are hydrated"),
+            Self::Sync(path) if path.starts_with("blobs/") => Some("bytes of sealed blobs"),
             Self::Sync(_) => Some("the rest"),
             _ => None,
         }
@@ -114,12 +120,18 @@ impl Recorder {
     }
 }
 
-/// Remarks between the records: `begin x`, `ready x`, `remove x`, `gone x`, each once that is true for whoever asked.
+/// Remarks between the records: `begin x`, `ready x`, `lose x`, `remove x`, `gone x`, each once that is true for whoever asked.
 pub(crate) struct Marks(File);
 
 impl Marks {
     pub(crate) fn say(&mut self, remark: &str) {
         self.0.write_all(format!("mark\t{remark}\t\t0\t0\t0\n").as_bytes()).unwrap();
+    }
+
+    /// Lets a byte of the file at `path` below `root` rot, in the records too. Nobody changes that file meanwhile.
+    pub(crate) fn rot(&mut self, root: &Path, path: &str, at: usize) {
+        self.0.write_all(format!("rot\t{path}\t\t{at}\t0\t0\n").as_bytes()).unwrap();
+        flip(&root.join(path), at as u64);
     }
 }
 
@@ -140,6 +152,7 @@ fn parse(bytes: &[u8]) -> Option<(Option<Act>, usize)> {
         "write" => Act::Write { path: name, at: number(a), bytes: bytes.into() },
         "size" => Act::Size { path: name, size: number(a) },
         "punch" => Act::Punch { path: name, range: number(a)..number(a) + number(b) },
+        "rot" => Act::Rot { path: name, at: number(a) },
         "sync" => Act::Sync(name),
         "syncfs" => Act::SyncAll,
         "rename" => Act::Rename { from: name, to: other.to_owned() },
