@@ -2,10 +2,9 @@
 //!
 //! **Healing** writes right bytes over wrong ones, in place, once their digest was checked. **Losing** comes in this order: what others borrow of the
 //! file and is right is brought into them ([`rescue`](super::rescue)); the file leaves for `quarantine/` durably, unless another has taken its place; who
-//! has it open through the daemon gets errors from now on; then the rows say so, of the blob and of the checkpoints that need it
-//! in one transaction. A crash in between leaves a blob without a file, which the next scrub
-//! finds and loses. Wrong bytes are never given to a reader once they are known, save what the kernel has: pages of its cache, and files that it was
-//! given for passthrough and that a job still has open.
+//! has it open through the daemon gets errors from now on; then the rows say so, of the blob and of the checkpoints that need it in one transaction. A
+//! crash in between leaves a blob without a file, which the next scrub finds and loses. Wrong bytes are never given to a reader once they are known,
+//! save what the kernel has: pages of its cache, and files that it was given for passthrough and that a job still has open.
 //!
 //! A **manifest** has no other copy: who has it open goes on with it, nobody else is shown the checkpoint.
 //!
