@@ -22,7 +22,7 @@ use tonic_types::StatusExt as _;
 
 use support::corpus::{random_file, seed};
 use support::daemon::Daemon;
-use support::files::assert_same_tree;
+use support::files::assert_mounted;
 use support::ran::{run, wait_until};
 use support::way::{Break, Client, Way};
 
@@ -58,7 +58,7 @@ fn upload<'a>(source: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
 fn assert_arrived(daemon: &Daemon, source: &Path) {
     let record = daemon.json(&["get", "m"]);
     assert_eq!(record["state"], "ready", "{record}");
-    assert_same_tree(source, &daemon.attach("reader", "m"));
+    assert_mounted(source, &daemon.attach("reader", "m"));
 }
 
 fn nothing_is_left(daemon: &Daemon) -> bool {

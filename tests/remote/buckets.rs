@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK, clean};
 use crate::support::faults::{Fault, Faults};
+use crate::support::files::assert_mounted;
 use crate::support::ran::{Ran, run, wait_until};
 use crate::support::server::tool;
 
@@ -100,6 +101,27 @@ pub(crate) fn assert_comes_back_later(faults: &Faults, words: &str, create: impl
     let took = began.elapsed();
     assert_eq!(faults.faults_left(), 0, "nobody asked for `{words}`");
     assert!(took >= Duration::from_secs(3), "asked again after {took:?}");
+}
+
+/// Kills the daemon while it brings `uri`, which is `tree` of 48 MiB: it goes on with what is here.
+pub(crate) fn assert_goes_on_after_a_kill(
+    daemon: &mut Daemon,
+    faults: &Faults,
+    (kind, uri): (&str, &str),
+    more: &[&str],
+    tree: &Path,
+) {
+    let before = faults.body_bytes();
+    faults.slow_down(6 << 20);
+    start(daemon, kind, "resumed", uri, more);
+    wait_bytes(daemon, "resumed", 28 << 20);
+    daemon.kill9();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
+    assert_mounted(tree, &daemon.attach("resumed", "resumed"));
+    let bytes = faults.body_bytes() - before;
+    assert!(bytes < 70 << 20, "{bytes} bytes were fetched for 48 MiB");
 }
 
 /// Begins to fetch a file of 48 MiB, whose two ranges both end early, and replaces it while its store asks to wait before they go on.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::buckets::start;
 use crate::support::corpus::{Random, random_file, seed};
 use crate::support::daemon::Daemon;
-use crate::support::files::{assert_same_tree, regular_files};
+use crate::support::files::{assert_mounted, regular_files};
 use crate::support::network::Network;
 use crate::support::place::Place;
 use crate::support::ran::run;
@@ -73,7 +73,7 @@ pub(super) fn assert_read_lazily(daemon: &Daemon, network: &Network, name: &str,
         }
     });
     daemon.wait_state(name, "ready", Duration::from_secs(120));
-    assert_same_tree(expected, &target);
+    assert_mounted(expected, &target);
     assert_eq!(network.troubles_left(), [], "not all was met");
 }
 

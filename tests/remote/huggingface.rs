@@ -11,7 +11,7 @@ use super::buckets::{assert_kept_nowhere, reason};
 use super::faltering;
 use crate::support::daemon::{Daemon, LOCALHOST, clean};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::assert_same_tree;
+use crate::support::files::{assert_mounted, assert_same_tree};
 use crate::support::place::Place;
 use crate::support::ran::{Ran, run, shell, wait_until};
 use crate::support::server::{Server, free_port, tool};
@@ -238,7 +238,7 @@ fn a_large_file_goes_on_where_a_kill_broke_it_off() {
     assert!(again < 36 * MIB, "{again} bytes were fetched after {before}");
     let expected = daemon.place().join("expected");
     bring(&hub.url(""), "acme/big", &expected);
-    assert_same_tree(&expected, &daemon.attach("job", "big"));
+    assert_mounted(&expected, &daemon.attach("job", "big"));
 }
 
 #[test]
@@ -257,14 +257,38 @@ fn a_hub_that_others_wrote_gives_what_its_own_client_brings() {
     assert_same_tree(&expected, &daemon.attach("job", "real"));
 }
 
+#[test]
+fn a_hub_that_others_wrote_gives_the_rest_after_a_kill() {
+    let place = Place::new();
+    let olah = olah(&place);
+    let faults = Faults::before(olah.port);
+    let mut daemon = Daemon::start_with(&[LOCALHOST]);
+    faults.slow_down(3 * MIB);
+    create(&daemon, &faults.url(""), "real", "acme/real", &[]).ok();
+    // It knows no ranges, so what counts are whole files: three that are small, the shorter of two that are not.
+    wait_until("some files are here", LIMIT, || daemon.files_done("real") >= 4);
+    assert_eq!(daemon.files_done("real"), 4, "all of it was here");
+    daemon.kill9();
+    let before = faults.body_bytes();
+    faults.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("real", "ready", LIMIT);
+    let again = faults.body_bytes() - before;
+    assert!(again < 29 * MIB, "{again} bytes were fetched after {before}");
+    let expected = place.join("expected");
+    bring(&olah.url(""), "acme/real", &expected);
+    assert_mounted(&expected, &daemon.attach("job", "real"));
+}
+
 /// `olah` with the repository `acme/real`: a git repository whose large files are LFS objects.
 fn olah(place: &Place) -> Server {
     let repository = place.dir("mirrors/models/acme/real");
     shell(
         "cd \"$1\"; git init -q -b main .; mkdir -p data\n\
-         yes 'model weights' | head -c 9437184 >weights; oid=$(sha256sum weights | cut -c1-64)\n\
+         large() { yes \"$1\" | head -c $2 >weights; oid=$(sha256sum weights | cut -c1-64)\n\
          lfs=.git/lfs/objects/$(echo $oid | cut -c1-2)/$(echo $oid | cut -c3-4); mkdir -p $lfs; mv weights $lfs/$oid\n\
-         printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:%s\\nsize 9437184\\n' $oid >model.safetensors\n\
+         printf 'version https://git-lfs.github.com/spec/v1\\noid sha256:%s\\nsize %s\\n' $oid $2 >$1.safetensors; }\n\
+         large model 9437184; large more 28311552\n\
          echo '*.safetensors filter=lfs diff=lfs merge=lfs -text' >.gitattributes\n\
          echo '{\"a\": 1}' >config.json; echo text >'data/odd + name.txt'\n\
          git -c filter.lfs.clean=cat -c filter.lfs.required=false add -A\n\

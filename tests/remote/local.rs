@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use crate::support::corpus::random_file;
 use crate::support::daemon::Daemon;
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::assert_same_tree;
-use crate::support::ran::{run, shell, wait_until};
-use crate::support::server::tool;
+use crate::support::files::{assert_mounted, assert_same_tree};
+use crate::support::ran::{run, shell, wait_for, wait_until};
+use crate::support::server::{free_port, tool};
 
 const ANY_PORT: (&str, &str) = ("CKPTD_HTTP__LISTEN", "0");
 
@@ -50,6 +50,10 @@ fn the_sdk_sends_trees_files_and_archives() {
     (0..2000).for_each(|index| fs::write(tree.join(format!("empty-{index}")), format!("{index}")).unwrap());
     send(&daemon, "tree", &[], &tree);
     assert_same_tree(&tree, &daemon.attach("tree", "tree"));
+    daemon.ctl(&["upload", "uploaded", tree.to_str().unwrap()]).ok();
+    let digest = |name: &str| daemon.json(&["get", name])["digest"].clone();
+    assert_eq!(digest("tree"), digest("uploaded"), "one tree has one digest, however it is sent");
+    assert_mounted(&tree, &daemon.attach("uploaded", "uploaded"));
 
     let one = daemon.place().dir("one");
     fs::copy(tree.join("w.bin"), one.join("w.bin")).unwrap();
@@ -151,6 +155,24 @@ fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
     assert_eq!(transfer["token"], token);
     run(&mut client("go-on", &transfer)).ok();
     assert_eq!(daemon.json(&["get", "killed"])["state"], "ready");
+}
+
+#[test]
+fn the_sdk_is_told_of_a_kill_and_sends_it_again() {
+    // The same after the kill, so that its client finds another daemon there.
+    let port = free_port().to_string();
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &port)]);
+    let tree = daemon.place().dir("tree");
+    (0..8).for_each(|number| random_file(&tree.join(format!("{number}.bin")), number, 24 << 20));
+    let mut sending = client("sdk", &create(&daemon, "k", &[])).arg(&tree).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("some of it is here", Duration::from_secs(60), || daemon.bytes_done("k") > 8 << 20);
+    daemon.kill9();
+    daemon.restart();
+    assert_ne!(wait_for(&mut sending, Duration::from_secs(60)), Some(0), "it was sent before the daemon was killed");
+    assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
+    run(client("sdk", &daemon.json(&["get", "k"])["transfer"]).arg(&tree)).ok();
+    daemon.wait_state("k", "ready", Duration::from_secs(30));
+    assert_mounted(&tree, &daemon.attach("job", "k"));
 }
 
 #[test]

@@ -8,10 +8,11 @@ use super::buckets::{assert_comes_back_later, assert_kept_nowhere, reason};
 use crate::support::corpus::{random_file, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_same_file, assert_same_tree, b3sum, regular_files, xattr};
+use crate::support::files::{assert_mounted, assert_same_file, assert_same_tree, b3sum, regular_files, xattr};
 use crate::support::place::Place;
 use crate::support::ran::{LIMIT, run, run_for, wait_until};
-use crate::support::webserver::{apache, caddy, nginx, python};
+use crate::support::relay::{Break, Relay};
+use crate::support::webserver::{apache, caddy, certificates, nginx, nginx_tls, python};
 
 /// Short enough that a stall is over soon.
 pub(crate) const SHORT_SILENCE: (&str, &str) = ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2");
@@ -50,6 +51,15 @@ pub(crate) fn odd_tree(place: &Place) -> PathBuf {
     fs::create_dir(root.join("empty dir")).unwrap();
     random_file(&root.join("weights.bin"), seed(), 9 << 20);
     root
+}
+
+/// A tree of 60 MiB, whose large file is two thirds of it.
+pub(crate) fn tree_to_kill(place: &Place) -> PathBuf {
+    let tree = place.dir("tree");
+    random_file(&tree.join("large.bin"), seed(), 40 << 20);
+    fs::create_dir(tree.join("a b")).unwrap();
+    (0..20_u64).for_each(|index| random_file(&tree.join(format!("a b/f{index:02}")), seed() + index, 1 << 20));
+    tree
 }
 
 pub(crate) fn create(daemon: &Daemon, name: &str, url: &str) {
@@ -160,9 +170,7 @@ fn a_tree_comes_whole_through_faults() {
 #[test]
 fn a_tree_that_was_killed_goes_on_with_what_is_here() {
     let place = Place::new();
-    let tree = place.dir("tree");
-    random_file(&tree.join("large.bin"), seed(), 40 << 20);
-    (0..20_u64).for_each(|index| random_file(&tree.join(format!("f{index:02}")), seed() + index, 1 << 20));
+    let tree = tree_to_kill(&place);
     let server = nginx(&place, &tree, "");
     let faults = Faults::before(server.port);
     let mut daemon = Daemon::start_with(&[LOOPBACK]);
@@ -174,8 +182,34 @@ fn a_tree_that_was_killed_goes_on_with_what_is_here() {
     faults.slow_down(0);
     daemon.restart();
     daemon.wait_state("w", "ready", PATIENCE);
-    assert_same_tree(&tree, &daemon.attach("job", "w"));
+    assert_mounted(&tree, &daemon.attach("job", "w"));
     let after = faults.body_bytes() - before;
+    assert!(after < 45 << 20, "{after} bytes were fetched again of 60 MiB, after {before}");
+}
+
+#[test]
+fn a_protected_tree_that_was_killed_goes_on_with_what_is_here() {
+    let place = Place::new();
+    let made = certificates(&place, &[]);
+    let tree = tree_to_kill(&place);
+    let server = nginx_tls(&place, &tree, &made.join("good.pem"));
+    let relay = Relay::before(server.port);
+    let mut daemon =
+        Daemon::start_with(&[LOOPBACK, SHORT_SILENCE, ("SSL_CERT_FILE", made.join("ca.pem").to_str().unwrap())]);
+    // One of them meets the listing, the others what is listed.
+    relay.break_at(&[Break::Reset(3000), Break::Reset(4 << 20), Break::Stall(1 << 20)]);
+    relay.slow_down(8 << 20);
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &format!("https://127.0.0.1:{}/", relay.port())]).ok();
+    wait_until("half is here", PATIENCE, || daemon.recorded_bytes("w") > 40 << 20);
+    daemon.kill9();
+    wait_until("the connections have gone with the daemon", PATIENCE, || relay.open() == 0);
+    assert_eq!(relay.breaks_left(), []);
+    let before = relay.bytes();
+    relay.slow_down(0);
+    daemon.restart();
+    daemon.wait_state("w", "ready", PATIENCE);
+    assert_mounted(&tree, &daemon.attach("job", "w"));
+    let after = relay.bytes() - before;
     assert!(after < 45 << 20, "{after} bytes were fetched again of 60 MiB, after {before}");
 }
 

@@ -17,6 +17,21 @@ pub(crate) fn assert_same_tree(expected: &Path, found: &Path) {
     assert_eq!(expected_count, found_count, "entries below {}", found.display());
 }
 
+/// Compares a mounted checkpoint with the tree that it is to be, byte for byte, and what it says of its files with the bytes that are read.
+pub(crate) fn assert_mounted(expected: &Path, mounted: &Path) {
+    assert_same_tree(expected, mounted);
+    assert_digests(mounted);
+}
+
+/// Fails unless each file of a mounted checkpoint has the digest that it says.
+pub(crate) fn assert_digests(mounted: &Path) {
+    let files = regular_files(mounted);
+    assert!(!files.is_empty(), "no file is shown below {}", mounted.display());
+    for file in files {
+        assert_eq!(xattr(&file, "user.ckptd.digest"), b3sum(&file), "{}", file.display());
+    }
+}
+
 /// Compares one file byte for byte.
 pub(crate) fn assert_same_file(expected: &Path, found: &Path) {
     shell("cmp \"$1\" \"$2\"", &[expected, found]).ok();
