@@ -1,13 +1,15 @@
 //! Kaggle: the stand-in `tests/fixtures/kaggle.py`, which the official clients `kaggle` and `kagglehub` list and download from.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
 use super::buckets::{assert_comes_back_later, assert_kept_nowhere, reason};
 use crate::support::daemon::{Daemon, LOCALHOST, clean};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::assert_same_tree;
+use crate::support::files::{assert_mounted, assert_same_tree};
 use crate::support::place::Place;
 use crate::support::ran::{Ran, run, wait_until};
 use crate::support::server::tool;
@@ -25,11 +27,20 @@ fn create(daemon: &Daemon, endpoint: &str, name: &str, kind: &str, uri: &str, mo
     daemon.ctl(&[&arguments[..], more].concat())
 }
 
-/// Runs an official client against `endpoint`: `hub KIND NAME INTO` is `kagglehub`, `cli ...` the command line.
+/// Runs an official client against `endpoint`: `hub KIND NAME INTO` is `kagglehub`, `cli ...` the command line. On stderr it tells the route of
+/// each call as it knows it itself: method, path, and the names of what is not in the path.
 fn client(endpoint: &str, arguments: &[&str], home: &Path) -> Ran {
     let program = "import sys, shutil\n\
         from kagglesdk import kaggle_env\n\
+        from kagglesdk.kaggle_http_client import KaggleHttpClient\n\
         endpoint, what = sys.argv.pop(1), sys.argv.pop(1)\n\
+        call_of = KaggleHttpClient.call\n\
+        def call(self, service, name, request, kind):\n\
+        \x20   path = request.endpoint()\n\
+        \x20   rest = [key for key, value in request.to_dict().items() if str(value) not in path.split('/')]\n\
+        \x20   print('calls', request.method(), path, *sorted(rest), file=sys.stderr)\n\
+        \x20   return call_of(self, service, name, request, kind)\n\
+        KaggleHttpClient.call = call\n\
         places = kaggle_env._env_to_endpoint\n\
         places[kaggle_env.KaggleEnv.TEST], places[kaggle_env.KaggleEnv.PROD] = endpoint, endpoint + '/api'\n\
         if what == 'cli':\n\
@@ -77,6 +88,46 @@ fn datasets_competitions_and_kernels_are_what_the_official_clients_bring() {
     let storage: Vec<_> = service.requests().into_iter().filter(|line| line.contains(" /storage/")).collect();
     assert!(storage.iter().all(|line| line.contains("auth=- ")), "{storage:?}");
     assert_kept_nowhere(&daemon, &["kaggle_secret"]);
+}
+
+/// A route of a request that the daemon made, as [`client`] tells of its own.
+fn route(line: &str) -> String {
+    let (method, rest) = line.split_once(' ').unwrap();
+    let address = rest.split(' ').next().unwrap();
+    let (path, query) = address.split_once('?').unwrap_or((address, ""));
+    let mut names: Vec<_> = query.split('&').filter_map(|pair| Some(pair.split_once('=')?.0)).collect();
+    names.sort_unstable();
+    [&[method, path][..], &names].concat().join(" ")
+}
+
+#[test]
+fn what_is_asked_of_the_service_are_calls_that_the_official_clients_make() {
+    let place = Place::new();
+    let daemon = Daemon::start_with(&[LOCALHOST]);
+    let token = format!("token={TOKEN}");
+    for (number, (kind, uri, calls, also)) in [
+        ("dataset", "acme/tables", 2, &[][..]),
+        ("kernel", "acme/notebook", 2, &[]),
+        // The hub's client downloads; the list is what the command line asks for, too.
+        ("competition", "lish-moa", 2, &["cli", "competitions", "files", "lish-moa", "--page-size", "200"]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (ours, theirs) = (Standin::of("kaggle.py"), Standin::of("kaggle.py"));
+        let (home, into) = (place.join(&format!("home{number}")), place.join(&format!("into{number}")));
+        create(&daemon, &ours.url(""), &format!("n{number}"), kind, uri, &["--credential", &token]).ok();
+        let mut said = client(&theirs.url(""), &["hub", kind, uri, into.to_str().unwrap()], &home).stderr;
+        if !also.is_empty() {
+            said += &client(&theirs.url(""), also, &home).stderr;
+        }
+        let known: BTreeSet<_> =
+            said.lines().filter_map(|line| line.strip_prefix("calls ")).map(str::to_owned).collect();
+        let asked = ours.requests().into_iter().filter(|line| line.contains(" /api/"));
+        let asked: BTreeSet<_> = asked.map(|line| route(&line)).collect();
+        assert_eq!(asked.len(), calls, "{kind}: {asked:?}");
+        assert!(asked.is_subset(&known), "{kind}: {asked:?} was asked, the clients' calls are {known:?}");
+    }
 }
 
 #[test]
@@ -174,14 +225,19 @@ fn a_competition_of_twenty_thousand_files_is_listed_over_its_pages() {
     assert_eq!(fs::read_to_string(at.join("part-123/12345.csv")).unwrap(), "12345\n");
 }
 
-#[test]
-fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
-    let (mut daemon, service, place) = (Daemon::start_with(&[LOCALHOST]), Standin::of("kaggle.py"), Place::new());
+/// Begins to bring a bundle of six files of 6 MiB, kills the daemon when some are here, and says how many were and what was fetched again.
+fn killed_half_way(place: &Place, kind: &str, uri: &str) -> (u64, u64) {
+    let service = Standin::of("kaggle.py");
+    let keys = place.join("keys.toml");
+    fs::write(&keys, format!("token = '{TOKEN}'\nhosts = ['127.0.0.1', 'localhost']\n")).unwrap();
+    fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut daemon =
+        Daemon::start_with(&[LOCALHOST, ("CKPTD_SOURCES__CREDENTIALS_DIR", place.path().to_str().unwrap())]);
     let faults = Faults::before(service.port);
     faults.slow_down(MIB);
-    let endpoint = format!("endpoint={}", faults.url(""));
-    let line = ["create", "big", "--type", "kaggle", "--uri", "acme/big", "--option", &endpoint];
-    daemon.ctl(&[&line[..], &["--option", "type=dataset"]].concat()).ok();
+    let options = [format!("endpoint={}", faults.url("")), format!("type={kind}"), "credentials=keys".to_owned()];
+    let given = options.iter().flat_map(|option| ["--option", option]);
+    daemon.ctl(&["create", "big", "--type", "kaggle", "--uri", uri].into_iter().chain(given).collect::<Vec<_>>()).ok();
     let limit = Duration::from_secs(60);
     wait_until("some of it is sealed", limit, || daemon.files_done("big") >= 2);
     let (sealed, before) = (daemon.files_done("big"), faults.body_bytes());
@@ -191,15 +247,49 @@ fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
     daemon.restart();
     daemon.wait_state("big", "ready", limit);
     let again = faults.body_bytes() - before;
-    assert!(
-        // The range that the first missing file begins in may begin before it.
-        again < (6 - sealed) * 6 * MIB + (2 + 4) * MIB,
-        "{again} bytes were fetched again, {sealed} of six files were here"
-    );
+    let (expected, home) = (place.join(&format!("expected-{kind}")), place.join(&format!("home-{kind}")));
+    client(&service.url(""), &["hub", kind, uri, expected.to_str().unwrap()], &home);
+    assert_mounted(&expected, &daemon.attach("job", "big"));
+    assert_kept_nowhere(&daemon, &["kaggle_secret"]);
+    (sealed, again)
+}
+
+#[test]
+fn a_bundle_that_was_killed_half_way_goes_on_where_it_was() {
+    let place = Place::new();
+    for (kind, uri) in [("dataset", "acme/big"), ("competition", "big")] {
+        let (sealed, again) = killed_half_way(&place, kind, uri);
+        assert!(
+            // The range that the first missing file begins in may begin before it.
+            again < (6 - sealed) * 6 * MIB + (2 + 4) * MIB,
+            "{kind}: {again} bytes were fetched again, {sealed} of six files were here"
+        );
+    }
+    // That of a kernel is no zip: it comes again, and only what is missing is written.
+    let (_, again) = killed_half_way(&place, "kernel", "acme/big");
+    assert!(again < 2 * 36 * MIB, "{again} bytes were fetched again");
+}
+
+#[test]
+fn a_job_that_would_read_a_bundle_while_it_comes_is_told_that_it_waits() {
+    let (service, place) = (Standin::of("kaggle.py"), Place::new());
     let expected = place.join("expected");
-    let arguments = ["hub", "dataset", "acme/big", expected.to_str().unwrap()];
-    client(&service.url(""), &arguments, &place.join("home"));
-    assert_same_tree(&expected, &daemon.attach("job", "big"));
+    client(&service.url(""), &["hub", "dataset", "acme/tables", expected.to_str().unwrap()], &place.join("home"));
+    for (kind, uri) in [("dataset", "acme/tables"), ("kernel", "acme/notebook")] {
+        let daemon = Daemon::start_with(&[LOCALHOST]);
+        let faults = Faults::before(service.port);
+        faults.slow_down(2 * MIB);
+        let options = [format!("endpoint={}", faults.url("")), format!("type={kind}")];
+        let given = options.iter().flat_map(|option| ["--option", option]);
+        daemon
+            .ctl(&["create", "k", "--type", "kaggle", "--uri", uri].into_iter().chain(given).collect::<Vec<_>>())
+            .ok();
+        let target = daemon.place().dir("at");
+        let ran = run(daemon.ctl_command().args(["attach", "job", "k", "--lazy", "--at"]).arg(&target)).ok();
+        assert!(ran.stderr.contains("waited until all bytes were here"), "{kind}: {ran}");
+        assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
+        assert_mounted(&expected, &target);
+    }
 }
 
 #[test]
