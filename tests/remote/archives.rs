@@ -1,6 +1,8 @@
 //! Archives behind an address: extracted while they arrive, whatever the server can and cannot do.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,11 +13,12 @@ use std::time::Duration;
 
 use crate::support::corpus::{odd_tree, random_file, seed};
 use crate::support::daemon::{Daemon, LOOPBACK};
-use crate::support::files::{assert_same_tree, disk_bytes};
+use crate::support::files::{assert_mounted, assert_same_tree, disk_bytes};
 use crate::support::loopfs::LoopFs;
 use crate::support::place::Place;
 use crate::support::ran::{run, shell, wait_until};
 use crate::support::site::{Page, Site};
+use crate::support::webserver::nginx;
 
 const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -31,11 +34,15 @@ fn tree(place: &Place) -> PathBuf {
     tree
 }
 
+/// The program that packs with Python's standard library.
+fn of_python() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/archives.py")
+}
+
 /// What Python's standard library makes of `tree`.
 fn packed(tree: &Path, kind: &str) -> Arc<Vec<u8>> {
     let out = tree.with_extension(kind);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/archives.py");
-    run(Command::new("python3").arg(script).arg(kind).arg(tree).arg(&out)).ok();
+    run(Command::new("python3").arg(of_python()).arg(kind).arg(tree).arg(&out)).ok();
     Arc::new(fs::read(out).unwrap())
 }
 
@@ -114,7 +121,7 @@ fn a_kill_in_the_middle_of_an_archive_is_made_good() {
     daemon.restart();
     for name in ["tar", "zip"] {
         daemon.wait_state(name, "ready", PATIENCE);
-        assert_same_tree(&tree, &daemon.attach(&format!("job-{name}"), name));
+        assert_mounted(&tree, &daemon.attach(&format!("job-{name}"), name));
     }
 }
 
@@ -144,7 +151,7 @@ fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
         sent <= whole - sealed * each + each / 2 + (4 << 20),
         "{sent} of {whole} bytes were sent again, {sealed} members were here"
     );
-    assert_same_tree(&tree, &daemon.attach("job", "zip"));
+    assert_mounted(&tree, &daemon.attach("job", "zip"));
 
     // Of another revision nothing is kept, though names and sizes are the same.
     site.limit(16 << 20);
@@ -158,7 +165,7 @@ fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
     daemon.wait_state("other", "ready", PATIENCE);
     let target = daemon.place().dir("at-other");
     daemon.ctl(&["attach", "job2", "other", "--owner", "somebody", "--at", target.to_str().unwrap()]).ok();
-    assert_same_tree(&tree, &target);
+    assert_mounted(&tree, &target);
 }
 
 #[test]
@@ -219,6 +226,66 @@ fn an_archive_asked_for_twice_is_fetched_once() {
         daemon.wait_state(name, "ready", PATIENCE);
     }
     assert!(site.take_sent() < size + size / 2, "fetched once");
+}
+
+/// A tree with what archives have dialects for: holes, names and links that are long, files and links with several names.
+fn tree_of_dialects(place: &Place) -> PathBuf {
+    let tree = place.dir("dialects");
+    let sparse = fs::File::create(tree.join("sparse.bin")).unwrap();
+    for at in 0..60 {
+        sparse.write_all_at(format!("piece {at}").as_bytes(), at * 100_000 + 70_000).unwrap();
+    }
+    sparse.set_len(7_000_000).unwrap();
+    fs::File::create(tree.join("hole")).unwrap().set_len(2_000_000).unwrap();
+    random_file(&tree.join("weights.bin"), seed(), 6 << 20);
+    let deep = tree.join("a component of some length ü/".repeat(6));
+    fs::create_dir_all(&deep).unwrap();
+    fs::write(deep.join("n".repeat(200)), "deep").unwrap();
+    symlink(Path::new(&"a component of some length ü/".repeat(6)).join("n".repeat(200)), tree.join("long link"))
+        .unwrap();
+    symlink("x".repeat(250), tree.join("dangling")).unwrap();
+    fs::hard_link(deep.join("n".repeat(200)), tree.join("same")).unwrap();
+    fs::write(tree.join("empty"), "").unwrap();
+    tree
+}
+
+/// Archives as their own programs write them: name, how it is packed into `$2` (by the program `$3`), and how it is unpacked here from `$1`. Compressed pieces follow each other as
+/// those programs allow.
+const DIALECTS: &[(&str, &str, &str)] = &[
+    ("gnu.tar", "tar -S --format=gnu -cf \"$2\" .", "tar -xf"),
+    ("s00.tar", "tar -S --format=pax --sparse-version=0.0 -cf \"$2\" .", "tar -xf"),
+    ("s01.tar", "tar -S --format=pax --sparse-version=0.1 -cf \"$2\" .", "tar -xf"),
+    ("s10.tar", "tar -S --format=pax --sparse-version=1.0 -cf \"$2\" .", "tar -xf"),
+    ("bsd.tar", "bsdtar --format=pax -cf \"$2\" .", "bsdtar -xf"),
+    ("members.tar.gz", "tar -cf - . | split -b 1500000 --filter='gzip -1' - >\"$2\"", "tar -xzf"),
+    ("frames.tar.zst", "tar -cf - . | split -b 1500000 --filter='zstd -1 -q -c' - >\"$2\"", "tar --zstd -xf"),
+    ("streams.tar.xz", "tar -cf - . | split -b 4000000 --filter='xz -0 -c' - >\"$2\"", "tar -xJf"),
+    ("streams.tar.bz2", "tar -cf - . | split -b 4000000 --filter='bzip2 -1 -c' - >\"$2\"", "tar -xjf"),
+    ("forced-64.zip", "zip -1qry -fz \"$2\" .", "LC_ALL=C.UTF-8 unzip -q"),
+    // Into a pipe: sizes and sums follow the bytes, those of the second in 64 bits.
+    ("piped.zip", "bsdtar --format=zip -cf - . | cat >\"$2\"", "bsdtar -xf"),
+    ("piped-64.zip", "python3 \"$3\" zip-64-streamed . \"$2\"", "LC_ALL=C.UTF-8 unzip -q"),
+];
+
+#[test]
+fn the_dialects_of_other_programs_are_what_those_programs_extract() {
+    let (place, daemon) = (Place::new(), Daemon::start_with(&[LOOPBACK]));
+    let (tree, site, python) = (tree_of_dialects(&place), place.dir("site"), of_python());
+    let server = nginx(&place, &site, "location /whole/ { rewrite ^/whole(.*)$ $1 break; max_ranges 0; }");
+    for (name, pack, unpack) in DIALECTS {
+        let archive = site.join(name);
+        shell(&format!("cd \"$1\"; {pack}"), &[&tree, &archive, &python]).ok();
+        let unpacked = place.dir(&format!("unpacked-{name}"));
+        shell(&format!("cd \"$2\"; {unpack} \"$1\""), &[&archive, &unpacked]).ok();
+        assert_same_tree(&tree, &unpacked);
+        for (number, path) in ["", "/whole"].into_iter().enumerate() {
+            let checkpoint = format!("{number}-{name}");
+            create(&daemon, &checkpoint, &server.url(&format!("{path}/{name}")));
+            assert_mounted(&unpacked, &daemon.attach(&checkpoint, &checkpoint));
+        }
+    }
+    let digests: BTreeSet<_> = daemon.rows("list").iter().map(|row| row["digest"].to_string()).collect();
+    assert_eq!(digests.len(), 1, "one tree has one digest, however it is packed");
 }
 
 /// The most that `fs` came to hold while `work` went on, beyond what it held before.
