@@ -1,15 +1,17 @@
-//! Object stores behind the operator's proxy.
+//! Services behind the operator's proxy: object stores, hubs, and large files of repositories.
 
 use std::fs;
 use std::time::Duration;
 
 use super::buckets::{assert_kept_nowhere, create, reason, tree};
+use super::git::{GitSite, noise};
 use super::s3::{KEY_ID, SECRET, rclone};
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, LOCALHOST};
 use crate::support::faults::Faults;
-use crate::support::files::assert_same_tree;
+use crate::support::files::{assert_digests, assert_same_tree};
 use crate::support::place::Place;
 use crate::support::ran::wait_until;
+use crate::support::standin::Standin;
 use crate::support::webserver::{certificates, nginx_tls_before, tinyproxy};
 
 /// One loopback address, so that there is another that is refused.
@@ -76,4 +78,47 @@ fn a_bucket_comes_through_the_operators_proxy_which_opens_nothing() {
         assert_kept_nowhere(&daemon, &[LOGIN.1, ENCODED, "wr0ngpassw0rd", "cmVhZGVyOndyMG5ncGFzc3cwcmQ="]);
     }
     assert_eq!(watched.heads().len(), asked, "nobody goes around a proxy that does not serve");
+}
+
+#[test]
+fn hubs_and_large_files_come_through_the_operators_proxy() {
+    let place = Place::new();
+    let log = place.join("proxy.log");
+    let proxy = tinyproxy(&place, &log, Some(LOGIN));
+    let address = format!("http://{}:{}@127.0.0.1:{}", LOGIN.0, LOGIN.1, proxy.port);
+    let daemon = Daemon::start_with(&[LOCALHOST, ("HTTP_PROXY", &address), ("RUST_LOG", "debug")]);
+    let (hub, kaggle, site) = (Standin::start(), Standin::of("kaggle.py"), GitSite::start_with_lfs());
+    let [hub, kaggle, git] = [hub.port, kaggle.port, site.port()].map(Faults::before);
+    let work = site.work("org/model");
+    work.write(".gitattributes", "*.bin filter=lfs diff=lfs merge=lfs -text\n").write("a b", "plain");
+    let bytes = noise(1, 5 << 20);
+    work.large("w.bin", &bytes);
+    work.publish();
+    let (at_hub, at_kaggle) = (format!("endpoint={}", hub.url("")), format!("endpoint={}", kaggle.url("")));
+    for (kind, uri, options, faults, asked) in [
+        ("huggingface", "acme/tiny".to_owned(), vec![at_hub.as_str()], &hub, &["/revision/", "/tree/", "/cdn/"][..]),
+        (
+            "kaggle",
+            "acme/tables".to_owned(),
+            vec![&at_kaggle, "type=dataset"],
+            &kaggle,
+            &["/datasets/view/", "/datasets/download/", "/storage/"],
+        ),
+        ("git", git.url("/org/model.git"), vec![], &git, &["git-upload-pack", "objects/batch", "objects/storage"]),
+    ] {
+        create(&daemon, kind, kind, &uri, &options).ok();
+        let at = daemon.attach(kind, kind);
+        assert_digests(&at);
+        assert!(kind != "git" || fs::read(at.join("w.bin")).unwrap() == bytes);
+        let heads = faults.heads();
+        for words in asked {
+            assert!(heads.iter().any(|head| head.contains(words)), "{words}: {heads:?}");
+        }
+        for head in heads {
+            let head = head.to_ascii_lowercase();
+            assert!(head.contains("\r\nvia: ") && head.contains("tinyproxy"), "{kind} went around the proxy: {head}");
+            assert!(!head.contains("proxy-auth") && !head.contains(&ENCODED.to_ascii_lowercase()), "{head}");
+        }
+    }
+    assert_kept_nowhere(&daemon, &[LOGIN.1, ENCODED]);
 }

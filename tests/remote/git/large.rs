@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::super::faltering;
-use super::servers::{GitSite, USER, Work};
+use super::servers::{GitSite, USER, Work, git};
 use super::{TWICE, assert_no_scratch, create, ready};
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_same_tree, walk};
+use crate::support::files::{assert_mounted, assert_same_tree, walk};
 use crate::support::ran::wait_until;
 
 /// Bytes that do not compress, different for each seed.
-pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
@@ -129,10 +129,74 @@ fn a_killed_daemon_goes_on_where_it_was() {
     daemon.restart();
     daemon.wait_state("w", "ready", Duration::from_secs(60));
     assert_eq!(ready(&daemon, "w")["revision"], commit);
-    assert_same_tree(&expected, &daemon.attach("job", "w"));
+    assert_mounted(&expected, &daemon.attach("job", "w"));
     let again = faults.body_bytes() - before;
     assert!(again < 44 << 20, "{again} bytes were fetched again, {before} before");
     assert_no_scratch(&daemon);
+}
+
+/// The commits in each repository that the daemon has fetched and reads from.
+fn fetched_commits(daemon: &Daemon) -> Vec<Vec<String>> {
+    let heads = walk(&daemon.state().join("scratch")).into_iter().filter(|path| path.ends_with("HEAD"));
+    let mut commits: Vec<Vec<String>> = heads
+        .map(|head| {
+            let listed = ["cat-file", "--batch-all-objects", "--batch-check=%(objecttype) %(objectname)"];
+            let listed = git(head.parent().unwrap(), &listed);
+            listed.lines().filter_map(|line| line.strip_prefix("commit ")).map(str::to_owned).collect()
+        })
+        .collect();
+    commits.sort();
+    commits
+}
+
+#[test]
+fn only_the_commit_that_is_meant_comes_and_nothing_of_its_history() {
+    let site = GitSite::start_with_lfs();
+    let module = site.work("org/module");
+    let commits: Vec<_> = (0..3).map(|number| module.write("m", format!("{number}")).publish()).collect();
+    let work = with_attributes(&site, "org/model");
+    let bytes = noise(12, 5 << 20);
+    work.large("w.bin", &bytes);
+    git(&work.tree, &["submodule", "--quiet", "add", "../module.git", "sub"]);
+    let mut commit = String::new();
+    let mut states = Vec::new();
+    for number in 0..5 {
+        commit = work.write("changes", format!("{number}")).publish();
+        let expected = work.expected(&format!("expected-{number}"));
+        fs::write(expected.join("w.bin"), &bytes).unwrap();
+        states.push((commit.clone(), expected));
+        if number == 2 {
+            git(&work.tree, &["tag", "-a", "v1", "-m", "v1"]);
+            git(&work.tree, &["push", "--quiet", "origin", "--tags"]);
+        }
+    }
+    for (name, branch, (id, expected)) in [
+        ("default", "HEAD", &states[4]),
+        ("branch", "main", &states[4]),
+        ("tag", "v1", &states[2]),
+        ("latest", commit.as_str(), &states[4]),
+        ("earlier", states[1].0.as_str(), &states[1]),
+    ] {
+        let faults = Faults::before(site.port());
+        let daemon = Daemon::start_with(&[LOOPBACK, super::ENDURING]);
+        // Until the large file comes, what was fetched is kept. The byte that tells whether there are ranges is asked for before.
+        faults.spoil("objects/storage", Fault::Truncate(u64::MAX), 1);
+        faults.spoil("objects/storage", Fault::Status(503, "Retry-After: 1"), usize::MAX / 2);
+        let option = format!("branch={branch}");
+        let line = ["create", name, "--type", "git", "--uri", &faults.url("/org/model.git"), "--option", &option];
+        daemon.ctl(&line).ok();
+        wait_until("the large file is asked for", Duration::from_secs(60), || {
+            faults.heads().iter().filter(|head| head.contains("objects/storage")).count() > 1
+        });
+        let mut meant = [vec![id.clone()], vec![commits[2].clone()]];
+        meant.sort();
+        assert_eq!(fetched_commits(&daemon), meant, "{name}: the commit, and that of the submodule");
+        faults.spare();
+        daemon.wait_state(name, "ready", Duration::from_secs(60));
+        assert_eq!(ready(&daemon, name)["revision"], *id);
+        assert_mounted(expected, &daemon.attach("job", name));
+        assert_no_scratch(&daemon);
+    }
 }
 
 #[test]

@@ -13,12 +13,17 @@ use serde_json::Value;
 
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::assert_same_tree;
+use crate::support::files::{assert_mounted, assert_same_tree};
 use crate::support::ran::{Ran, wait_until};
-use servers::{GitSite, USER, git};
+pub(super) use large::noise;
+pub(super) use servers::GitSite;
+use servers::{USER, git};
 
 /// Gives up a silent server after two seconds.
 const IMPATIENT: (&str, &str) = ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2");
+
+/// Goes on trying where a server asks to come back.
+const ENDURING: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "100");
 
 /// Tries twice.
 const TWICE: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "2");
@@ -259,7 +264,7 @@ fn a_daemon_that_is_killed_while_it_clones_clones_anew() {
     faults.slow_down(0);
     daemon.restart();
     daemon.wait_state("w", "ready", std::time::Duration::from_secs(60));
-    assert_same_tree(&work.expected("expected"), &daemon.attach("job", "w"));
+    assert_mounted(&work.expected("expected"), &daemon.attach("job", "w"));
     assert_no_scratch(&daemon);
 }
 

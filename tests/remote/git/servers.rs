@@ -12,11 +12,11 @@ use crate::support::ran::{run, shell};
 use crate::support::server::{Server, free_port, tool};
 
 /// User and password of repositories below `private/`.
-pub(super) const USER: (&str, &str) = ("reader", "s3cret-passw0rd");
+pub(crate) const USER: (&str, &str) = ("reader", "s3cret-passw0rd");
 
 /// A place with repositories, served over smart HTTP.
 #[derive(Debug)]
-pub(super) struct GitSite {
+pub(crate) struct GitSite {
     place: Place,
     nginx: Server,
     /// What addresses begin with.
@@ -27,17 +27,17 @@ pub(super) struct GitSite {
 
 impl GitSite {
     /// Serves what is published by git's own backend.
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with(None, None)
     }
 
     /// The same by https, with the certificate and its key in one file.
-    pub(super) fn start_tls(certificate: &Path) -> Self {
+    pub(crate) fn start_tls(certificate: &Path) -> Self {
         Self::start_with(None, Some(certificate))
     }
 
     /// The same, with LFS.
-    pub(super) fn start_with_lfs() -> Self {
+    pub(crate) fn start_with_lfs() -> Self {
         Self::start_with(Some(free_port()), None)
     }
 
@@ -78,22 +78,22 @@ impl GitSite {
     }
 
     /// Where nginx listens.
-    pub(super) fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         self.nginx.port
     }
 
     /// The address of a published repository.
-    pub(super) fn url(&self, name: &str) -> String {
+    pub(crate) fn url(&self, name: &str) -> String {
         format!("{}/{name}", self.origin)
     }
 
     /// Where a published repository is on this host.
-    pub(super) fn published(&self, name: &str) -> PathBuf {
+    pub(crate) fn published(&self, name: &str) -> PathBuf {
         self.place.join("site").join(format!("{name}.git"))
     }
 
     /// A new working tree, published as `name` from its first commit on.
-    pub(super) fn work(&self, name: &str) -> Work {
+    pub(crate) fn work(&self, name: &str) -> Work {
         let tree = self.place.dir(&format!("work/{name}"));
         let bare = self.published(name);
         fs::create_dir_all(&bare).unwrap();
@@ -106,31 +106,31 @@ impl GitSite {
 
 /// A working tree of the test's own.
 #[derive(Debug)]
-pub(super) struct Work {
-    pub(super) tree: PathBuf,
+pub(crate) struct Work {
+    pub(crate) tree: PathBuf,
     lfs: PathBuf,
 }
 
 impl Work {
-    pub(super) fn write(&self, path: &str, bytes: impl AsRef<[u8]>) -> &Self {
+    pub(crate) fn write(&self, path: &str, bytes: impl AsRef<[u8]>) -> &Self {
         let path = self.tree.join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, bytes).unwrap();
         self
     }
 
-    pub(super) fn executable(&self, path: &str) -> &Self {
+    pub(crate) fn executable(&self, path: &str) -> &Self {
         fs::set_permissions(self.tree.join(path), fs::Permissions::from_mode(0o755)).unwrap();
         self
     }
 
-    pub(super) fn link(&self, path: &str, target: &str) -> &Self {
+    pub(crate) fn link(&self, path: &str, target: &str) -> &Self {
         symlink(target, self.tree.join(path)).unwrap();
         self
     }
 
     /// A pointer at `path`, its bytes with the LFS server; returns where they are.
-    pub(super) fn large(&self, path: &str, bytes: &[u8]) -> PathBuf {
+    pub(crate) fn large(&self, path: &str, bytes: &[u8]) -> PathBuf {
         let oid: String = sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let pointer = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {}\n", bytes.len());
         self.write(path, pointer);
@@ -141,20 +141,20 @@ impl Work {
     }
 
     /// Commits everything, publishes it, and gives the commit's id.
-    pub(super) fn publish(&self) -> String {
+    pub(crate) fn publish(&self) -> String {
         git(&self.tree, &["add", "--all"]);
         self.publish_index()
     }
 
     /// Commits what was added.
-    pub(super) fn publish_index(&self) -> String {
+    pub(crate) fn publish_index(&self) -> String {
         git(&self.tree, &["commit", "--quiet", "--message=x"]);
         git(&self.tree, &["push", "--quiet", "--force", "origin", "HEAD:main"]);
         git(&self.tree, &["rev-parse", "HEAD"])
     }
 
     /// What a checkpoint of it must be: a copy without `.git`.
-    pub(super) fn expected(&self, name: &str) -> PathBuf {
+    pub(crate) fn expected(&self, name: &str) -> PathBuf {
         let copy = self.tree.with_file_name(name);
         shell("cp -a \"$1\" \"$2\" && find \"$2\" -name .git -prune -exec rm -rf {} +", &[&self.tree, &copy]).ok();
         copy
@@ -162,7 +162,7 @@ impl Work {
 }
 
 /// Runs git in `directory` as nobody in particular; what it prints.
-pub(super) fn git(directory: &Path, arguments: &[&str]) -> String {
+pub(crate) fn git(directory: &Path, arguments: &[&str]) -> String {
     let mut command = Command::new("git");
     command.args(["-c", "protocol.file.allow=always", "-c", "gc.auto=0"]).args(arguments).current_dir(directory);
     for (key, value) in [
