@@ -7,14 +7,14 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, spoil_files,
-    start, tree, wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_goes_on_after_a_kill, assert_kept_nowhere, create, python, reason,
+    replace_midway, spoil_files, start, tree,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_same_file, assert_same_tree, walk};
+use crate::support::files::{assert_mounted, assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
 use crate::support::ran::wait_until;
 use crate::support::relay::Relay;
@@ -25,7 +25,7 @@ const ACCOUNT: &str = "ckptaccount";
 const KEY: &str = "c2VjcmV0LWtleS1vZi10aGUtdGVzdHMtMDEyMzQ1Njc4OQ==";
 
 /// Fills containers as the plan says: `containers` [name, public], `put` [container, name, text], `trees` [container, prefix, folder]. Prints
-/// two shared access signatures of the container `ckpt`: one that holds, one that has expired.
+/// three shared access signatures of the container `ckpt`: one that holds, one that has expired, one that holds for `short` seconds.
 const FILL: &str = r#"
 import base64, datetime, json, os, sys
 from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, generate_container_sas
@@ -43,9 +43,9 @@ for container, prefix, folder in plan.get('trees', []):
             with open(path, 'rb') as data:
                 service.get_blob_client(container, prefix + os.path.relpath(path, folder)).upload_blob(data, overwrite=True)
 now = datetime.datetime.now(datetime.timezone.utc)
-for hours in (1, -1):
+for seconds in (3600, -3600, plan.get('short', 0)):
     print(generate_container_sas(account, 'ckpt', account_key=key, permission=ContainerSasPermissions(read=True, list=True),
-                                 start=now - datetime.timedelta(days=1), expiry=now + datetime.timedelta(hours=hours)))
+                                 start=now - datetime.timedelta(days=1), expiry=now + datetime.timedelta(seconds=seconds)))
 "#;
 
 /// Multiplies the one blob that azurite has saved in its database. Every twentieth has bytes of its own; the others are empty, since
@@ -239,15 +239,8 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     azurite.fill(&json!({"containers": [["open", true]], "trees": put(&first)}));
     let faults = Faults::before(azurite.server.port);
     let mut daemon = Daemon::start_with(ENDURING);
-    faults.slow_down(6 << 20);
-    start(&daemon, "azure", "resumed", &uri("open/"), &[&endpoint(&faults)]);
-    wait_bytes(&daemon, "resumed", 28 << 20);
-    daemon.kill9();
-    faults.slow_down(0);
-    daemon.restart();
-    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
-    assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
-    assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
+    let tree = first.parent().unwrap();
+    assert_goes_on_after_a_kill(&mut daemon, &faults, ("azure", &uri("open/")), &[&endpoint(&faults)], tree);
 
     let begin = || start(&daemon, "azure", "replaced", &uri("open/big.bin"), &[&endpoint(&faults)]);
     replace_midway(&faults, begin, || _ = azurite.fill(&json!({"trees": put(&second)})));
@@ -255,6 +248,41 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn a_signature_that_expires_in_the_middle_is_given_anew() {
+    let place = Place::new();
+    let file = place.join("tree/big.bin");
+    random_file(&file, 5, 40 << 20);
+    let azurite = Azurite::start();
+    let trees = json!([["ckpt", "", file.parent().unwrap()]]);
+    azurite.fill(&json!({"containers": [["ckpt", false]], "trees": trees}));
+    let faults = Faults::before(azurite.server.port);
+    let daemon = Daemon::start_with(ENDURING);
+    let signatures = |short: u32| {
+        let endpoint = azurite.server.url(&format!("/{ACCOUNT}"));
+        let ran = python(FILL, &[&endpoint, KEY, &json!({"short": short}).to_string()]);
+        ran.stdout.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    // Both ranges break off with some of them here, and what is asked for then is asked for when the signature has expired.
+    for (range, rest) in [("bytes=0-33554431", "bytes=8388608-"), ("bytes=33554432-", "bytes=37748736-")] {
+        faults.spoil(range, Fault::Truncate(if rest == "bytes=8388608-" { 10 << 20 } else { 5 << 20 }), 1);
+        faults.spoil(rest, Fault::Status(503, "Retry-After: 12"), 1);
+    }
+    let short = signatures(10).remove(2);
+    start(&daemon, "azure", "k", &uri("ckpt/big.bin"), &[&endpoint(&faults), &format!("@sas={short}")]);
+    daemon.wait_state("k", "failed", Duration::from_secs(180));
+    assert_eq!(reason(&daemon, "k"), "CREDENTIALS_EXPIRED");
+    let before = faults.body_bytes();
+    assert!(before > 12 << 20, "{before} bytes came before it expired");
+    let fresh = signatures(0).remove(0);
+    daemon.ctl(&["retry", "k", "--credential", &format!("sas={fresh}"), "--wait"]).ok();
+    assert_mounted(file.parent().unwrap(), &daemon.attach("job", "k"));
+    let again = faults.body_bytes() - before;
+    assert!(again <= 30 << 20, "{again} bytes were fetched again, of which 12 MiB were here");
+    let secret = |sas: &str| sas.split("sig=").nth(1).unwrap().split('&').next().unwrap().to_owned();
+    assert_kept_nowhere(&daemon, &[&secret(&short), &secret(&fresh)]);
 }
 
 #[test]

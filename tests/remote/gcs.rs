@@ -1,5 +1,6 @@
 //! Google Cloud Storage against fake-gcs-server, which takes any credentials: what is sent as such is verified here.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -9,14 +10,14 @@ use serde_json::json;
 
 use super::archives::two_archives;
 use super::buckets::{
-    ENDURING, HASTY, assert_comes_back_later, assert_kept_nowhere, create, python, reason, replace_midway, spoil_files,
-    start, tree, wait_bytes,
+    ENDURING, HASTY, assert_comes_back_later, assert_goes_on_after_a_kill, assert_kept_nowhere, create, python, reason,
+    replace_midway, spoil_files, start, tree,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_same_file, assert_same_tree, walk};
+use crate::support::files::{assert_mounted, assert_same_file, assert_same_tree, walk};
 use crate::support::place::Place;
 use crate::support::ran::shell;
 use crate::support::relay::Relay;
@@ -225,15 +226,8 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     server.fill(&json!({"buckets": ["open"], "trees": put(&first)}));
     let faults = Faults::before(server.0.port);
     let mut daemon = Daemon::start_with(ENDURING);
-    faults.slow_down(6 << 20);
-    start(&daemon, "gcp", "resumed", "gs://open/", &[&endpoint(&faults)]);
-    wait_bytes(&daemon, "resumed", 28 << 20);
-    daemon.kill9();
-    faults.slow_down(0);
-    daemon.restart();
-    daemon.wait_state("resumed", "ready", Duration::from_secs(180));
-    assert_same_file(&first, &daemon.attach("resumed", "resumed").join("big.bin"));
-    assert!(faults.body_bytes() < 70 << 20, "{} bytes were fetched for 48 MiB", faults.body_bytes());
+    let tree = first.parent().unwrap();
+    assert_goes_on_after_a_kill(&mut daemon, &faults, ("gcp", "gs://open/"), &[&endpoint(&faults)], tree);
 
     let begin = || start(&daemon, "gcp", "replaced", "gs://open/big.bin", &[&endpoint(&faults)]);
     replace_midway(&faults, begin, || server.fill(&json!({"trees": put(&second)})));
@@ -241,6 +235,73 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
     assert_eq!(reason(&daemon, "replaced"), "SOURCE_CHANGED");
     daemon.ctl(&["retry", "replaced", "--wait"]).ok();
     assert_same_file(&second, &daemon.attach("replaced", "replaced").join("big.bin"));
+}
+
+#[test]
+fn what_proves_who_asks_and_is_refused_in_the_middle_is_given_anew() {
+    let place = Place::new();
+    let file = place.join("tree/big.bin");
+    random_file(&file, 5, 40 << 20);
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "", file.parent().unwrap()]]}));
+    let accounts = ["first.json", "second.json"].map(|name| place.join(name).display().to_string());
+    accounts.iter().for_each(|path| _ = python(MAKE_ACCOUNT, &[path]));
+    for (kind, old, fresh) in [
+        ("token", "token=expired-t0ken".to_owned(), "token=fresh-t0ken".to_owned()),
+        ("account", format!("service_account=@{}", accounts[0]), format!("service_account=@{}", accounts[1])),
+    ] {
+        let faults = Faults::before(server.0.port);
+        let daemon = Daemon::start_with(HASTY);
+        // The first range ends early, and what is asked for then is refused.
+        faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+        faults.spoil("bytes=4194304-", Fault::Status(401, ""), 9);
+        start(&daemon, "gcp", kind, "gs://ckpt/big.bin", &[&endpoint(&faults), &format!("@{old}")]);
+        daemon.wait_state(kind, "failed", Duration::from_secs(180));
+        assert_eq!(reason(&daemon, kind), "CREDENTIALS_REFUSED");
+        let (before, asked) = (faults.body_bytes(), faults.heads().len());
+        faults.spare();
+        daemon.ctl(&["retry", kind, "--credential", &fresh, "--wait"]).ok();
+        assert_mounted(file.parent().unwrap(), &daemon.attach(kind, kind));
+        let again = faults.body_bytes() - before;
+        assert!(again <= 37 << 20, "{again} bytes were fetched again, of which 4 MiB were here");
+        let bearers = |heads: &[String]| {
+            let found =
+                heads.iter().map(|head| head.split("Bearer ").nth(1).unwrap().lines().next().unwrap().to_owned());
+            found.collect::<BTreeSet<_>>()
+        };
+        let heads = faults.heads();
+        let (then, now) = (bearers(&heads[..asked]), bearers(&heads[asked..]));
+        assert!(!now.is_empty() && then.is_disjoint(&now), "{then:?} {now:?}");
+        let shown: Vec<_> = then.iter().chain(&now).map(String::as_str).collect();
+        assert_kept_nowhere(&daemon, &shown);
+    }
+}
+
+#[test]
+fn a_token_of_a_service_account_that_ends_in_the_middle_is_made_anew() {
+    let place = Place::new();
+    let file = place.join("tree/big.bin");
+    random_file(&file, 5, 40 << 20);
+    let server = FakeGcs::start();
+    server.fill(&json!({"buckets": ["ckpt"], "trees": [["ckpt", "", file.parent().unwrap()]]}));
+    let account = place.join("account.json").display().to_string();
+    python(MAKE_ACCOUNT, &[&account]);
+    let faults = Faults::before(server.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    // The first range ends early, and the token is a second older when what is left is asked for.
+    faults.spoil("bytes=0-33554431", Fault::Truncate(6 << 20), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(503, "Retry-After: 2"), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(401, ""), 1);
+    create(&daemon, "gcp", "k", "gs://ckpt/big.bin", &[&endpoint(&faults), &format!("@service_account=@{account}")])
+        .ok();
+    assert_eq!(faults.faults_left(), 0);
+    assert_mounted(file.parent().unwrap(), &daemon.attach("job", "k"));
+    let heads = faults.heads();
+    let tokens: Vec<_> =
+        heads.iter().map(|head| head.split("Bearer ").nth(1).unwrap().lines().next().unwrap()).collect();
+    let refused = heads.iter().rposition(|head| head.contains("bytes=4194304-")).unwrap();
+    assert!(!tokens[..refused].contains(&tokens[refused]), "it was shown again");
+    assert_kept_nowhere(&daemon, &tokens);
 }
 
 #[test]

@@ -61,22 +61,26 @@ pub(in super::super) fn connect(
     let chosen = spec.option("endpoint");
     let mut endpoint = without_user_information(parse_http(chosen.unwrap_or(ENDPOINT), "the option `endpoint`")?);
     endpoint.set_query(None);
-    let authorization = authorize(credentials, chosen.is_none())?;
-    let bucket = Gcs { http: context.http.clone(), endpoint, name: name.to_owned(), authorization };
+    let (authorization, account) = authorize(credentials, chosen.is_none())?;
+    let bucket = Gcs { http: context.http.clone(), endpoint, name: name.to_owned(), authorization, account };
     Ok(Arc::new(ObjectSource { bucket, path: path.to_owned() }))
 }
 
-fn authorize(credentials: &Credentials, google: bool) -> Result<Option<Authorization>> {
+/// What proves who asks, and the service account whose proof it is, if it is one's.
+type Proof = (Option<Authorization>, Option<Arc<ServiceAccount>>);
+
+fn authorize(credentials: &Credentials, google: bool) -> Result<Proof> {
     if let Some(token) = credentials.get("token") {
-        return Authorization::bearer(token).map(Some);
+        return Ok((Some(Authorization::bearer(token)?), None));
     }
     let json = match credentials.get("service_account") {
         Some(json) => Some(json.to_owned()),
         None if google => key_file_of_environment()?,
         None => None,
     };
-    let account = json.map(|json| ServiceAccount::parse(&json)).transpose()?;
-    Ok(account.map(|account| Authorization::Signed(Arc::new(account))))
+    let account = json.map(|json| ServiceAccount::parse(&json)).transpose()?.map(Arc::new);
+    let authorization = account.clone().map(|account| Authorization::Signed(account));
+    Ok((authorization, account))
 }
 
 fn key_file_of_environment() -> Result<Option<String>> {
@@ -96,6 +100,7 @@ struct Gcs {
     endpoint: Url,
     name: String,
     authorization: Option<Authorization>,
+    account: Option<Arc<ServiceAccount>>,
 }
 
 #[derive(Deserialize)]
@@ -117,6 +122,7 @@ struct Items {
 }
 
 impl Gcs {
+    /// Sends one request; once more with a token that was made for it where the one before is refused.
     async fn ask(
         &self,
         key: Option<&str>,
@@ -126,7 +132,13 @@ impl Gcs {
         let key = key.map(|key| format!("/{}", encoded(key))).unwrap_or_default();
         let url = url_below(self.endpoint.as_str(), &format!("/storage/v1/b/{}/o{key}", self.name), query)?;
         let request = Request::get(&url, self.authorization.as_ref()).headers(headers).without_redirects();
-        self.http.send(&request).await
+        match (self.http.send(&request).await, &self.account) {
+            (Err(failure), Some(account)) if failure.status() == Some(StatusCode::UNAUTHORIZED) => {
+                account.forget_token();
+                self.http.send(&request).await
+            }
+            (other, _) => other,
+        }
     }
 
     async fn document<T: for<'de> Deserialize<'de>>(&self, reply: Reply) -> Result<T> {

@@ -74,6 +74,11 @@ impl ServiceAccount {
         Ok(token)
     }
 
+    /// Drops the token that is kept: a clock that was set, here or there, ends one before its time.
+    pub(super) fn forget_token(&self) {
+        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn sign_token(&self, now: DateTime<Utc>) -> Result<String> {
         let coded = |value: serde_json::Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
         let head = coded(serde_json::json!({"alg": "RS256", "typ": "JWT", "kid": self.key_id}));
