@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::buckets::{assert_kept_nowhere, reason};
-use crate::support::corpus::Random;
+use super::buckets::{self, assert_kept_nowhere, reason};
+use crate::support::corpus::{Random, random_file};
 use crate::support::daemon::{Daemon, LOCALHOST, LOOPBACK};
-use crate::support::faults::Faults;
+use crate::support::faults::{Fault, Faults};
 use crate::support::place::Place;
 use crate::support::ran::{Ran, wait_until};
 use crate::support::site::{Page, Site};
 use crate::support::standin::Standin;
+use crate::support::webserver::nginx;
 
 /// The token that the stand-in trusts.
 const TOKEN: &str = "hf_secret_token";
@@ -138,6 +139,47 @@ fn an_endpoint_with_a_secret_in_it_is_refused_before_there_is_a_record() {
     }
     assert!(daemon.rows("list").is_empty(), "nothing is recorded of them");
     assert_kept_nowhere(&daemon, &["hunter22"]);
+}
+
+#[test]
+fn what_signs_the_address_that_a_redirect_names_is_kept_nowhere() {
+    const SIGNED: &str = "X-Amz-Signature=hunter22&X-Goog-Signature=hunter23&sig=hunter24";
+    let place = Place::new();
+    let site = place.dir("site");
+    random_file(&site.join("w.bin"), 1, 5 << 20);
+    let store = nginx(&place, &site, "");
+    let behind = Faults::before(store.port);
+    let leads = format!("location /to/ {{ rewrite ^/to/(.*)$ {}?{SIGNED}? redirect; }}", behind.url("/$1"));
+    let (web, hub, kaggle) = (nginx(&place, &site, &leads), Standin::start(), Standin::of("kaggle.py"));
+    let (at_hub, at_kaggle) = (Faults::before(hub.port), Faults::before(kaggle.port));
+    let environment = [LOCALHOST, ("RUST_LOG", "debug"), ("CKPTD_SOURCES__ATTEMPTS", "2")];
+    let daemon = Daemon::start_with(&environment);
+    let (hub, kaggle) = (format!("endpoint={}", at_hub.url("")), format!("endpoint={}", at_kaggle.url("")));
+    for (kind, uri, options, faults, signed) in [
+        ("web", web.url("/to/w.bin"), vec![], &behind, "X-Amz-Signature="),
+        ("huggingface", "acme/tiny".to_owned(), vec![hub.as_str()], &at_hub, "?Signature=secret"),
+        ("kaggle", "acme/tables".to_owned(), vec![&kaggle, "type=dataset"], &at_kaggle, "?X-Goog-Signature=secret"),
+    ] {
+        let spoiled = [
+            Fault::Status(500, ""),
+            Fault::Status(403, ""),
+            Fault::Reset(100),
+            Fault::Status(302, "Location: http://10.0.0.1/x?sig=hunter24"),
+        ];
+        for (number, fault) in spoiled.into_iter().enumerate() {
+            faults.spoil(signed, fault.clone(), 99);
+            let ran = buckets::create(&daemon, kind, &format!("{kind}-{number}"), &uri, &options);
+            let ran = ran.refused(&[2, 3, 6, 7], &[]);
+            for secret in ["hunter2", "Signature=secret"] {
+                assert!(!format!("{ran}").contains(secret), "{kind} {fault:?}: {ran}");
+            }
+            faults.spare();
+        }
+        assert!(faults.heads().iter().any(|head| head.contains(signed)), "{kind} was redirected there");
+        buckets::create(&daemon, kind, kind, &uri, &options).ok();
+        daemon.attach(kind, kind);
+    }
+    assert_kept_nowhere(&daemon, &["hunter2", "Signature=secret"]);
 }
 
 #[test]
