@@ -8,6 +8,7 @@
 mod support;
 
 mod archives;
+mod aws;
 mod azure;
 mod buckets;
 mod catalogue;

@@ -14,10 +14,15 @@
 //! and CRC-32 are verified where they are of the whole object; one that is composed of those of the pieces that it was put in (`COMPOSITE`) is
 //! not, since nothing says where the pieces begin: such an object without another digest comes unverified, but for its length and pin. Small files are checked against the head of the answer that brings them ([`verified`]).
 //! Stores that are not AWS's may mean anything by an `ETag`: theirs are believed after one small object was read whose MD5 it is.
+//!
+//! **Versions.** What is pinned to a version is read whatever happens to its key. Small files have no version from the listing, and asking for each would
+//! be a request each; so it is asked for when one turns out to have been replaced or removed since: a bucket that keeps versions still gives what was
+//! listed ([`versions`]), and another's file is `SOURCE_CHANGED`.
 
 mod environment;
 mod refusal;
 mod sign;
+mod versions;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -34,7 +39,9 @@ use super::super::http::{
     Answer, Authorization, ContentRange, Failure, HttpClient, Reply, Request, Wanted, announced_length, read_document,
     without_user_information,
 };
-use super::super::{ByteStream, Credentials, Expected, File, Source, SourceKind, SourceSpec, Stated, source_changed};
+use super::super::{
+    ByteStream, Credentials, Expected, File, SOURCE_CHANGED, Source, SourceKind, SourceSpec, Stated, source_changed,
+};
 use super::verified::verified;
 use super::xml::{Document, Fields};
 use super::{
@@ -350,6 +357,20 @@ impl Bucket for S3 {
     }
 
     async fn read(&self, object: &Locator<'_>, wanted: &Wanted) -> Result<ByteStream> {
+        match self.read_pinned(object, wanted).await {
+            Err(error) if error.reason() == SOURCE_CHANGED && object.pin.version.is_empty() => {
+                let Some(version) = self.version_of(object).await? else { return Err(error) };
+                let pin = Pin { version, etag: object.pin.etag.clone() };
+                self.read_pinned(&Locator { pin, key: object.key }, wanted).await
+            }
+            other => other,
+        }
+    }
+}
+
+impl S3 {
+    /// Reads the object as it was listed, of its version if the pin names one.
+    async fn read_pinned(&self, object: &Locator<'_>, wanted: &Wanted) -> Result<ByteStream> {
         let what = self.shown_object(object.key);
         let small = wanted.size.is_some_and(|size| size <= limits::UNIT_BYTES);
         let mut headers: Vec<(HeaderName, String)> = Vec::new();
