@@ -191,6 +191,31 @@ fn every_fault_on_the_way_is_got_over() {
 }
 
 #[test]
+fn a_token_that_is_taken_back_in_the_middle_is_given_anew() {
+    let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
+    let faults = Faults::before(hub.port);
+    // The first range ends early; for what is left neither the place that the hub names takes anybody, nor the hub.
+    faults.spoil("bytes=0-33554431", Fault::Truncate(6 * MIB), 1);
+    faults.spoil("bytes=4194304-", Fault::Status(401, ""), 9);
+    create(&daemon, &faults.url(""), "big", "acme/big", &["--credential", &format!("token={TOKEN}")]).ok();
+    daemon.wait_state("big", "failed", LIMIT);
+    assert_eq!(reason(&daemon, "big"), "CREDENTIALS_REFUSED");
+    let (before, asked) = (faults.body_bytes(), faults.heads().len());
+    faults.spare();
+    daemon.ctl(&["retry", "big", "--credential", &format!("token={GRANTED}"), "--wait"]).ok();
+    let expected = daemon.place().join("expected");
+    bring(&hub.url(""), "acme/big", &expected);
+    assert_mounted(&expected, &daemon.attach("job", "big"));
+    let again = faults.body_bytes() - before;
+    assert!(again <= 45 * MIB, "{again} bytes were fetched again, of which 4 MiB were here");
+    let heads = faults.heads();
+    let shown = |heads: &[String], token: &str| heads.iter().any(|head| head.contains(&format!("Bearer {token}\r\n")));
+    assert!(shown(&heads[..asked], TOKEN) && shown(&heads[asked..], GRANTED), "{heads:?}");
+    assert!(!shown(&heads[asked..], TOKEN), "{heads:?}");
+    assert_kept_nowhere(&daemon, &["hf_secret"]);
+}
+
+#[test]
 fn a_redirect_to_where_sources_may_not_go_is_refused() {
     let (daemon, hub) = (Daemon::start_with(&[LOCALHOST]), Standin::start());
     let faults = Faults::before(hub.port);
