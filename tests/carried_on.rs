@@ -85,7 +85,7 @@ fn lay_out(state: &Path, place: &Path, contents: &HashMap<&'static str, Arc<Vec<
         contents.values().map(|bytes| (blake3::hash(bytes).into(), bytes)).collect();
     fs::create_dir_all(state).unwrap();
     fs::write(state.join("version"), "ckptd-state 1\n").unwrap();
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/catalog-5.sql");
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/store-5.sql");
     let dump = fs::read_to_string(fixture).unwrap().replace(PLACE, place.to_str().unwrap());
     let catalog = Connection::open(state.join("catalog.db")).unwrap();
     catalog.execute_batch(&dump).unwrap();

@@ -6,7 +6,7 @@
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{catalog_error, digest_at, from_sql, to_sql};
+use super::{catalog_error, digest_at, from_sql, to_sql, uploads};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::manifest::Manifest;
@@ -146,7 +146,30 @@ pub fn listing(tx: &Connection, flight: &str) -> Result<Option<Manifest>> {
     encoded.map(|encoded| Manifest::decode(&encoded)).transpose()
 }
 
-/// Forgets up to `most` files of a flight, and its listing. Returns the blobs that those were sealed as; `None` when no file is left.
+/// Forgets files of a flight, whatever there is of them. Blobs that nothing names by then are for the sweep of leftovers.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn forget_files(tx: &Connection, flight: &str, paths: &[Vec<u8>]) -> Result<()> {
+    let forget = || -> rusqlite::Result<()> {
+        let mut delete = tx.prepare_cached("DELETE FROM fills WHERE flight = ? AND path = ?")?;
+        paths.iter().try_for_each(|path| delete.execute(params![flight, path]).map(|_| ()))
+    };
+    forget().map_err(catalog_error)
+}
+
+/// Whether anything is left of a flight.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn is_left(tx: &Connection, flight: &str) -> Result<bool> {
+    tx.prepare_cached("SELECT 1 FROM fills WHERE flight = ?1 UNION ALL SELECT 1 FROM uploads WHERE flight = ?1")
+        .and_then(|mut query| query.exists([flight]))
+        .map_err(catalog_error)
+}
+
+/// Forgets up to `most` files of a flight, its listing, and as many entries of what was sent. Returns the blobs that the files were sealed as;
+/// `None` when nothing is left.
 ///
 /// # Errors
 /// Those of the catalog.
@@ -157,7 +180,8 @@ pub fn forget(tx: &Connection, flight: &str, most: usize) -> Result<Option<Vec<i
             .prepare_cached("SELECT path, blob FROM fills WHERE flight = ? LIMIT ?")?
             .query_map(params![flight, to_sql(most as u64)], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<rusqlite::Result<_>>()?;
-        if files.is_empty() {
+        let were_sent = uploads::forget(tx, flight, most)?;
+        if files.is_empty() && !were_sent {
             return Ok(None);
         }
         let mut delete = tx.prepare_cached("DELETE FROM fills WHERE flight = ? AND path = ?")?;
@@ -179,7 +203,7 @@ pub fn flights(tx: &Connection) -> Result<Vec<String>> {
         tx.prepare_cached(
             "WITH RECURSIVE each(flight) AS (SELECT MIN(flight) FROM fills UNION ALL
              SELECT (SELECT MIN(f.flight) FROM fills f WHERE f.flight > each.flight) FROM each WHERE each.flight IS NOT NULL)
-             SELECT flight FROM each WHERE flight IS NOT NULL UNION SELECT flight FROM listings",
+             SELECT flight FROM each WHERE flight IS NOT NULL UNION SELECT flight FROM listings UNION SELECT flight FROM uploads",
         )?
         .query_map([], |row| row.get(0))?
         .collect()

@@ -23,6 +23,7 @@ mod record;
 pub mod retention;
 mod schema;
 pub mod scrubs;
+pub mod uploads;
 
 use std::path::Path;
 

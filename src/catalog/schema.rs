@@ -331,6 +331,22 @@ const MIGRATIONS: &[&str] = &[
     UPDATE checkpoints SET charged_bytes = logical_bytes
         WHERE datastore = '' AND (state = 'ready' OR (state IN ('filling', 'failed') AND flight <> ''));
     ",
+    // 6: uploads that survive the daemon.
+    "
+    -- Flights that are sent and can be gone on with after a restart, with what was said of them: all bytes (0: not said), whether it is one file.
+    CREATE TABLE uploads (
+        flight       TEXT PRIMARY KEY,
+        bytes_total  INTEGER NOT NULL,
+        one_file     INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    -- Their entries by position, each as it was sent.
+    CREATE TABLE sent (
+        flight    TEXT NOT NULL,
+        position  INTEGER NOT NULL,
+        entry     BLOB NOT NULL,
+        PRIMARY KEY (flight, position)
+    ) WITHOUT ROWID;
+    ",
 ];
 
 /// Applies what is missing.
@@ -359,13 +375,16 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::catalog::checkpoints::{self, State};
-    use crate::catalog::{accounting, blobs, events, jobs, quotas, retention};
+    use crate::catalog::{accounting, blobs, events, fills, jobs, quotas, retention, uploads};
 
     /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
     const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
 
     /// The same of version 4: a file that borrows and was hydrated, a datastore's, a pin, rights with and without an end.
     const VERSION_4: &str = include_str!("../../tests/fixtures/catalog-4.sql");
+
+    /// The same of version 5: charges, a file of the web that is half here, an upload that was under way.
+    const VERSION_5: &str = include_str!("../../tests/fixtures/catalog-5.sql");
 
     /// What an earlier ckptd wrote, as this one has it.
     fn migrated(written: &str) -> Connection {
@@ -416,6 +435,24 @@ mod tests {
         let used = |owner| quotas::used(&connection, owner).unwrap();
         assert_eq!((used("alice"), used("")), (3_000_000, 6_001_000), "what is in place costs nothing");
         assert_eq!(events::after(&connection, 0, 9).unwrap().len(), 5);
+    }
+
+    #[test]
+    fn a_catalog_of_version_5_goes_on_with_what_was_fetched_and_with_no_upload() {
+        let connection = migrated(VERSION_5);
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
+        let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state)).collect();
+        let (ready, filling) = (State::Ready, State::Filling);
+        assert_eq!(seen, [("golden", ready), ("sent", ready), ("slow", filling), ("half", filling)]);
+        let used = |owner| quotas::used(&connection, owner).unwrap();
+        assert_eq!((used("alice"), used("bob")), (3_000_003 + (20 << 20), 6 << 30));
+        let flight = checkpoints::flight_of(&connection, &records[2].id).unwrap();
+        let begun = fills::of_flight(&connection, &flight).unwrap();
+        assert_eq!(
+            begun.iter().map(|row| (row.size, row.units.as_slice())).collect::<Vec<_>>(),
+            [(20 << 20, &[7][..])]
+        );
+        assert!(uploads::get(&connection, &records[3].id).unwrap().is_none());
     }
 
     #[test]

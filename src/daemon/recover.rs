@@ -3,7 +3,7 @@
 //! | record | then |
 //! |---|---|
 //! | `removing` | the removal is finished: the record at once, its bytes in the background |
-//! | `new`, `filling` | the ingest begins again and resumes; an upload is removed, since only its sender has the bytes; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
+//! | `new`, `filling` | the ingest begins again and resumes; an upload waits for its sender with what is durable of it, and is removed where that is told of none; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
 //! | `ready`, `failed`, `evicted` | nothing |
 //!
 //! Publishes were mended when the store was opened, what removals left is given back in the background; views are made again by `serve::attachments`.
@@ -23,11 +23,12 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
     }
     let records =
         floors.store.catalog().read(|tx| checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)).await?;
+    let mut uploads = Vec::new();
     for record in records {
         match record.state {
             State::Removing => finish_removal(floors, &record).await,
             State::New | State::Filling if record.origin.kind == SourceKind::Upload.as_str() => {
-                finish_removal(floors, &record).await;
+                uploads.push(record);
             }
             State::New | State::Filling if record.origin.kind == SourceKind::Local.as_str() => {
                 floors.ingests.start_over(&record).await;
@@ -35,6 +36,9 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
             State::New | State::Filling => floors.ingests.start(&record, Credentials::default()),
             State::Ready | State::Failed | State::Evicted => {}
         }
+    }
+    for record in floors.await_senders(uploads).await {
+        finish_removal(floors, &record).await;
     }
     floors.attachments.recover().await?;
     floors.finish_sweeping().await;

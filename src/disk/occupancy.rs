@@ -65,6 +65,14 @@ impl Disk {
         tree_bytes(&self.root().join("filling").join(flight))
     }
 
+    /// What one file occupies that a flight fills; 0 where there is none.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn occupied_by_file(&self, flight: &str, number: u64) -> Result<u64> {
+        file_bytes(&self.filling_path(flight, number))
+    }
+
     /// The filesystem as it is now.
     ///
     /// # Errors

@@ -29,7 +29,8 @@ use tokio::task::AbortHandle;
 
 use super::fetch::Flying;
 use super::retry::Ladder;
-use super::stream::{self, ADMIT_BYTES};
+use super::stream;
+use super::taker::{self, ADMIT_BYTES};
 use crate::archive::{self, About, Archived, Format, Members};
 use crate::catalog::fills;
 use crate::digest::Digest;
@@ -177,7 +178,7 @@ impl EntryStream for Extracting {
         self.present
     }
 
-    fn revision(&self) -> String {
+    fn revision(&self, _tree: &Manifest) -> String {
         // The flight has the archive's own.
         String::new()
     }
@@ -398,7 +399,7 @@ async fn spool(flying: &Arc<Flying>, archive: &Archive) -> Result<(std::fs::File
             shared.admit_more(ADMIT_BYTES).await?;
             admitted = end + ADMIT_BYTES;
         }
-        stream::append(&filling, piece, size).await?;
+        taker::append(&filling, piece, size).await?;
         size = end;
     }
     Ok((file, size))

@@ -529,7 +529,7 @@ pub(super) async fn filled(
     let digest = digested.digest;
     arriving.sealing(entry, digest);
     let (path, executable) = (file.path.clone(), file.file.executable);
-    let filled = Filled { path, number: file.number, size, executable, digested, synced };
+    let filled = Filled { path, number: file.number, size, executable, digested, synced, sent: Vec::new() };
     publish(&flying.shared, &flying.key, &flying.progress, filled).await?;
     arriving.sealed(entry, digest, size).await
 }

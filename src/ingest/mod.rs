@@ -6,7 +6,8 @@
 //! flight's rows root what it sealed until the last of them has been decided.
 //!
 //! A task ends in exactly one of: `ready`; `failed` with the error recorded (durable units stay, `retry` resumes); or cancelled
-//! by removal. `kill -9` leaves `filling`, and the next start begins the task again. A panic is a failure.
+//! by removal. `kill -9` leaves `filling`, and the next start begins the task again. A panic is a failure. What is sent has its sender's life
+//! ([`sending`]).
 //!
 //! What was ready once and was evicted is filled like anything else, and comes to the same tree or fails ([`again`]). Whether there is room is decided
 //! before the first byte ([`admission`]).
@@ -39,7 +40,9 @@ pub mod quota;
 mod rest;
 pub mod retry;
 mod seal;
+mod sending;
 mod stream;
+mod taker;
 mod tasks;
 mod unpack;
 
@@ -68,8 +71,9 @@ use flight::Flight;
 use progress::{Progress, Reading};
 use quota::Quotas;
 use rest::Rest;
-use tasks::Task;
+pub use sending::{Announced, Kept, Survives};
 pub use tasks::draining;
+use tasks::{AtPause, Task};
 
 /// Reason of an ingest that found nothing to do.
 const NOT_WANTED: &str = "NOT_WANTED";
@@ -186,36 +190,12 @@ impl Ingests {
         }
         let shared = self.0.clone();
         let record = record.clone();
-        self.spawn(&record.clone(), true, move |progress| async move {
+        self.spawn(&record.clone(), AtPause::Stops, move |progress| async move {
             let outcome = shared.fill_from_source(&record, source, secrets_given, &progress).await;
             let outcome = outcome.map_err(|error| again::explain(&record, error));
             // What it failed with is in the record.
             let _ = shared.conclude(&record, outcome).await;
         });
-    }
-
-    /// Fills a recorded checkpoint from entries that the caller sends; returns when it is decided.
-    ///
-    /// # Errors
-    /// What the stream or the store failed with; the record is then `failed`, and nothing of it is kept, since it cannot be resumed.
-    pub async fn fill_from_stream(
-        &self,
-        record: &Record,
-        entries: Box<dyn EntryStream>,
-        bytes_total: u64,
-    ) -> Result<()> {
-        let (sender, receiver) = tokio::sync::oneshot::channel();
-        let shared = self.0.clone();
-        let record = record.clone();
-        self.spawn(&record.clone(), false, move |progress| async move {
-            progress.expect(bytes_total, 0);
-            let outcome = shared.fill_from_sender(&record, entries, bytes_total, &progress).await;
-            if outcome.as_ref().is_err_and(|error| error.reason() != NOT_WANTED) {
-                shared.give_back(&record).await;
-            }
-            let _ = sender.send(shared.conclude(&record, outcome).await);
-        });
-        receiver.await.map_err(|_| Error::new(Kind::Cancelled, "INGEST_CANCELLED", "the ingest was cancelled"))?
     }
 
     /// How far a checkpoint is; `None` when it is not filling.
@@ -295,6 +275,8 @@ impl Shared {
             }
             Opened::Streamed(entries) => {
                 let _slot = self.slot().await?;
+                self.note_streamed(record, 0).await?;
+                self.store.disk().clear_flight(&record.id, &[])?;
                 let filled = self.fill_from_entries(record, entries, 0, progress).await;
                 if filled.as_ref().is_err_and(|error| error.reason() == SOURCE_CHANGED) && source.may_change() {
                     // Members of an archive that is another now.
@@ -305,35 +287,19 @@ impl Shared {
         }
     }
 
-    async fn fill_from_sender(
-        self: &Arc<Self>,
-        record: &Record,
-        entries: Box<dyn EntryStream>,
-        bytes_total: u64,
-        progress: &Arc<Progress>,
-    ) -> Result<Filled> {
-        self.set_filling(record).await?;
-        plan::check_limit(bytes_total, self.settings.checkpoint_bytes)?;
-        let closed = |_| Error::internal("the senders' slots are closed");
-        let _slot = self.senders.acquire().await.map_err(closed)?;
-        let entries = unpack::Unpacked::new(self.clone(), &record.id, entries);
-        self.fill_from_entries(record, Box::new(entries), bytes_total, progress).await
-    }
-
-    /// `known_bytes` are announced, less than all of it perhaps.
+    /// Takes entries into the record's own flight, whose directory has nothing but what they go on with. `missing_bytes` are announced that are not
+    /// on disk, less than all of it perhaps.
     async fn fill_from_entries(
         self: &Arc<Self>,
         record: &Record,
         entries: Box<dyn EntryStream>,
-        known_bytes: u64,
+        missing_bytes: u64,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
-        self.note_streamed(record, known_bytes).await?;
-        if known_bytes > 0 {
+        if missing_bytes > 0 {
             // Refused before the first byte where it cannot fit; each file is admitted as it comes.
-            self.admit_more(known_bytes).await?;
+            self.admit_more(missing_bytes).await?;
         }
-        self.store.disk().clear_flight(&record.id, &[])?;
         self.store.disk().begin_flight(&record.id)?;
         let (revision, manifest) = stream::fill(self, &record.id, entries, progress).await?;
         Ok((revision, Arc::new(manifest), None))
@@ -343,7 +309,15 @@ impl Shared {
     /// `NOT_WANTED` for a record that is decided or gone: there is nothing to fill.
     async fn set_filling(&self, record: &Record) -> Result<()> {
         let id = record.id.clone();
-        if !self.store.catalog().write(move |tx| checkpoints::begin_filling(tx, &id)).await? {
+        self.filling(record, self.store.catalog().write(move |tx| checkpoints::begin_filling(tx, &id)).await?)
+    }
+
+    /// Tells watchers that a record `is_filling`.
+    ///
+    /// # Errors
+    /// `NOT_WANTED` where it is not.
+    fn filling(&self, record: &Record, is_filling: bool) -> Result<()> {
+        if !is_filling {
             return Err(Error::new(Kind::Cancelled, NOT_WANTED, "the checkpoint needs no filling"));
         }
         let _ = self.changes.send(record.id.clone());

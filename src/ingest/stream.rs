@@ -1,42 +1,40 @@
 //! Filling from a stream of entries: uploads and archives.
 //!
-//! Bytes come in the sender's order, so files are taken one after the other: a small one in memory, a large one into a
-//! filling file whose sealer follows; one of unknown size is held in memory until it proves large, and then sealed after its end.
-//! Sealing of small files overlaps with what comes next. Hard links are resolved when all files are sealed. A stream that breaks
-//! leaves the record `failed`; nothing of it becomes visible.
+//! Bytes come in the sender's order, so files are taken one after the other ([`taker`](super::taker)). Sealing overlaps with what comes next
+//! ([`Publishing`]). Hard links are resolved when all files are sealed. A stream that breaks leaves the record `failed`; nothing of it becomes visible.
+//!
+//! **What a later run goes on from.** Of a stream whose entries are to be recorded ([`EntryStream::to_record`]) each gets a row that says where it
+//! came and what it is. The rows of directories and links wait for the next file's, and that is written in the transaction that seals the file or
+//! notes its durable units: so no row is before what it speaks of, and millions of entries cost no transaction of their own. What waits is sent on its way
+//! before a large file, which may take hours, and when the sender falls silent; and it is waited for where the daemon is drained. The next run is given
+//! what was recorded as the stream's beginning.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-use bytes::Bytes;
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use tokio::task::{JoinError, JoinSet};
+use std::time::Duration;
 
 use super::Shared;
-use super::fetch::blocking;
 use super::plan;
 use super::progress::Progress;
-use super::publish::{Filled, GiveUp, publish};
+use super::publish::Publishing;
 use super::quota::Growth;
-use super::seal::{self, Digested};
+use super::taker::{Bound, Taker};
+use super::tasks::is_draining;
+use crate::catalog::uploads;
 use crate::error::{Error, Result, TOO_MANY};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::names::EntryPath;
-use crate::source::{EntryStream, Expected, File, What};
-use crate::store::filling::{Filling, UnitMap};
+use crate::source::{EntryStream, File, Listed, What};
 
-/// Space that must be left before a file of unknown size grows by as much.
-pub(super) const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
-
-/// Entries whose memory is claimed at a time.
-const ENTRIES_CLAIMED: u32 = 4096;
-
-/// Large files that are sealed at a time while others come: they wait for one thread, so this bounds what waits.
-const LARGE_AT_A_TIME: usize = 8;
+/// A sender that says nothing for so long may be gone for hours: what waits for more of it waits in vain.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Takes everything into the directory of a flight, which is begun; returns the revision and the manifest.
+///
+/// # Errors
+/// Those of the stream and the store. Where the daemon is drained, all that came and can be gone on with is recorded before.
 pub(super) async fn fill(
     shared: &Arc<Shared>,
     flight: &str,
@@ -45,76 +43,130 @@ pub(super) async fn fill(
 ) -> Result<(String, Manifest)> {
     let growth = Growth::new(shared, flight);
     let taker = Taker { shared, flight, progress, growth: &growth };
-    let mut entries = Vec::new();
-    let mut links = Vec::new();
-    // Small files wait until there are many, which costs one flush; a large one is sealed while the next arrives, so that a crash keeps it.
-    let mut sealing = FuturesUnordered::new();
-    let mut large = JoinSet::new();
-    let mut bytes = 0_u64;
-    let mut claimed = Vec::new();
-    while let Some(listed) = stream.next_entry().await? {
-        let known = entries.len() + links.len() + sealing.len() + large.len();
-        if known >= claimed.len() * ENTRIES_CLAIMED as usize {
-            claimed.push(shared.bounds.claim_more_entries(ENTRIES_CLAIMED)?);
-        }
-        if known >= limits::CHECKPOINT_ENTRIES {
-            let message = format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES);
-            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
-        }
-        let file = match listed.what {
-            What::Directory => {
-                entries.push(Entry { path: listed.path, kind: EntryKind::Directory });
-                continue;
-            }
-            What::Symlink(target) => {
-                entries.push(Entry { path: listed.path, kind: EntryKind::Symlink { target } });
-                continue;
-            }
-            What::SameAs(earlier) => {
-                links.push((listed.path, earlier));
-                continue;
-            }
-            What::File(file) => file,
-        };
-        if let Some((size, digest)) = stream.sealed() {
-            bytes = bytes.saturating_add(size);
-            growth.reach(bytes).await?;
-            progress.resume(size);
-            progress.sealed();
-            let kind = EntryKind::File { size, executable: file.executable, digest };
-            entries.push(Entry { path: listed.path, kind });
-            continue;
-        }
-        let number = shared.next_number.fetch_add(1, Ordering::Relaxed);
-        let taken = taker.take(&mut *stream, listed.path, &file, number, bytes).await?;
-        bytes += taken.size;
-        if taken.size > UNIT_BYTES {
-            let (shared, flight, progress) = (Arc::clone(shared), flight.to_owned(), Arc::clone(progress));
-            large.spawn(async move { publish(&shared, &flight, &progress, taken).await });
-        } else {
-            sealing.push(publish(shared, flight, progress, taken));
-        }
-        while large.len() > LARGE_AT_A_TIME {
-            entries.extend(published(large.join_next().await)?);
-        }
-        while sealing.len() >= limits::PUBLISH_BATCH_FILES {
-            entries.extend(sealing.next().await.transpose()?);
-        }
+    let mut taken = Taken::new(&taker);
+    let all = taken.take_all(&mut *stream).await;
+    if all.as_ref().is_err_and(is_draining)
+        && let Err(error) = taken.settle().await
+    {
+        tracing::warn!(flight, error = %error.report(), "what came last could not be recorded and will be sent again");
     }
-    while let Some(entry) = sealing.next().await {
-        entries.push(entry?);
-    }
-    while let Some(entry) = published(large.join_next().await)? {
-        entries.push(entry);
-    }
+    all?;
+    taken.settle().await?;
+    let Taken { mut entries, links, bytes, .. } = taken;
     growth.reach(resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?).await?;
-    Ok((stream.revision(), Manifest::new(entries)?))
+    let manifest = Manifest::new(entries)?;
+    Ok((stream.revision(&manifest), manifest))
 }
 
-/// The outcome of a task that publishes.
-fn published(joined: Option<std::result::Result<Result<Entry>, JoinError>>) -> Result<Option<Entry>> {
-    let ended = |error| Error::internal("publishing a file ended early").because(error);
-    joined.map(|joined| joined.map_err(ended)?).transpose()
+/// What was taken of a stream so far.
+struct Taken<'a> {
+    taker: &'a Taker<'a>,
+    entries: Vec<Entry>,
+    links: Vec<(EntryPath, EntryPath)>,
+    publishing: Publishing,
+    /// Of all files.
+    bytes: u64,
+    /// Rows of entries that are to be written with the next file.
+    unrecorded: Vec<uploads::Sent>,
+}
+
+impl<'a> Taken<'a> {
+    fn new(taker: &'a Taker<'a>) -> Self {
+        let publishing = Publishing::new(taker.shared, taker.flight, taker.progress);
+        Self { taker, entries: Vec::new(), links: Vec::new(), publishing, bytes: 0, unrecorded: Vec::new() }
+    }
+
+    async fn take_all(&mut self, stream: &mut dyn EntryStream) -> Result<()> {
+        while let Some(listed) = self.next(stream).await? {
+            if self.entries.len() + self.links.len() + self.publishing.files() >= limits::CHECKPOINT_ENTRIES {
+                let message = format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES);
+                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
+            }
+            let row = stream.to_record();
+            let file = match listed.what {
+                What::Directory => {
+                    self.put(listed.path, EntryKind::Directory, row).await?;
+                    continue;
+                }
+                What::Symlink(target) => {
+                    self.put(listed.path, EntryKind::Symlink { target }, row).await?;
+                    continue;
+                }
+                What::SameAs(earlier) => {
+                    self.links.push((listed.path, earlier));
+                    continue;
+                }
+                What::File(file) => file,
+            };
+            if let Some((size, digest)) = stream.sealed() {
+                self.bytes = self.bytes.saturating_add(size);
+                self.taker.growth.reach(self.bytes).await?;
+                self.taker.progress.resume(size);
+                self.taker.progress.sealed();
+                let kind = EntryKind::File { size, executable: file.executable, digest };
+                self.entries.push(Entry { path: listed.path, kind });
+                continue;
+            }
+            if file.size.is_none_or(|size| size > UNIT_BYTES) {
+                self.publishing.go().await?;
+            }
+            let begun = stream.begun();
+            let fresh = || self.taker.shared.next_number.fetch_add(1, Ordering::Relaxed);
+            let bound = Bound { path: listed.path, number: begun.map_or_else(fresh, |begun| begun.number), row, begun };
+            self.take(stream, bound, &file).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a file; what waits for more is sent on its way where that takes long.
+    async fn take(&mut self, stream: &mut dyn EntryStream, bound: Bound, file: &File) -> Result<()> {
+        let filled = {
+            let taking = self.taker.take(stream, bound, file, self.bytes, &mut self.unrecorded);
+            tokio::pin!(taking);
+            match tokio::time::timeout(SILENCE, &mut taking).await {
+                Ok(filled) => filled?,
+                Err(_) => {
+                    self.publishing.go().await?;
+                    taking.await?
+                }
+            }
+        };
+        self.bytes += filled.size;
+        self.publishing.add(filled).await
+    }
+
+    /// The next entry; what waits for more is sent on its way where none comes for long.
+    async fn next(&mut self, stream: &mut dyn EntryStream) -> Result<Option<Listed>> {
+        let mut next = stream.next_entry();
+        if let Ok(listed) = tokio::time::timeout(SILENCE, &mut next).await {
+            return listed;
+        }
+        self.publishing.go().await?;
+        self.record().await?;
+        next.await
+    }
+
+    /// Adds what has no bytes.
+    async fn put(&mut self, path: EntryPath, kind: EntryKind, row: Option<uploads::Sent>) -> Result<()> {
+        self.entries.push(Entry { path, kind });
+        self.unrecorded.extend(row);
+        if self.unrecorded.len() >= limits::PUBLISH_BATCH_FILES { self.record().await } else { Ok(()) }
+    }
+
+    /// Writes the rows that no file has taken along.
+    async fn record(&mut self) -> Result<()> {
+        if self.unrecorded.is_empty() {
+            return Ok(());
+        }
+        let (flight, rows) = (self.taker.flight.to_owned(), std::mem::take(&mut self.unrecorded));
+        self.taker.shared.store.catalog().write(move |tx| uploads::put(tx, &flight, &rows)).await
+    }
+
+    /// Waits until all that came whole is sealed and recorded.
+    async fn settle(&mut self) -> Result<()> {
+        self.entries.extend(self.publishing.settle().await?);
+        self.record().await
+    }
 }
 
 /// Makes files of hard links, in the order they came, so that one may lead to another. `bytes` came before; returns what there are with them.
@@ -142,212 +194,18 @@ fn resolve(entries: &mut Vec<Entry>, links: Vec<(EntryPath, EntryPath)>, bytes: 
     Ok(bytes)
 }
 
-struct Taker<'a> {
-    shared: &'a Arc<Shared>,
-    flight: &'a str,
-    progress: &'a Arc<Progress>,
-    growth: &'a Growth,
-}
-
-impl Taker<'_> {
-    /// Takes one file; `before` bytes came before it.
-    async fn take(
-        &self,
-        stream: &mut dyn EntryStream,
-        path: EntryPath,
-        file: &File,
-        number: u64,
-        before: u64,
-    ) -> Result<Filled> {
-        let Some(size) = file.size else {
-            return self.take_unsized(stream, path, file, number, before).await;
-        };
-        self.growth.reach(before.saturating_add(size)).await?;
-        self.shared.admit_more(size).await?;
-        let executable = file.executable;
-        let (digested, synced) = if size <= UNIT_BYTES {
-            (self.take_small(stream, &path, size, number, &file.expected).await?, false)
-        } else {
-            (self.take_large(stream, &path, size, number, &file.expected).await?, true)
-        };
-        Ok(Filled { path, number, size, executable, digested, synced })
-    }
-
-    async fn take_small(
-        &self,
-        stream: &mut dyn EntryStream,
-        path: &EntryPath,
-        size: u64,
-        number: u64,
-        expected: &Expected,
-    ) -> Result<Digested> {
-        let mut bytes = Vec::new();
-        while let Some(piece) = stream.next_bytes().await? {
-            check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
-            bytes.extend_from_slice(&piece);
-        }
-        check_length(path, bytes.len() as u64, size, true)?;
-        self.progress.arrived(size);
-        self.seal_small(bytes, path, number, expected).await
-    }
-
-    async fn seal_small(&self, bytes: Vec<u8>, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {
-        let (disk, flight) = (self.shared.store.disk().clone(), self.flight.to_owned());
-        let (path, expected) = (path.clone(), expected.clone());
-        blocking(move || {
-            let digested = seal::digest_small(&bytes, &path, &expected)?;
-            disk.write_filling(&flight, number, &bytes)?;
-            Ok(digested)
-        })
-        .await
-    }
-
-    async fn take_large(
-        &self,
-        stream: &mut dyn EntryStream,
-        path: &EntryPath,
-        size: u64,
-        number: u64,
-        expected: &Expected,
-    ) -> Result<Digested> {
-        let disk = self.shared.store.disk().clone();
-        let filling = Arc::new(Filling::open(disk, self.flight, number, UnitMap::new(size))?);
-        let _give_up = GiveUp(filling.clone());
-        let sealer = {
-            let (filling, path, expected) = (filling.clone(), path.clone(), expected.clone());
-            blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
-        };
-        let filler = async {
-            let filled = self.write_all(stream, path, size, &filling).await;
-            if filled.is_err() {
-                filling.give_up();
-            }
-            filled
-        };
-        let (filled, sealed) = tokio::join!(filler, sealer);
-        filled?;
-        sealed
-    }
-
-    /// Takes a file whose end alone tells its size.
-    async fn take_unsized(
-        &self,
-        stream: &mut dyn EntryStream,
-        path: EntryPath,
-        file: &File,
-        number: u64,
-        before: u64,
-    ) -> Result<Filled> {
-        let executable = file.executable;
-        let mut bytes = Vec::new();
-        let mut ended = false;
-        while !ended && bytes.len() as u64 <= UNIT_BYTES {
-            match stream.next_bytes().await? {
-                Some(piece) => bytes.extend_from_slice(&piece),
-                None => ended = true,
-            }
-        }
-        let mut size = bytes.len() as u64;
-        self.check_growth(0, size, before).await?;
-        self.progress.arrived(size);
-        if size <= UNIT_BYTES {
-            let digested = self.seal_small(bytes, &path, number, &file.expected).await?;
-            return Ok(Filled { path, number, size, executable, digested, synced: false });
-        }
-        let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);
-        append(&filling, bytes.into(), 0).await?;
-        while let Some(piece) = stream.next_bytes().await? {
-            let end = size + piece.len() as u64;
-            self.check_growth(size, end, before).await?;
-            append(&filling, piece, size).await?;
-            self.progress.arrived(end - size);
-            size = end;
-        }
-        let (own, expected) = (path.clone(), file.expected.clone());
-        let digested = blocking(move || {
-            filling.set_complete(size)?;
-            filling.flush()?;
-            seal::follow(&filling, &own, &expected, seal::LayoutFrom::Filling)
-        })
-        .await?;
-        Ok(Filled { path, number, size, executable, digested, synced: true })
-    }
-
-    /// Checks limit and quota for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
-    async fn check_growth(&self, from: u64, to: u64, before: u64) -> Result<()> {
-        self.growth.reach(before.saturating_add(to)).await?;
-        if from.div_ceil(ADMIT_BYTES) < to.div_ceil(ADMIT_BYTES) {
-            let ahead = if to <= UNIT_BYTES { to } else { ADMIT_BYTES };
-            self.shared.admit_more(ahead).await?;
-        }
-        Ok(())
-    }
-
-    async fn write_all(
-        &self,
-        stream: &mut dyn EntryStream,
-        path: &EntryPath,
-        size: u64,
-        filling: &Arc<Filling>,
-    ) -> Result<()> {
-        let mut at = 0;
-        while let Some(piece) = stream.next_bytes().await? {
-            check_length(path, at + piece.len() as u64, size, false)?;
-            at = self.write(filling, piece, at).await?;
-        }
-        check_length(path, at, size, true)?;
-        let filling = filling.clone();
-        blocking(move || filling.flush().map(|_| ())).await
-    }
-
-    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
-        let end = at + piece.len() as u64;
-        let target = filling.clone();
-        blocking(move || {
-            target.check_room(piece.len() as u64)?;
-            target.write_at(&piece, at)?;
-            let map = target.units();
-            (at / UNIT_BYTES..map.units())
-                .take_while(|unit| map.range(*unit).end <= end)
-                .for_each(|unit| _ = target.complete(unit));
-            Ok(())
-        })
-        .await?;
-        self.progress.arrived(end - at);
-        Ok(end)
-    }
-}
-
-pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
-    let filling = filling.clone();
-    blocking(move || filling.write_at(&piece, at)).await
-}
-
-/// What to do about a file that was not as long as its sender said.
-const AT_REST: &str = "let nothing write to it meanwhile, and send it again";
-
-fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
-    if got > size {
-        return Err(Error::invalid(
-            "BODY_TOO_LONG",
-            format!("more than the {size} bytes announced were sent for `{path}`"),
-        )
-        .remedy(AT_REST));
-    }
-    if ended && got < size {
-        return Err(Error::invalid(
-            "BODY_TOO_SHORT",
-            format!("{got} of {size} bytes announced were sent for `{path}`"),
-        )
-        .remedy(AT_REST));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use async_trait::async_trait;
+    use bytes::Bytes;
+
     use super::*;
+    use crate::catalog::fills;
+    use crate::catalog::retention::Standing;
     use crate::digest::Digest;
+    use crate::ingest::{Ingests, MakeRoom, Settings, draining};
+    use crate::source::File;
+    use crate::store::Store;
 
     fn path(text: &str) -> EntryPath {
         EntryPath::new(text.as_bytes()).unwrap()
@@ -367,5 +225,81 @@ mod tests {
             let links = vec![(path("b"), path(missing))];
             assert_eq!(resolve(&mut sent.clone(), links, 10, 99).unwrap_err().reason(), "NO_SUCH_ENTRY");
         }
+    }
+
+    const LARGE: u64 = 5 * UNIT_BYTES + 5;
+
+    /// Entries whose rows are their paths; drained in the last, when so much of it has come.
+    struct Told {
+        entries: std::vec::IntoIter<(&'static str, Option<u64>)>,
+        given: u64,
+        present: (&'static str, u64),
+        until: u64,
+    }
+
+    #[async_trait]
+    impl EntryStream for Told {
+        async fn next_entry(&mut self) -> Result<Option<Listed>> {
+            let Some((name, size)) = self.entries.next() else { return Err(draining()) };
+            self.given += 1;
+            self.present = (name, size.unwrap_or(0));
+            let what = size.map_or(What::Directory, |size| What::File(File::streamed(Some(size), false)));
+            Ok(Some(Listed { path: path(name), what }))
+        }
+
+        async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+            let left = &mut self.present.1;
+            if self.entries.len() == 0 && *left <= LARGE - self.until {
+                return Err(draining());
+            }
+            let next = (*left).min(1 << 20);
+            *left -= next;
+            Ok((next > 0).then(|| vec![u8::try_from(*left % 251).unwrap(); usize::try_from(next).unwrap()].into()))
+        }
+
+        fn to_record(&self) -> Option<uploads::Sent> {
+            Some((self.given - 1, self.present.0.into()))
+        }
+
+        fn revision(&self, _tree: &Manifest) -> String {
+            String::new()
+        }
+    }
+
+    /// Refuses the row of a file of which nothing is recorded.
+    const LAW: &str = "
+        CREATE TRIGGER law BEFORE INSERT ON sent
+        WHEN substr(CAST(new.entry AS TEXT), 1, 1) <> 'd' AND NOT EXISTS (
+            SELECT 1 FROM fills f WHERE f.flight = new.flight AND f.path = new.entry
+                AND (f.blob IS NOT NULL OR f.units IS NOT NULL))
+        BEGIN SELECT RAISE(ABORT, 'the row comes before what it speaks of'); END";
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_row_is_before_what_it_speaks_of_and_a_drain_leaves_none_unwritten() {
+        let directory = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
+        let place = directory.path().to_owned();
+        let store = tokio::task::spawn_blocking(move || Store::open(&place)).await.unwrap().unwrap();
+        let begun = uploads::Begun { bytes_total: 0, one_file: false };
+        let prepare = move |tx: &rusqlite::Connection| {
+            uploads::begin(tx, "f", begun)?;
+            tx.execute_batch(LAW).map_err(crate::catalog::catalog_error)
+        };
+        store.catalog().write(prepare).await.unwrap();
+        let make_room: MakeRoom = Arc::new(|_| Box::pin(async { Ok((0, Standing::default())) }));
+        let ingests = Ingests::new(store.clone(), Arc::new(|_, _, _| panic!("unused")), make_room, Settings::default());
+        store.disk().begin_flight("f").unwrap();
+        let entries =
+            [("d", None), ("a", Some(10)), ("l", Some(LARGE)), ("d2", None), ("b", Some(0)), ("m", Some(LARGE))];
+        let until = 2 * UNIT_BYTES + 1;
+        let told = Told { entries: Vec::from(entries).into_iter(), given: 0, present: ("", 0), until };
+        let ended = fill(&ingests.0, "f", Box::new(told), &Arc::default()).await;
+        assert_eq!(ended.unwrap_err().reason(), "DRAINING");
+        let (rows, files) =
+            store.catalog().read(|tx| Ok((uploads::entries(tx, "f")?, fills::of_flight(tx, "f")?))).await.unwrap();
+        assert_eq!(rows, entries.map(|(name, _)| name.as_bytes()));
+        let seen: Vec<_> =
+            files.iter().map(|row| (row.path.as_slice(), row.sealed.is_some(), row.units.clone())).collect();
+        let sealed = |name: &'static str| (name.as_bytes(), true, Vec::new());
+        assert_eq!(seen, [sealed("a"), sealed("b"), sealed("l"), (b"m", false, vec![0b11])]);
     }
 }

@@ -11,7 +11,7 @@ use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 
 use super::progress::Progress;
-use super::{Ingests, lock};
+use super::{Ingests, Shared, lock};
 use crate::catalog::checkpoints::Record;
 use crate::error::{Error, Result};
 
@@ -20,16 +20,34 @@ const RECORDING: Duration = Duration::from_secs(15);
 
 /// What fills one checkpoint.
 pub(super) struct Task {
-    /// Whether the next start of the daemon can go on with it.
-    resumes: bool,
+    at_pause: AtPause,
     pub(super) progress: Arc<Progress>,
     join: JoinHandle<()>,
 }
 
+/// What becomes of a task when the daemon is drained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AtPause {
+    /// It is stopped where it is: the next start of the daemon goes on with it.
+    Stops,
+    /// It ends by itself, once what came is recorded: the next start waits for its sender.
+    Leaves,
+    /// Whoever receives from its sender ends it.
+    Stays,
+}
+
+/// Reason of what is not begun, or goes no further, since the daemon is being drained.
+const DRAINING: &str = "DRAINING";
+
 /// A daemon that is being drained begins nothing.
 pub fn draining() -> Error {
-    Error::unavailable("DRAINING", "ckptd takes no new work: it is being drained")
+    Error::unavailable(DRAINING, "ckptd takes no new work: it is being drained")
         .remedy("try again when it has been restarted")
+}
+
+/// Whether something ended for that reason.
+pub(super) fn is_draining(error: &Error) -> bool {
+    error.reason() == DRAINING
 }
 
 impl Ingests {
@@ -43,18 +61,26 @@ impl Ingests {
     }
 
     /// Begins no filling any more and stops what can be resumed: records stay `filling` with their durable units, as after a
-    /// crash but for what the last moment brought, which is recorded before, and the next start of the daemon goes on with them. Whoever receives from a sender ends that himself
-    /// ([`Ingests::until_paused`]): only he can say so to the sender.
+    /// crash but for what the last moment brought, which is recorded before, and the next start of the daemon goes on with them. So are uploads that
+    /// survive. Whoever receives from a sender ends that himself ([`Ingests::until_paused`]): only he can say so to the sender.
     pub async fn pause(&self) {
         self.0.paused.send_replace(true);
-        if tokio::time::timeout(RECORDING, self.record_arrived()).await.is_err() {
-            tracing::warn!("the disk takes long: what the last moment brought will be fetched again");
+        let mut leaving = self.take_tasks(AtPause::Leaves);
+        let left = futures_util::future::join_all(leaving.iter_mut().map(|task| &mut task.join));
+        let recorded = async { tokio::join!(self.record_arrived(), left) };
+        if tokio::time::timeout(RECORDING, recorded).await.is_err() {
+            tracing::warn!("the disk takes long: what the last moment brought will be fetched or sent again");
         }
-        let stopped: Vec<_> = lock(&self.0.tasks).extract_if(|_, task| task.resumes).collect();
-        stopped.iter().for_each(|(_, task)| task.join.abort());
-        for (_, task) in stopped {
+        let mut stopped = self.take_tasks(AtPause::Stops);
+        stopped.extend(leaving.into_iter().filter(|task| !task.join.is_finished()));
+        stopped.iter().for_each(|task| task.join.abort());
+        for task in stopped {
             let _ = task.join.await;
         }
+    }
+
+    fn take_tasks(&self, at_pause: AtPause) -> Vec<Task> {
+        lock(&self.0.tasks).extract_if(|_, task| task.at_pause == at_pause).map(|(_, task)| task).collect()
     }
 
     /// Makes what has arrived so far durable, of every flight.
@@ -74,8 +100,7 @@ impl Ingests {
 
     /// Resolves when nothing is begun any more.
     pub async fn until_paused(&self) {
-        // Cannot fail: the sender is ours.
-        let _ = self.0.paused.subscribe().wait_for(|paused| *paused).await;
+        self.0.until_paused().await;
     }
 
     /// Whether new work may begin.
@@ -93,7 +118,7 @@ impl Ingests {
         self.note_change(&record.id);
     }
 
-    pub(super) fn spawn<F, W>(&self, record: &Record, resumes: bool, work: W)
+    pub(super) fn spawn<F, W>(&self, record: &Record, at_pause: AtPause, work: W)
     where
         W: FnOnce(Arc<Progress>) -> F,
         F: Future<Output = ()> + Send + 'static,
@@ -110,12 +135,19 @@ impl Ingests {
                 let _ = AbortOnDrop(before).await;
             }
             if AssertUnwindSafe(work).catch_unwind().await.is_err() {
-                shared.conclude_panic(&own, resumes).await;
+                shared.conclude_panic(&own, at_pause == AtPause::Stops).await;
             }
             lock(&shared.tasks).retain(|id, task| *id != own.id || !Arc::ptr_eq(&task.progress, &present));
             let _ = shared.changes.send(own.id);
         });
-        tasks.insert(record.id.clone(), Task { resumes, progress, join });
+        tasks.insert(record.id.clone(), Task { at_pause, progress, join });
+    }
+}
+
+impl Shared {
+    pub(super) async fn until_paused(&self) {
+        // Cannot fail: the sender is ours.
+        let _ = self.paused.subscribe().wait_for(|paused| *paused).await;
     }
 }
 

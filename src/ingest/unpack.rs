@@ -2,7 +2,7 @@
 //!
 //! Whether it is all that was sent is known only when the next entry is asked for, and a zip's directory is at its end. So
 //! its bytes are spooled into a file of the flight, which has no name any more while it is used: it is gone with the process, and with
-//! whoever fills. Was it not all, the file is given as it came, and what follows behind it.
+//! whoever fills; after a restart it is sent anew. Was it not all, the file is given as it came, and what follows behind it.
 
 use std::fs::File as OpenFile;
 use std::os::unix::fs::FileExt as _;
@@ -16,9 +16,11 @@ use super::Shared;
 use super::fetch::blocking;
 use super::quota::Growth;
 use crate::archive::{About, Archived, Format, Members};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::manifest::Manifest;
 use crate::names::EntryName;
-use crate::source::{EntryStream, File, Listed, What, listed_member};
+use crate::source::{Begun, EntryStream, File, Listed, What, listed_member};
 
 /// Bytes read back from the spool at a time.
 const READ_BYTES: u64 = 1 << 20;
@@ -29,6 +31,8 @@ pub(super) struct Unpacked {
     flight: String,
     sent: Box<dyn EntryStream>,
     state: State,
+    /// Whether the beginning was spooled: no later run of the daemon has it, so none goes on behind it.
+    spooled: bool,
 }
 
 enum State {
@@ -50,13 +54,14 @@ struct Spool {
 impl Unpacked {
     /// `sent` for the flight `flight`, whose directory is there.
     pub(super) fn new(shared: Arc<Shared>, flight: &str, sent: Box<dyn EntryStream>) -> Self {
-        Self { shared, flight: flight.to_owned(), sent, state: State::First }
+        Self { shared, flight: flight.to_owned(), sent, state: State::First, spooled: false }
     }
 
     async fn first(&mut self) -> Result<Option<Listed>> {
         self.state = State::Plain;
         let Some(first) = self.sent.next_entry().await? else { return Ok(None) };
         let Some((about, size)) = self.archive(&first) else { return Ok(Some(first)) };
+        self.spooled = true;
         let spool = self.spool(size).await?;
         match self.sent.next_entry().await? {
             Some(behind) => {
@@ -153,7 +158,19 @@ impl EntryStream for Unpacked {
         }
     }
 
-    fn revision(&self) -> String {
-        self.sent.revision()
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        self.sent.sealed().filter(|_| !self.spooled)
+    }
+
+    fn begun(&self) -> Option<Begun> {
+        self.sent.begun().filter(|_| !self.spooled)
+    }
+
+    fn to_record(&self) -> Option<(u64, Vec<u8>)> {
+        self.sent.to_record().filter(|_| !self.spooled)
+    }
+
+    fn revision(&self, tree: &Manifest) -> String {
+        self.sent.revision(tree)
     }
 }

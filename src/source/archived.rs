@@ -11,6 +11,7 @@ use bytes::Bytes;
 use super::{EntryStream, File, Listed, What};
 use crate::archive::{self, About, Archived, Dictionaries, Member, Members};
 use crate::error::{Error, Kind, Result};
+use crate::manifest::Manifest;
 use crate::names::show_bytes;
 
 /// Says whether the archive is still the file that was opened.
@@ -67,7 +68,7 @@ impl EntryStream for ArchivedEntries {
         bytes.map_err(|error| self.explain(error))
     }
 
-    fn revision(&self) -> String {
+    fn revision(&self, _tree: &Manifest) -> String {
         self.revision.clone()
     }
 }

@@ -48,6 +48,7 @@ use futures_util::Stream;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::manifest::Manifest;
 use crate::names::EntryPath;
 use crate::places::{Place, Stamp};
 
@@ -221,14 +222,34 @@ pub trait EntryStream: Send {
         None
     }
 
-    /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent.
-    fn revision(&self) -> String;
+    /// Where an earlier run of the daemon left the present file: its bytes follow from there on.
+    fn begun(&self) -> Option<Begun> {
+        None
+    }
+
+    /// The present entry as it is to be recorded, so that a later run of the daemon can go on behind it: its position from 0 on, and itself in
+    /// the sender's terms. `None` where none can, and where it is recorded.
+    fn to_record(&self) -> Option<(u64, Vec<u8>)> {
+        None
+    }
+
+    /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent. `tree` is what came of it.
+    fn revision(&self, tree: &Manifest) -> String;
 
     /// Whether one file was sent by its own name, and not a tree that may hold one: if it is an archive, its members are
     /// wanted. Asked once the first entry is here.
     fn one_file(&self) -> bool {
         false
     }
+}
+
+/// A large file that an earlier run of the daemon has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// Its number in the flight's directory.
+    pub number: u64,
+    /// How many bytes of its beginning are durable: whole fill units, or all.
+    pub bytes: u64,
 }
 
 /// Begins a revision that equals no other: nobody vouches for the bytes.

@@ -38,6 +38,18 @@ impl UnitMap {
         map
     }
 
+    /// A map of a file of which the units within its first `bytes` are here.
+    pub fn of_beginning(size: u64, bytes: u64) -> Self {
+        let mut map = Self::new(size);
+        for unit in 0..map.units() {
+            if map.range(unit).end > bytes {
+                break;
+            }
+            map.set(unit);
+        }
+        map
+    }
+
     /// A map from a row; a bitmap of another length counts as nothing here.
     pub fn from_bytes(size: u64, bits: &[u8]) -> Self {
         let mut map = Self::new(size);

@@ -22,7 +22,7 @@ use super::runs::{self, Run};
 use super::sweep::Sweep;
 use super::{Command, undo_publishes};
 use crate::catalog::blobs::{self, ChunkRow, Home};
-use crate::catalog::{Catalog, fills};
+use crate::catalog::{Catalog, fills, uploads};
 use crate::digest::Digest;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result, guarded};
@@ -46,6 +46,8 @@ pub struct Sealing {
     pub chunks: Vec<ChunkRow>,
     /// Whether the bytes are durable already.
     pub synced: bool,
+    /// Entries of an upload that are noted in the transaction that seals it: its own, and those before it that have no bytes.
+    pub sent: Vec<uploads::Sent>,
 }
 
 struct Pending {
@@ -336,7 +338,8 @@ impl Publisher {
 }
 
 fn mark_sealed(tx: &rusqlite::Connection, sealing: &Sealing, blob: i64) -> Result<()> {
-    fills::set_sealed(tx, &sealing.flight, sealing.path.as_bytes(), sealing.number, sealing.size, blob)
+    fills::set_sealed(tx, &sealing.flight, sealing.path.as_bytes(), sealing.number, sealing.size, blob)?;
+    uploads::put(tx, &sealing.flight, &sealing.sent)
 }
 
 /// Looks every chunk up, enters the new ones with this blob as home, and decides what to borrow or share: never what others have of this blob.
@@ -378,7 +381,8 @@ mod tests {
         disk.write_filling("f", 1, bytes).unwrap();
         let path = EntryPath::new(&b"w"[..]).unwrap();
         let size = bytes.len() as u64;
-        let sealing = Sealing { flight: "f".into(), number: 1, path, size, digest, chunks: Vec::new(), synced: false };
+        let (chunks, sent) = (Vec::new(), Vec::new());
+        let sealing = Sealing { flight: "f".into(), number: 1, path, size, digest, chunks, synced: false, sent };
         let (failed, _): (Result<()>, _) = publisher.undone_if_it_fails(|| {
             catalog.write_blocking(move |tx| blobs::begin_publishing(tx, [(&digest, "f", 1)].into_iter()))?;
             disk.publish("f", 1, &digest)?;
@@ -403,7 +407,8 @@ mod tests {
             disk.write_filling("f", number, &bytes).unwrap();
             let path = EntryPath::new(number.to_string().as_bytes()).unwrap();
             let (size, digest, chunks) = (bytes.len() as u64, Digest::of(&bytes), Vec::new());
-            let sealing = Arc::new(Sealing { flight: "f".into(), number, path, size, digest, chunks, synced: false });
+            let (flight, sent) = ("f".into(), Vec::new());
+            let sealing = Arc::new(Sealing { flight, number, path, size, digest, chunks, synced: false, sent });
             let (answer, answered) = oneshot::channel();
             batch.push(Pending { sealing, answer });
             digests.push(digest);
@@ -460,8 +465,8 @@ mod tests {
 
     impl Pending {
         fn synced(self) -> Self {
-            let Sealing { flight, number, path, size, digest, chunks, .. } = Arc::into_inner(self.sealing).unwrap();
-            let sealing = Arc::new(Sealing { flight, number, path, size, digest, chunks, synced: true });
+            let sealing = Arc::into_inner(self.sealing).unwrap();
+            let sealing = Arc::new(Sealing { synced: true, ..sealing });
             Self { sealing, ..self }
         }
     }

@@ -1,8 +1,9 @@
 //! One upload over as many connections as it takes.
 //!
 //! What breaks a connection may pass, so it is made again, with growing pauses, until [`GIVE_UP_AFTER`] has gone by without the daemon having got
-//! any further. Each time the daemon is asked where it stands, which also ends what it may still hear of the connection before. One that does not
-//! know the upload any more has been restarted: it is begun anew, [`ANEW_AT_MOST`] times. What the daemon refuses otherwise is final, and so is what
+//! any further. Each time the daemon is asked where it stands, which also ends what it may still hear of the connection before. After a restart
+//! that is where what was durable ends, perhaps before what had been sent: it is gone back to. One that does not
+//! know the upload any more has dropped it: it is begun anew, [`ANEW_AT_MOST`] times. What the daemon refuses otherwise is final, and so is what
 //! cannot be read here.
 //!
 //! A daemon that was not reached at first is not waited for: nothing has begun.
@@ -66,6 +67,8 @@ pub(super) struct Uploading<'a> {
     sending_since: Option<Instant>,
     bytes_sent: Arc<AtomicU64>,
     patience: Patience,
+    /// Where the daemon was last said to stand.
+    told: Option<wire::UploadPosition>,
     progress: Progress,
 }
 
@@ -90,6 +93,7 @@ impl<'a> Uploading<'a> {
             sending_since: None,
             bytes_sent: Arc::default(),
             patience: Patience::default(),
+            told: None,
             progress: Progress::on_stderr(),
         }
     }
@@ -194,8 +198,9 @@ impl<'a> Uploading<'a> {
             Ok(upload) if upload.connected => Err(another(&self.start.name)),
             Ok(upload) => {
                 let kept = Kept::of(upload);
-                if self.patience.has_come_to(kept.position()) || !self.begun {
-                    let at = kept.position();
+                let at = kept.position();
+                self.patience.has_come_to(at);
+                if self.told.replace(at) != Some(at) {
                     self.progress.say(&format!(
                         "going on with the upload {} at entry {}, byte {}",
                         self.start.id, at.entries, at.bytes
@@ -209,7 +214,7 @@ impl<'a> Uploading<'a> {
                     self.bytes_sent.store(0, Ordering::Relaxed);
                     let total = show_bytes(self.start.bytes_total);
                     self.progress.say(&format!(
-                        "ckptd does not know the upload any more, as after a restart: all of it ({total}) is sent again"
+                        "ckptd does not know the upload any more and has nothing of it: all of it ({total}) is sent again"
                     ));
                 }
                 Ok(None)
@@ -274,14 +279,12 @@ impl Patience {
         self.since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// The daemon stands here; whether that is further than before.
-    fn has_come_to(&mut self, at: wire::UploadPosition) -> bool {
-        let further = (at.entries, at.bytes) > self.farthest;
-        if further {
+    /// The daemon stands here. Further is only what is further than ever: one that dies again and again at the same place gets nowhere.
+    fn has_come_to(&mut self, at: wire::UploadPosition) {
+        if (at.entries, at.bytes) > self.farthest {
             self.farthest = (at.entries, at.bytes);
             (self.since, self.pauses, self.lost) = (None, 0, false);
         }
-        further
     }
 
     /// The daemon does not know the upload; whether that is news.
@@ -373,10 +376,12 @@ mod tests {
     #[test]
     fn getting_further_is_a_new_beginning() {
         let mut patience = Patience::default();
-        assert!(patience.has_come_to(at(1, 5)));
-        patience.pause(Duration::ZERO);
-        assert!(!patience.has_come_to(at(1, 5)) && !patience.is_new());
-        assert!(patience.has_come_to(at(2, 0)) && patience.is_new());
+        patience.has_come_to(at(1, 5));
+        for (position, is_further) in [(at(1, 5), false), (at(1, 4), false), (at(1, 5), false), (at(2, 0), true)] {
+            patience.pause(Duration::ZERO);
+            patience.has_come_to(position);
+            assert_eq!(patience.is_new(), is_further, "{position:?}");
+        }
     }
 
     #[test]

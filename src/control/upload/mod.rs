@@ -4,14 +4,20 @@
 //! |---|---|
 //! | `under_way` | one upload: where it stands, whose messages are heard, how it ends |
 //! | `sent` | the messages, whoever sends them, as the stream of entries that the ingest takes |
+//! | `left` | what a start finds of those that its predecessor had under way |
 //!
 //! Each upload has one task from its first message to its end ([`follow`]), apart from any call. A call hands its messages over and waits for what
-//! comes of it; it may go at any time. Where the client chose the id, the upload then waits for the next call ([`wire::UploadStart::resume`]), its
-//! bytes and its position kept in this process alone: silent for [`Uploads::idle`] it ends. Otherwise it ends with its call.
+//! comes of it; it may go at any time. Where the client chose the id, the upload then waits for the next call ([`wire::UploadStart::resume`]): silent for
+//! [`Uploads::idle`] it ends. Otherwise it ends with its call.
 //!
-//! However it ends but ready, its record is removed and nothing of it is kept: by an error, a removal, a drain, the end of the process (a successor
-//! removes what it finds). None of these waits for a sender.
+//! One that waits so survives the daemon too, however that ends: what is recorded of it as it comes is durable, and a start finds it where that ends,
+//! which may be before where its sender had been told that it stood. A drain has recorded all that came, but for what was not a whole fill unit. What is
+//! one archive to be taken apart is kept in no such way, and begins anew.
+//!
+//! However else it ends but ready, its record is removed and nothing of it is kept: by an error, a removal, and, where the client chose no id, a drain or the
+//! end of the process. None of these waits for a sender.
 
+mod left;
 mod sent;
 mod under_way;
 
@@ -29,7 +35,7 @@ use super::{Floors, resolve, wire};
 use crate::catalog::checkpoints::{self as rows, Origin, Record, State};
 use crate::catalog::events::NewEvent;
 use crate::error::{Error, Result};
-use crate::ingest::draining;
+use crate::ingest::{Announced, Survives, draining};
 use crate::limits;
 use crate::source::SourceKind;
 use sent::{Sent, protocol};
@@ -177,7 +183,11 @@ pub(super) async fn get(floors: &Floors, request: wire::GetUploadRequest, caller
         asking.check_owns(&found).map(|()| found)
     };
     let record = floors.store.catalog().read(find).await?;
-    let upload = floors.uploads.of(&record).ok_or_else(|| not_under_way(&record))?;
+    let upload = floors.uploads.of(&record).ok_or_else(|| match record.state {
+        // It is left for the next start, which knows where it stands.
+        State::New | State::Filling if floors.ingests.is_paused() => kept(&record, draining()),
+        _ => not_under_way(&record),
+    })?;
     if request.take_over {
         upload.take_over();
     }
@@ -206,8 +216,10 @@ async fn begin(floors: &Floors, wanted: Wanted, messages: Messages, caller: &Cal
     let (upload, heard) = Upload::begin(&record, wanted.resumes, messages);
     let upload = Arc::new(upload);
     floors.uploads.add(&upload);
-    let sent = Sent::new(Arc::clone(&upload), wanted.one_file);
-    tokio::spawn(follow(floors.clone(), Arc::clone(&upload), record, sent, wanted.bytes_total));
+    let sent = Sent::new(Arc::clone(&upload), wanted.one_file, Vec::new());
+    let survives = wanted.resumes.then_some(Survives { one_file: wanted.one_file, kept: None });
+    let announced = Announced { bytes: wanted.bytes_total, survives };
+    tokio::spawn(follow(floors.clone(), Arc::clone(&upload), record, sent, announced));
     Ok(Begun::UnderWay(Call { uploads: Arc::clone(&floors.uploads), upload, heard }))
 }
 
@@ -229,19 +241,31 @@ async fn resume(
 }
 
 /// The life of an upload.
-async fn follow(floors: Floors, upload: Arc<Upload>, record: Record, sent: Sent, bytes_total: u64) {
+async fn follow(floors: Floors, upload: Arc<Upload>, record: Record, sent: Sent, announced: Announced) {
+    let filling = floors.ingests.fill_from_stream(&record, Box::new(sent), announced);
+    tokio::pin!(filling);
     let outcome = tokio::select! {
-        outcome = floors.ingests.fill_from_stream(&record, Box::new(sent), bytes_total) => outcome,
-        why = upload.ended(floors.uploads.idle) => Err(why),
-        () = floors.ingests.until_paused() => {
-            // The fact tells the client that it had been taken.
-            Err(draining()
-                .during("receiving an upload")
-                .fact("checkpoint", &record.id)
-                .remedy("upload it again when ckptd has been restarted"))
-        }
+        outcome = &mut filling => Some(outcome),
+        why = upload.ended(floors.uploads.idle) => Some(Err(why)),
+        () = floors.ingests.until_paused() => None,
     };
-    if let Err(error) = &outcome {
+    let (outcome, is_kept) = match outcome {
+        Some(outcome) => (outcome, false),
+        None if upload.resumes() => {
+            upload.pause(kept(&record, drained(&record)));
+            match filling.await {
+                // The one is what it was paused for, the other that the drain did not wait for it any longer.
+                Err(error) if matches!(error.reason(), "DRAINING" | "INGEST_CANCELLED") => {
+                    (Err(kept(&record, drained(&record))), true)
+                }
+                outcome => (outcome, false),
+            }
+        }
+        None => (Err(drained(&record).remedy("upload it again when ckptd has been restarted")), false),
+    };
+    if let Err(error) = &outcome
+        && !is_kept
+    {
         floors.drop_upload(&record, error).await;
     }
     floors.uploads.forget(&upload);
@@ -278,6 +302,19 @@ impl Floors {
             .await;
         }
     }
+}
+
+/// That the daemon is drained while it receives `record`. The fact tells the client that it had been taken.
+fn drained(record: &Record) -> Error {
+    draining().during("receiving an upload").fact("checkpoint", &record.id)
+}
+
+/// `error`, which leaves what was sent of `record` where it is.
+fn kept(record: &Record, error: Error) -> Error {
+    let id = &record.id;
+    error.remedy(format!(
+        "what was sent is kept: when ckptd has been restarted the same command with `--id {id}` goes on with it"
+    ))
 }
 
 fn not_under_way(record: &Record) -> Error {

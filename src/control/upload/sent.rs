@@ -1,18 +1,22 @@
 //! What clients send as a stream of entries, whichever of their calls brings it.
+//!
+//! That of an upload which a dead daemon had under way begins with what is kept of it: nobody sends that again.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use prost::Message as _;
 
 use super::Messages;
 use super::under_way::{Turn, Upload, broken_off};
 use crate::control::wire;
 use crate::control::wire::upload_checkpoint_request::Message;
-use crate::digest::Digester;
+use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::manifest::Manifest;
 use crate::names::EntryPath;
-use crate::source::{EntryStream, File, Listed, What};
+use crate::source::{Begun, EntryStream, File, Listed, What};
 
 /// The first message of a call.
 pub(super) async fn first(messages: &mut Messages) -> Result<Option<Message>> {
@@ -32,20 +36,47 @@ pub(super) struct Sent {
     upload: Arc<Upload>,
     /// The call that is listened to.
     turn: Option<Turn>,
+    /// What is kept and was not given yet.
+    kept: std::vec::IntoIter<(Listed, Here)>,
+    /// How much of the present entry is kept.
+    here: Here,
     /// Bytes of the present file that are still to come.
     present: Option<u64>,
-    /// Everything sent, for the revision.
-    sent: Digester,
+    /// The present entry as it came, where it is to be recorded.
+    row: Option<(u64, Vec<u8>)>,
+    /// Entries that were given.
+    entries: u64,
     /// Whether it is one file that is to be extracted if it is an archive.
     one_file: bool,
+}
+
+/// How much of an entry is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Here {
+    /// Nothing but, perhaps, that it came.
+    No,
+    /// Some of a file, from its beginning.
+    Begun(Begun),
+    /// All of a file: size and digest.
+    Sealed(u64, Digest),
 }
 
 #[async_trait]
 impl EntryStream for Sent {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
         while self.next_bytes().await?.is_some() {}
+        if let Some((listed, here)) = self.kept.next() {
+            (self.here, self.row) = (here, None);
+            self.entries += 1;
+            self.present = match (&listed.what, here) {
+                (What::File(file), Here::Begun(begun)) => file.size.map(|size| size.saturating_sub(begun.bytes)),
+                _ => None,
+            };
+            return Ok(Some(listed));
+        }
+        self.here = Here::No;
         match self.next().await? {
-            Message::Entry(entry) => self.entry(entry).map(Some),
+            Message::Entry(entry) => self.entry(&entry).map(Some),
             Message::Finish(_) => Ok(None),
             Message::Data(_) => Err(protocol("more data was sent than the file has")),
             Message::Start(_) => Err(protocol("`start` was sent twice")),
@@ -60,7 +91,6 @@ impl EntryStream for Sent {
         match self.next().await? {
             Message::Data(data) if data.len() as u64 <= left => {
                 self.present = Some(left - data.len() as u64);
-                self.sent.update(&data);
                 Ok(Some(data))
             }
             Message::Data(_) => Err(protocol("more data was sent than the file has")),
@@ -68,8 +98,21 @@ impl EntryStream for Sent {
         }
     }
 
-    fn revision(&self) -> String {
-        format!("sent:{}", self.sent.finish())
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        if let Here::Sealed(size, digest) = self.here { Some((size, digest)) } else { None }
+    }
+
+    fn begun(&self) -> Option<Begun> {
+        if let Here::Begun(begun) = self.here { Some(begun) } else { None }
+    }
+
+    fn to_record(&self) -> Option<(u64, Vec<u8>)> {
+        self.row.clone()
+    }
+
+    /// Of what came of it: nobody has all bytes again as they were sent.
+    fn revision(&self, tree: &Manifest) -> String {
+        format!("sent:{}", tree.digest())
     }
 
     fn one_file(&self) -> bool {
@@ -78,9 +121,10 @@ impl EntryStream for Sent {
 }
 
 impl Sent {
-    /// What comes of `upload`.
-    pub(super) fn new(upload: Arc<Upload>, one_file: bool) -> Self {
-        Self { upload, turn: None, present: None, sent: Digester::new(), one_file }
+    /// What comes of `upload`, behind what is `kept` of it.
+    pub(super) fn new(upload: Arc<Upload>, one_file: bool, kept: Vec<(Listed, Here)>) -> Self {
+        let kept = kept.into_iter();
+        Self { upload, turn: None, kept, here: Here::No, present: None, row: None, entries: 0, one_file }
     }
 
     /// The next message, from whichever call; waits for as long as there is none.
@@ -113,19 +157,29 @@ impl Sent {
         }
     }
 
-    fn entry(&mut self, entry: wire::UploadEntry) -> Result<Listed> {
-        use wire::upload_entry::Kind as Sort;
-        self.sent.update(&entry.path);
-        let path = EntryPath::new(entry.path)?;
-        let what = match entry.kind {
-            Some(Sort::Directory(_)) => What::Directory,
-            Some(Sort::Symlink(target)) => What::Symlink(target.into()),
-            Some(Sort::File(file)) => {
-                self.present = Some(file.size_bytes);
-                What::File(File::streamed(Some(file.size_bytes), file.executable))
-            }
-            None => return Err(protocol("an entry has no kind")),
-        };
-        Ok(Listed { path, what })
+    fn entry(&mut self, entry: &wire::UploadEntry) -> Result<Listed> {
+        let listed = listed(entry)?;
+        if let What::File(file) = &listed.what {
+            self.present = file.size;
+        }
+        self.row = self.upload.resumes().then(|| (self.entries, entry.encode_to_vec()));
+        self.entries += 1;
+        Ok(listed)
     }
+}
+
+/// What an entry says.
+///
+/// # Errors
+/// A path that none can have; `BAD_UPLOAD`.
+pub(super) fn listed(entry: &wire::UploadEntry) -> Result<Listed> {
+    use wire::upload_entry::Kind as Sort;
+    let path = EntryPath::new(entry.path.as_slice())?;
+    let what = match &entry.kind {
+        Some(Sort::Directory(_)) => What::Directory,
+        Some(Sort::Symlink(target)) => What::Symlink(target.clone().into()),
+        Some(Sort::File(file)) => What::File(File::streamed(Some(file.size_bytes), file.executable)),
+        None => return Err(protocol("an entry has no kind")),
+    };
+    Ok(Listed { path, what })
 }

@@ -10,6 +10,8 @@
 //! heard --(call gone, messages broken)--> broken                              without
 //! heard --(`finish`)--> finished                                              whatever becomes of the call
 //! left, or awaited in vain, for the idle time; crowded out; begun anew --> ended
+//! heard, left --(drain)--> paused: no message counts any more                 with an id of the client's
+//! a start finds it --> left, where what was recorded ends ([`left`](super::left))
 //! ```
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -62,8 +64,8 @@ struct State {
     awaited: bool,
     /// Since when that is so, or since when it is nobody's turn.
     since: Instant,
-    /// Why it broke, where it cannot be resumed.
-    broken: Option<&'static str>,
+    /// Why no message counts any more: it broke, where it cannot be resumed; or is paused.
+    stopped: Option<Error>,
     /// Why it ends.
     ended: Option<Error>,
 }
@@ -90,21 +92,23 @@ pub(super) struct Heard {
 impl Upload {
     /// The upload of a new record, which `messages` begin.
     pub(super) fn begin(record: &Record, resumes: bool, messages: Messages) -> (Self, Heard) {
-        let mut state = State {
-            position: wire::UploadPosition::default(),
-            present: None,
-            listed: Digester::new(),
-            finished: false,
-            turn: 0,
-            heard: None,
-            next: None,
-            awaited: false,
-            since: Instant::now(),
-            broken: None,
-            ended: None,
-        };
+        let mut state = State::at(wire::UploadPosition::default(), None, Digester::new());
         let heard = state.hear(messages);
-        let upload = Self {
+        (Self::of(record, resumes, state), heard)
+    }
+
+    /// One that waits for its sender since now, at `position` behind `present`; `listed` is the digester of all entries up to there.
+    pub(super) fn left(
+        record: &Record,
+        position: wire::UploadPosition,
+        present: Option<wire::UploadEntry>,
+        listed: Digester,
+    ) -> Self {
+        Self::of(record, true, State::at(position, present, listed))
+    }
+
+    fn of(record: &Record, resumes: bool, state: State) -> Self {
+        Self {
             id: record.id.clone(),
             created_ms: record.created_ms,
             resumes,
@@ -112,8 +116,7 @@ impl Upload {
             turned: Notify::new(),
             changed: Notify::new(),
             ending: Ending::default(),
-        };
-        (upload, heard)
+        }
     }
 
     pub(super) fn id(&self) -> &str {
@@ -159,11 +162,22 @@ impl Upload {
                 return;
             }
             if !self.resumes && !state.finished {
-                state.broken = Some(why);
+                state.stopped = Some(broken_off(why));
             }
         }
         self.turned.notify_one();
         self.changed.notify_one();
+    }
+
+    /// Whether it outlives its calls, and the daemon.
+    pub(super) fn resumes(&self) -> bool {
+        self.resumes
+    }
+
+    /// Lets no message count any more, because of `why`. Whoever sends waits for what comes of it.
+    pub(super) fn pause(&self, why: Error) {
+        self.lock().stopped.get_or_insert(why);
+        self.turned.notify_one();
     }
 
     /// Where it stands.
@@ -182,7 +196,7 @@ impl Upload {
     /// Since when it waits for its sender to come back.
     pub(super) fn left_since(&self) -> Option<Instant> {
         let state = self.lock();
-        let waits = state.heard.is_none() && !state.finished && state.ended.is_none() && state.broken.is_none();
+        let waits = state.heard.is_none() && !state.finished && state.ended.is_none() && state.stopped.is_none();
         waits.then_some(state.since)
     }
 
@@ -240,11 +254,11 @@ impl Upload {
     /// The present turn where `before` is not: taken up, or nobody's. From here on a message is waited for.
     ///
     /// # Errors
-    /// `UPLOAD_BROKEN`: there will be none.
+    /// There will be none: `UPLOAD_BROKEN`, or what it is paused for.
     pub(super) fn present_turn(&self, before: Option<Turn>) -> Result<Option<Turn>> {
         let mut state = self.lock();
-        if let Some(why) = state.broken {
-            return Err(broken_off(why));
+        if let Some(why) = &state.stopped {
+            return Err(why.share());
         }
         if !std::mem::replace(&mut state.awaited, true) {
             state.since = Instant::now();
@@ -281,6 +295,23 @@ impl Upload {
 }
 
 impl State {
+    /// Nobody's turn yet.
+    fn at(position: wire::UploadPosition, present: Option<wire::UploadEntry>, listed: Digester) -> Self {
+        Self {
+            position,
+            present,
+            listed,
+            finished: false,
+            turn: 0,
+            heard: None,
+            next: None,
+            awaited: false,
+            since: Instant::now(),
+            stopped: None,
+            ended: None,
+        }
+    }
+
     /// Begins a turn.
     fn hear(&mut self, messages: Messages) -> Heard {
         let (tell, told) = oneshot::channel();

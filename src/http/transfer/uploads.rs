@@ -15,7 +15,7 @@ use super::upload::{ROOM_PATIENCE, Upload};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Kind, Result};
-use crate::ingest::{Ingests, draining};
+use crate::ingest::{Announced, Ingests, draining};
 use crate::source::SourceKind;
 use crate::source::local::{self, Bearer, SentTar, StreamDigest, Tokens};
 use crate::store::Store;
@@ -182,7 +182,7 @@ impl Transfers {
         }
         tracing::info!(checkpoint = record.id, "an upload begins");
         let outcome = tokio::select! {
-            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), 0) => outcome,
+            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), Announced::default()) => outcome,
             silent = upload.abandoned(self.idle) => {
                 self.ingests.start_over(&record).await;
                 if silent {

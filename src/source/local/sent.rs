@@ -19,6 +19,7 @@ use super::beginning::Beginning;
 use super::revision;
 use crate::archive::{About, Archived, Dictionaries, Format, Members};
 use crate::error::{Error, Kind, Result};
+use crate::manifest::Manifest;
 use crate::names::EntryName;
 use crate::source::{EntryStream, Listed, listed_member};
 
@@ -132,7 +133,7 @@ impl EntryStream for SentTar {
         self.members.next_bytes().await
     }
 
-    fn revision(&self) -> String {
+    fn revision(&self, _tree: &Manifest) -> String {
         self.heard.digest.get().map(revision).unwrap_or_default()
     }
 
@@ -244,7 +245,8 @@ mod tests {
         put(&feed, vec![0; 512]).await;
         feed.end().await;
         assert!(entries.next_entry().await.unwrap().is_none());
-        assert_eq!(entries.revision(), revision(&Sha512::digest([tar(), vec![0; 512]].concat()).into()));
+        let tree = Manifest::new(Vec::new()).unwrap();
+        assert_eq!(entries.revision(&tree), revision(&Sha512::digest([tar(), vec![0; 512]].concat()).into()));
     }
 
     #[tokio::test]

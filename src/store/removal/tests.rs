@@ -55,7 +55,8 @@ impl Fixture {
                 ChunkRow { digest: Digest::of(&bytes[*start..end]), start: *start as u64, len: (end - start) as u64 }
             };
             let (flight, chunks) = (id.to_owned(), cuts.iter().enumerate().map(chunk).collect());
-            let sealing = Sealing { flight, number, path: path.clone(), size, digest, chunks, synced: false };
+            let sent = Vec::new();
+            let sealing = Sealing { flight, number, path: path.clone(), size, digest, chunks, synced: false, sent };
             self.store.publish(sealing).await.unwrap();
             entries.push(Entry { path, kind: EntryKind::File { size, executable: false, digest } });
         }
@@ -287,7 +288,8 @@ async fn what_a_crash_may_leave_is_swept() {
     fixture.store.disk().write_filling("f", 1, &[3; MIB]).unwrap();
     let (flight, path) = ("f".to_owned(), EntryPath::new("flown".as_bytes()).unwrap());
     let (size, digest) = (MIB as u64, Digest::of(&[3; MIB]));
-    let sealing = Sealing { flight, number: 1, path, size, digest, chunks: Vec::new(), synced: false };
+    let (chunks, sent) = (Vec::new(), Vec::new());
+    let sealing = Sealing { flight, number: 1, path, size, digest, chunks, synced: false, sent };
     fixture.store.publish(sealing).await.unwrap();
 
     let swept = fixture.store.sweep_unnamed().await.unwrap();

@@ -1,0 +1,335 @@
+//! Taking one file after the other from a stream: a small one in memory, a large one into a filling file whose sealer follows; one of unknown size is
+//! held in memory until it proves large, and then sealed after its end.
+//!
+//! A large file that a later run may go on with is recorded while it comes, every [`RECORD_BYTES`] and where it grows slower every second: its bytes are made durable, then its row says how
+//! far they go, in one transaction with the rows of the entries up to it. That goes on beside the writing, and once more when the daemon is drained.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::Shared;
+use super::fetch::blocking;
+use super::progress::Progress;
+use super::publish::{Filled, GiveUp};
+use super::quota::Growth;
+use super::seal::{self, Digested};
+use super::tasks::is_draining;
+use crate::catalog::{fills, uploads};
+use crate::error::{Error, Result};
+use crate::limits::UNIT_BYTES;
+use crate::names::EntryPath;
+use crate::source::{Begun, EntryStream, Expected, File};
+use crate::store::filling::{Filling, UnitMap};
+
+/// Space that must be left before a file of unknown size grows by as much.
+pub(super) const ADMIT_BYTES: u64 = 16 * UNIT_BYTES;
+
+/// Bytes of a large file that come between two recordings: so much of it a kill costs.
+const RECORD_BYTES: u64 = 16 * UNIT_BYTES;
+
+/// Time between them where less comes.
+const RECORD_EVERY: Duration = Duration::from_secs(1);
+
+/// Takes files into the directory of a flight.
+pub(super) struct Taker<'a> {
+    pub(super) shared: &'a Arc<Shared>,
+    pub(super) flight: &'a str,
+    pub(super) progress: &'a Arc<Progress>,
+    pub(super) growth: &'a Growth,
+}
+
+/// Where a file is bound for.
+pub(super) struct Bound {
+    pub(super) path: EntryPath,
+    /// Its number in the flight's directory.
+    pub(super) number: u64,
+    /// Its row, where it is to be recorded and is not.
+    pub(super) row: Option<uploads::Sent>,
+    /// What an earlier run has of it.
+    pub(super) begun: Option<Begun>,
+}
+
+impl Taker<'_> {
+    /// Takes one file; `before` bytes came before it. Rows of entries that are to be written with it are taken from `unrecorded`, its own
+    /// is added to them once it may be written.
+    ///
+    /// # Errors
+    /// Those of the stream and the store. Where the daemon is drained, what came of a large file that is recorded has been recorded.
+    pub(super) async fn take(
+        &self,
+        stream: &mut dyn EntryStream,
+        bound: Bound,
+        file: &File,
+        before: u64,
+        unrecorded: &mut Vec<uploads::Sent>,
+    ) -> Result<Filled> {
+        let Some(size) = file.size else {
+            return self.take_unsized(stream, bound, file, before).await;
+        };
+        self.growth.reach(before.saturating_add(size)).await?;
+        let here = match bound.begun {
+            Some(begun) => self.shared.store.disk().occupied_by_file(self.flight, begun.number)?,
+            None => 0,
+        };
+        self.shared.admit_more(size.saturating_sub(here)).await?;
+        let executable = file.executable;
+        if size <= UNIT_BYTES {
+            let Bound { path, number, row, .. } = bound;
+            let digested = self.take_small(stream, &path, size, number, &file.expected).await?;
+            unrecorded.extend(row);
+            let sent = std::mem::take(unrecorded);
+            return Ok(Filled { path, number, size, executable, digested, synced: false, sent });
+        }
+        let digested = self.take_large(stream, &bound, size, &file.expected, unrecorded).await?;
+        let Bound { path, number, .. } = bound;
+        let sent = std::mem::take(unrecorded);
+        Ok(Filled { path, number, size, executable, digested, synced: true, sent })
+    }
+
+    async fn take_small(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: &EntryPath,
+        size: u64,
+        number: u64,
+        expected: &Expected,
+    ) -> Result<Digested> {
+        let mut bytes = Vec::new();
+        while let Some(piece) = stream.next_bytes().await? {
+            check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
+            bytes.extend_from_slice(&piece);
+        }
+        check_length(path, bytes.len() as u64, size, true)?;
+        self.progress.arrived(size);
+        self.seal_small(bytes, path, number, expected).await
+    }
+
+    async fn seal_small(&self, bytes: Vec<u8>, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {
+        let (disk, flight) = (self.shared.store.disk().clone(), self.flight.to_owned());
+        let (path, expected) = (path.clone(), expected.clone());
+        blocking(move || {
+            let digested = seal::digest_small(&bytes, &path, &expected)?;
+            disk.write_filling(&flight, number, &bytes)?;
+            Ok(digested)
+        })
+        .await
+    }
+
+    async fn take_large(
+        &self,
+        stream: &mut dyn EntryStream,
+        bound: &Bound,
+        size: u64,
+        expected: &Expected,
+        unrecorded: &mut Vec<uploads::Sent>,
+    ) -> Result<Digested> {
+        let filling = self.open(bound, size)?;
+        let from = filling.here_bytes();
+        self.progress.resume(from);
+        let _give_up = GiveUp(filling.clone());
+        let sealer = {
+            let (filling, path, expected) = (filling.clone(), bound.path.clone(), expected.clone());
+            blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
+        };
+        let is_recorded = bound.row.is_some() || bound.begun.is_some();
+        unrecorded.extend(bound.row.clone());
+        let mut recorder = Recorder { taker: self, bound, filling: &filling, unrecorded };
+        let filler = async {
+            let (grown, growing) = watch::channel(from);
+            let written = self.write_all(stream, &bound.path, size, &filling, grown);
+            let filled =
+                if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
+            if filled.is_err() {
+                filling.give_up();
+            }
+            filled
+        };
+        let (filled, sealed) = tokio::join!(filler, sealer);
+        if is_recorded
+            && filled.as_ref().is_err_and(is_draining)
+            && let Err(error) = recorder.record().await
+        {
+            tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+        }
+        filled?;
+        sealed
+    }
+
+    /// The file that a large one is filled into, with what an earlier run has of it.
+    fn open(&self, bound: &Bound, size: u64) -> Result<Arc<Filling>> {
+        let here = bound.begun.map_or(0, |begun| begun.bytes);
+        let units = UnitMap::of_beginning(size, here);
+        let filling = Filling::open(self.shared.store.disk().clone(), self.flight, bound.number, units)?;
+        if filling.here_bytes() != here {
+            let message = format!("what had come of `{}` is not there any more", bound.path);
+            return Err(Error::internal(message).remedy("send it again"));
+        }
+        Ok(Arc::new(filling))
+    }
+
+    /// Takes a file whose end alone tells its size.
+    async fn take_unsized(
+        &self,
+        stream: &mut dyn EntryStream,
+        bound: Bound,
+        file: &File,
+        before: u64,
+    ) -> Result<Filled> {
+        let Bound { path, number, row, .. } = bound;
+        let (executable, sent) = (file.executable, Vec::from_iter(row));
+        let mut bytes = Vec::new();
+        let mut ended = false;
+        while !ended && bytes.len() as u64 <= UNIT_BYTES {
+            match stream.next_bytes().await? {
+                Some(piece) => bytes.extend_from_slice(&piece),
+                None => ended = true,
+            }
+        }
+        let mut size = bytes.len() as u64;
+        self.check_growth(0, size, before).await?;
+        self.progress.arrived(size);
+        if size <= UNIT_BYTES {
+            let digested = self.seal_small(bytes, &path, number, &file.expected).await?;
+            return Ok(Filled { path, number, size, executable, digested, synced: false, sent });
+        }
+        let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);
+        append(&filling, bytes.into(), 0).await?;
+        while let Some(piece) = stream.next_bytes().await? {
+            let end = size + piece.len() as u64;
+            self.check_growth(size, end, before).await?;
+            append(&filling, piece, size).await?;
+            self.progress.arrived(end - size);
+            size = end;
+        }
+        let (own, expected) = (path.clone(), file.expected.clone());
+        let digested = blocking(move || {
+            filling.set_complete(size)?;
+            filling.flush()?;
+            seal::follow(&filling, &own, &expected, seal::LayoutFrom::Filling)
+        })
+        .await?;
+        Ok(Filled { path, number, size, executable, digested, synced: true, sent })
+    }
+
+    /// Checks limit and quota for a file that grows, and the space whenever it grew by [`ADMIT_BYTES`].
+    async fn check_growth(&self, from: u64, to: u64, before: u64) -> Result<()> {
+        self.growth.reach(before.saturating_add(to)).await?;
+        if from.div_ceil(ADMIT_BYTES) < to.div_ceil(ADMIT_BYTES) {
+            let ahead = if to <= UNIT_BYTES { to } else { ADMIT_BYTES };
+            self.shared.admit_more(ahead).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes what comes of a file behind what is here; `grown` is told how far it is.
+    async fn write_all(
+        &self,
+        stream: &mut dyn EntryStream,
+        path: &EntryPath,
+        size: u64,
+        filling: &Arc<Filling>,
+        grown: watch::Sender<u64>,
+    ) -> Result<()> {
+        let mut at = *grown.borrow();
+        while let Some(piece) = stream.next_bytes().await? {
+            check_length(path, at + piece.len() as u64, size, false)?;
+            at = self.write(filling, piece, at).await?;
+            grown.send_replace(at);
+        }
+        check_length(path, at, size, true)?;
+        let filling = filling.clone();
+        blocking(move || filling.flush().map(|_| ())).await
+    }
+
+    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
+        let end = at + piece.len() as u64;
+        let target = filling.clone();
+        blocking(move || {
+            target.check_room(piece.len() as u64)?;
+            target.write_at(&piece, at)?;
+            let map = target.units();
+            (at / UNIT_BYTES..map.units())
+                .take_while(|unit| map.range(*unit).end <= end)
+                .for_each(|unit| _ = target.complete(unit));
+            Ok(())
+        })
+        .await?;
+        self.progress.arrived(end - at);
+        Ok(end)
+    }
+}
+
+/// Notes how much of a large file is durable.
+struct Recorder<'a> {
+    taker: &'a Taker<'a>,
+    bound: &'a Bound,
+    filling: &'a Arc<Filling>,
+    /// Rows that are to be written with it, its own among them.
+    unrecorded: &'a mut Vec<uploads::Sent>,
+}
+
+impl Recorder<'_> {
+    /// Records for as long as anybody writes.
+    async fn follow(&mut self, mut grown: watch::Receiver<u64>) -> Result<()> {
+        let mut recorded = *grown.borrow();
+        loop {
+            let much = grown.wait_for(|at| *at >= recorded + RECORD_BYTES);
+            if let Ok(ended) = tokio::time::timeout(RECORD_EVERY, much).await.map(|grown| grown.is_err())
+                && ended
+            {
+                return Ok(());
+            }
+            let at = *grown.borrow();
+            if at / UNIT_BYTES == recorded / UNIT_BYTES {
+                continue;
+            }
+            recorded = at;
+            self.record().await?;
+        }
+    }
+
+    /// Makes durable what is here, then says so.
+    async fn record(&mut self) -> Result<()> {
+        let flushing = self.filling.clone();
+        let units = blocking(move || flushing.flush()).await?;
+        let (flight, path, number) = (self.taker.flight.to_owned(), self.bound.path.clone(), self.bound.number);
+        // Kept until they are written: this may be given up at any moment.
+        let rows = self.unrecorded.clone();
+        let record = move |tx: &rusqlite::Connection| {
+            fills::set_units(tx, &flight, path.as_bytes(), number, units.size(), &units.to_bytes())?;
+            uploads::put(tx, &flight, &rows)
+        };
+        self.taker.shared.store.catalog().write(record).await?;
+        self.unrecorded.clear();
+        Ok(())
+    }
+}
+
+pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
+    let filling = filling.clone();
+    blocking(move || filling.write_at(&piece, at)).await
+}
+
+/// What to do about a file that was not as long as its sender said.
+const AT_REST: &str = "let nothing write to it meanwhile, and send it again";
+
+fn check_length(path: &EntryPath, got: u64, size: u64, ended: bool) -> Result<()> {
+    if got > size {
+        return Err(Error::invalid(
+            "BODY_TOO_LONG",
+            format!("more than the {size} bytes announced were sent for `{path}`"),
+        )
+        .remedy(AT_REST));
+    }
+    if ended && got < size {
+        return Err(Error::invalid(
+            "BODY_TOO_SHORT",
+            format!("{got} of {size} bytes announced were sent for `{path}`"),
+        )
+        .remedy(AT_REST));
+    }
+    Ok(())
+}
