@@ -58,8 +58,7 @@ pub const MANIFEST_BYTES: usize = 512 << 20;
 pub const MEMORY_BUDGET_DEFAULT: u64 = 256 << 20;
 
 /// Memory that one entry takes while it is brought in, names of usual length included: seen are 550 bytes where entries come one after the other,
-/// and up to 1,160 where all are listed at first and once more at the end. All ingests together have so many entries under way that these stay
-/// within the budget, apart from the bytes that they hold.
+/// and up to 1,160 where all are listed at first and once more at the end. No tree has so many that these are more than the budget.
 pub const ENTRY_MEMORY_BYTES: u64 = 1024;
 
 /// Files fetched at a time from one source.

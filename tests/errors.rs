@@ -374,7 +374,7 @@ fn a_tree_whose_entries_have_no_room_in_memory_is_refused_and_one_that_fits_come
     fs::write(source.join("one-more"), "").unwrap();
     for (name, from) in [("more", &source), ("more-packed", &packed("more.tar"))] {
         let refused = daemon.ctl(&["capture", "j", "--name", name, "--from", from.to_str().unwrap()]);
-        refused.refused(&[5], &["room for 16384 entries", "memory.budget"]);
+        refused.refused(&[5], &["more than 16384 entries", "memory.budget"]);
         daemon.wait_state(name, "failed", Duration::from_secs(60));
     }
 }

@@ -53,13 +53,16 @@ impl Dictionaries {
         let bytes = match coding {
             Coding::Plain | Coding::Deflate | Coding::Gzip | Coding::Bzip2 => 0,
             Coding::Xz => of_xz(start).unwrap_or(self.most_bytes),
-            Coding::Zstd => of_zstd(start).unwrap_or(self.most_bytes),
+            // Its decoder is held to a power of two.
+            Coding::Zstd => {
+                of_zstd(start).map_or(self.most_bytes, |bytes| bytes.checked_next_power_of_two().unwrap_or(u64::MAX))
+            }
         };
         if bytes <= FREE_BYTES {
             return Ok(Claimed { bytes: FREE_BYTES, _permit: None });
         }
         if bytes > self.most_bytes {
-            return Err(too_large(self.most_bytes));
+            return Err(too_large(self.most_bytes.max(FREE_BYTES)));
         }
         let kib = u32::try_from(bytes.div_ceil(KIB)).unwrap_or(u32::MAX);
         let claimed = tokio::runtime::Handle::current().block_on(Arc::clone(&self.kib).acquire_many_owned(kib));
@@ -68,11 +71,11 @@ impl Dictionaries {
     }
 }
 
-/// The error of an archive whose dictionary is larger than `most_bytes`.
+/// The error of an archive whose dictionary is larger than `most_bytes`: than there are, or than its beginning said.
 pub(super) fn too_large(most_bytes: u64) -> Error {
     let mib = most_bytes >> 20;
     unsupported(format!("its dictionary takes more than {mib} MiB of memory"))
-        .remedy("pack it again with a smaller window")
+        .remedy("pack it again as one stream with a smaller window, or ask the operator to raise memory.budget")
 }
 
 /// The dictionary that the first block of an xz file has (`xz-file-format.txt`, sections 3.1 and 5.3.1); `None` where it does not say.
@@ -116,8 +119,12 @@ fn variable(rest: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// The window that the first frame of Zstandard has (RFC 8878, section 3.1.1.1); `None` where it does not say.
-fn of_zstd(start: &[u8]) -> Option<u64> {
+/// The window that the first frame of Zstandard has that is not to be skipped (RFC 8878, sections 3.1.1.1 and 3.1.2); `None` where it does not say.
+fn of_zstd(mut start: &[u8]) -> Option<u64> {
+    while let [0x50..=0x5f, 0x2a, 0x4d, 0x18, rest @ ..] = start {
+        let (length, content) = rest.split_first_chunk::<4>()?;
+        start = content.get(usize::try_from(u32::from_le_bytes(*length)).ok()?..)?;
+    }
     let [0x28, 0xb5, 0x2f, 0xfd, descriptor, rest @ ..] = start else { return None };
     if descriptor & 0x20 == 0 {
         let window = *rest.first()?;
@@ -170,7 +177,9 @@ mod tests {
         assert_eq!(of_zstd(&zstd(3, Some(21), false)), Some(2 << 20));
         assert_eq!(of_zstd(&zstd(3, Some(27), false)), Some(128 << 20));
         assert_eq!(of_zstd(&zstd(3, None, true)), Some(100_000));
-        for unknown in [b"".as_slice(), b"\x50\x2a\x4d\x18\x04\0\0\0abcd", &xz(6)[..13]] {
+        let skipped = [b"\x50\x2a\x4d\x18\x04\0\0\0abcd".as_slice(), &zstd(3, Some(21), false)].concat();
+        assert_eq!(of_zstd(&skipped), Some(2 << 20));
+        for unknown in [b"".as_slice(), &skipped[..9], &skipped[..12], &xz(6)[..13]] {
             assert_eq!((of_xz(unknown), of_zstd(unknown)), (None, None));
         }
     }

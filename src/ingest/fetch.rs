@@ -92,19 +92,12 @@ fn cores() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
 }
 
-/// What to do about a tree whose listing would take more memory than there is for it.
-const TOO_MANY_FOR_MEMORY: &str =
-    "pack small files together, or ask the operator to raise memory.budget; try again if much else is being brought in";
-
 /// What bounds all fetchers of the daemon.
 pub(super) struct Bounds {
     /// Memory in KiB.
     memory: Arc<Semaphore>,
     /// Memory in KiB for what readers wait for: a quarter of all, so that they never wait for the background.
     wanted: Arc<Semaphore>,
-    /// Entries that are known of what is under way.
-    entries: Arc<Semaphore>,
-    entries_most: u32,
     /// Streams from sources.
     streams: Arc<Semaphore>,
     /// Blocking work that uses a core.
@@ -115,11 +108,7 @@ pub(super) struct Bounds {
 impl Bounds {
     pub(super) fn new(memory_budget_bytes: u64) -> Self {
         let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
-        let entries_most =
-            u32::try_from((u64::from(budget_kib) << 10) / limits::ENTRY_MEMORY_BYTES).unwrap_or(u32::MAX);
         Self {
-            entries: Arc::new(Semaphore::new(entries_most as usize)),
-            entries_most,
             memory: Arc::new(Semaphore::new((budget_kib - budget_kib / 4) as usize)),
             wanted: Arc::new(Semaphore::new((budget_kib / 4) as usize)),
             streams: Arc::new(Semaphore::new(limits::STREAMS)),
@@ -138,32 +127,6 @@ impl Bounds {
     pub(super) async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib / 4);
         self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())
-    }
-
-    /// Claims the memory of a listing's entries, until they are sealed.
-    ///
-    /// # Errors
-    /// `TOO_MANY_ENTRIES` where they would never have room.
-    pub(super) async fn claim_entries(&self, entries: usize) -> Result<OwnedSemaphorePermit> {
-        let entries = u32::try_from(entries).unwrap_or(u32::MAX);
-        if entries > self.entries_most {
-            return Err(self.too_many_entries());
-        }
-        self.entries.clone().acquire_many_owned(entries).await.map_err(|_| closed())
-    }
-
-    /// [`Bounds::claim_entries`] for entries that come one after the other. Does not wait: two that grow would wait for each other.
-    ///
-    /// # Errors
-    /// `TOO_MANY_ENTRIES` where no room is left.
-    pub(super) fn claim_more_entries(&self, entries: u32) -> Result<OwnedSemaphorePermit> {
-        self.entries.clone().try_acquire_many_owned(entries).map_err(|_| self.too_many_entries())
-    }
-
-    fn too_many_entries(&self) -> Error {
-        let message =
-            format!("the memory budget has room for {} entries of all that is brought in at a time", self.entries_most);
-        Error::no_space("TOO_MANY_ENTRIES", message).fact("limit", self.entries_most).remedy(TOO_MANY_FOR_MEMORY)
     }
 
     pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit> {

@@ -123,7 +123,7 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let shared = &flying.shared;
     let key = flying.key.clone();
     let rows = shared.store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;
-    let sizes = plan::Sizes::of(&listing, shared.settings.checkpoint_bytes)?;
+    let sizes = plan::Sizes::of(&listing, &shared.settings)?;
     let kept: Vec<u64> = rows.iter().map(|row| row.number).collect();
     let number = || shared.next_number.fetch_add(1, Ordering::Relaxed);
     let plan = plan::plan(listing, rows, number);

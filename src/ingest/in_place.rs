@@ -42,7 +42,7 @@ struct Seen {
 /// Takes the digests that are missing; every file of the manifest has its sighting on return.
 pub(super) async fn fly(flying: &Arc<Flying>, listing: Listing) -> Result<Manifest> {
     let shared = &flying.shared;
-    let sizes = plan::Sizes::of(&listing, shared.settings.checkpoint_bytes)?;
+    let sizes = plan::Sizes::of(&listing, &shared.settings)?;
     let revision = listing.revision.clone();
     let (mut entries, files) = split(listing)?;
     let known = known(flying, &files).await?;

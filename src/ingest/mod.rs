@@ -264,7 +264,6 @@ impl Shared {
     ) -> Result<Filled> {
         match retry::until_it_works(self.settings.attempts, || source.open()).await? {
             Opened::Listed(listing) => {
-                let _entries = self.bounds.claim_entries(listing.entries.len()).await?;
                 let flight = self.join_flight(record, source.clone(), listing, rest, progress).await?;
                 let landed = flight.landed().await;
                 if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
@@ -340,7 +339,7 @@ impl Shared {
     ) -> Result<Arc<Flight>> {
         let archive = extract::Archive::of(&listing, &record.origin.options);
         let revision = again::revision_of(&listing, record);
-        let mut plan = plan::Sizes::of(&listing, self.settings.checkpoint_bytes)?;
+        let mut plan = plan::Sizes::of(&listing, &self.settings)?;
         if archive.is_some() {
             plan = again::sizes_of(record);
         }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::Settings;
 use crate::catalog::fills::FillRow;
 use crate::catalog::retention::Standing;
 use crate::digest::Digest;
@@ -27,18 +28,8 @@ impl Sizes {
     ///
     /// # Errors
     /// `CHECKPOINT_TOO_LARGE`, `TOO_MANY_ENTRIES`.
-    pub fn of(listing: &Listing, limit_bytes: u64) -> Result<Self> {
-        if listing.entries.len() > limits::CHECKPOINT_ENTRIES {
-            return Err(Error::no_space(
-                "TOO_MANY_ENTRIES",
-                format!(
-                    "the source has {} entries, at most {} are allowed",
-                    listing.entries.len(),
-                    limits::CHECKPOINT_ENTRIES
-                ),
-            )
-            .remedy(TOO_MANY));
-        }
+    pub fn of(listing: &Listing, settings: &Settings) -> Result<Self> {
+        check_entries(listing.entries.len(), settings)?;
         if let Some(link) = listing.entries.iter().find(|entry| matches!(entry.what, What::SameAs(_))) {
             return Err(Error::internal(format!("the listing has the hard link `{}`", link.path)));
         }
@@ -51,9 +42,30 @@ impl Sizes {
             sizes.files += 1;
             sizes.known_bytes = sizes.known_bytes.saturating_add(size);
         }
-        check_limit(sizes.known_bytes, limit_bytes)?;
+        check_limit(sizes.known_bytes, settings.checkpoint_bytes)?;
         Ok(sizes)
     }
+}
+
+/// Refuses a tree of more entries than one may have, or than there is memory for.
+///
+/// # Errors
+/// `TOO_MANY_ENTRIES`.
+pub fn check_entries(entries: usize, settings: &Settings) -> Result<()> {
+    let fits = usize::try_from(settings.memory_budget_bytes / limits::ENTRY_MEMORY_BYTES).unwrap_or(usize::MAX);
+    let most = fits.min(limits::CHECKPOINT_ENTRIES);
+    if entries <= most {
+        return Ok(());
+    }
+    let refused =
+        Error::no_space("TOO_MANY_ENTRIES", format!("the checkpoint has more than {most} entries")).fact("limit", most);
+    Err(if fits < limits::CHECKPOINT_ENTRIES {
+        refused.remedy(
+            "pack small files together, or ask the operator to raise memory.budget, of which each entry takes 1 KiB",
+        )
+    } else {
+        refused.remedy(TOO_MANY)
+    })
 }
 
 /// Refuses a checkpoint beyond the limit.
@@ -241,7 +253,13 @@ mod tests {
     #[test]
     fn what_is_too_large_is_refused_with_the_figures() {
         let huge = listing(vec![listed("a", Some(u64::MAX)), listed("b", Some(9))]);
-        assert_eq!(Sizes::of(&huge, 1 << 40).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
+        assert_eq!(Sizes::of(&huge, &Settings::default()).unwrap_err().reason(), "CHECKPOINT_TOO_LARGE");
+        let small = Settings { memory_budget_bytes: 2 * limits::ENTRY_MEMORY_BYTES, ..Settings::default() };
+        assert!(check_entries(2, &small).is_ok());
+        assert!(check_entries(3, &small).unwrap_err().report().contains("memory.budget"));
+        let large = Settings { memory_budget_bytes: u64::MAX, ..Settings::default() };
+        assert!(check_entries(limits::CHECKPOINT_ENTRIES, &large).is_ok());
+        assert_eq!(check_entries(limits::CHECKPOINT_ENTRIES + 1, &large).unwrap_err().remedy_text(), Some(TOO_MANY));
         let error = no_space(100, 40, &Standing { pinned_bytes: 7, ..Standing::default() });
         assert_eq!(error.reason(), "NO_SPACE");
         for (key, value) in [("lacking_bytes", "60"), ("pinned_bytes", "7"), ("leased_bytes", "0")] {

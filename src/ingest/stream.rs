@@ -22,7 +22,7 @@ use super::quota::Growth;
 use super::taker::{Bound, Taker};
 use super::tasks::is_draining;
 use crate::catalog::uploads;
-use crate::error::{Error, Result, TOO_MANY};
+use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind, Manifest};
 use crate::names::EntryPath;
@@ -78,10 +78,8 @@ impl<'a> Taken<'a> {
 
     async fn take_all(&mut self, stream: &mut dyn EntryStream) -> Result<()> {
         while let Some(listed) = self.next(stream).await? {
-            if self.entries.len() + self.links.len() + self.publishing.files() >= limits::CHECKPOINT_ENTRIES {
-                let message = format!("more than {} entries were sent", limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
-            }
+            let known = self.entries.len() + self.links.len() + self.publishing.files();
+            plan::check_entries(known + 1, &self.taker.shared.settings)?;
             let row = stream.to_record();
             let file = match listed.what {
                 What::Directory => {

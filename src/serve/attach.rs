@@ -88,13 +88,9 @@ impl Mounted {
         self.mount_id == 0
     }
 
-    /// Whether it is the mount of this line.
-    fn is(&self, line: &MountLine) -> bool {
-        if !self.is_foretold() {
-            return line.mount_id == self.mount_id && line.device == self.device;
-        }
-        let same = self.device == by_path::UNKNOWN || line.device == self.device;
-        same && line.source == by_path::SOURCE && line.target == self.target
+    /// Whether what stands at its target, on this line, may be what was foretold.
+    fn may_be(&self, line: &MountLine) -> bool {
+        line.source == by_path::SOURCE && (self.device == by_path::UNKNOWN || line.device == self.device)
     }
 
     /// That its process is in the namespace still that the view was put into: another may have its number by now.
@@ -145,6 +141,10 @@ pub fn prepare(place: &Place, views: Views, reserved: &Reserved) -> Result<Prepa
     Ok(Prepared { build, process, mounted })
 }
 
+fn entrance(process: Option<&MountNamespace>) -> Entrance<'_> {
+    process.map_or(Entrance::Here, Entrance::AsProcess)
+}
+
 impl Prepared {
     /// How the view will be found again. A mount keeps its number when it is moved, so this can be made durable before anything is to be seen.
     pub fn mounted(&self) -> &Mounted {
@@ -157,12 +157,9 @@ impl Prepared {
     /// `TARGET_*`, or what the kernel says. Nothing is mounted then.
     pub fn show(self) -> Result<Mounted> {
         let Self { build, process, mounted } = self;
-        let (whose, entrance) = match &process {
-            Some(process) => (Whose::Process, Entrance::AsProcess(process)),
-            None => (Whose::Host, Entrance::Here),
-        };
+        let whose = if process.is_some() { Whose::Process } else { Whose::Host };
         let proc = namespace::open_proc()?;
-        let standing = namespace::act(&entrance, || match build {
+        let standing = namespace::act(&entrance(process.as_ref()), || match build {
             Build::Detached(built) => {
                 let target = target::open(&mounted.target, whose)?;
                 built.put(&target).map_err(|error| Error::io("mounting at", &mounted.target, error))?;
@@ -236,12 +233,17 @@ fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(&OwnedFd, Found) -> Re
             found => found,
         }
     };
-    let entrance = process.as_ref().map_or(Entrance::Here, Entrance::AtRoot);
+    let entrance = match &process {
+        None => Entrance::Here,
+        // Its target is what the process calls it.
+        Some(process) if mounted.is_foretold() => Entrance::AsProcess(process),
+        Some(process) => Entrance::AtRoot(process),
+    };
     namespace::act(&entrance, || {
         // Whoever has the directories above may rename them while we look: then the path that the kernel tells leads elsewhere.
         let mut looks = 1;
         let found = loop {
-            match find(&proc, mounted)? {
+            match find(&proc, mounted, process.is_some())? {
                 Found::Hidden(_) if looks < LOOKS => looks += 1,
                 found => break found,
             }
@@ -250,18 +252,33 @@ fn at_mount<T: Send>(mounted: &Mounted, work: impl FnOnce(&OwnedFd, Found) -> Re
     })
 }
 
-fn find(proc: &OwnedFd, mounted: &Mounted) -> Result<Found> {
+fn find(proc: &OwnedFd, mounted: &Mounted, in_process: bool) -> Result<Found> {
     let lines = namespace::mounts(proc)?;
-    match lines.into_iter().find(|line| mounted.is(line)) {
-        Some(line) => look_at(line, mounted),
+    if mounted.is_foretold() {
+        return find_foretold(lines, mounted, if in_process { Whose::Process } else { Whose::Host });
+    }
+    let is_it = |line: &MountLine| line.mount_id == mounted.mount_id && line.device == mounted.device;
+    match lines.into_iter().find(is_it) {
+        Some(line) => look_at(line.target, mounted),
         None => Ok(Found::Gone),
     }
 }
 
-/// Whether the recorded mount is where the line says that one of its number is. The kernel gives numbers again, so that may be another job's
-/// view of the same checkpoint: the recorded one is gone then.
-fn look_at(line: MountLine, mounted: &Mounted) -> Result<Found> {
-    let path = line.target;
+/// What stands at the target of a view of which no more is known, if it is ours.
+fn find_foretold(lines: Vec<MountLine>, mounted: &Mounted, whose: Whose) -> Result<Found> {
+    let Ok(root) = target::walk(&mounted.target, whose) else { return Ok(Found::Gone) };
+    let standing =
+        mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", &mounted.target, error))?;
+    let is_ours = |line: &MountLine| line.mount_id == standing.mount_id && mounted.may_be(line);
+    Ok(match standing.is_mount_root && lines.iter().any(is_ours) {
+        true => Found::Here(mounted.target.clone(), root),
+        false => Found::Gone,
+    })
+}
+
+/// Whether the recorded mount is at `path`, where a mount of its number is. The kernel gives numbers again, so that may be another job's view of
+/// the same checkpoint: the recorded one is gone then.
+fn look_at(path: PathBuf, mounted: &Mounted) -> Result<Found> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = match open(&path, flags, Mode::empty()) {
         Ok(root) => root,
@@ -269,7 +286,7 @@ fn look_at(line: MountLine, mounted: &Mounted) -> Result<Found> {
         Err(errno) => return Err(Error::io("opening the view at", &path, errno.into())),
     };
     let found = mount_calls::standing(&root).map_err(|error| Error::io("looking at the view at", &path, error))?;
-    if found.mount_id != line.mount_id || found.device != line.device || !found.is_mount_root {
+    if found.mount_id != mounted.mount_id || found.device != mounted.device || !found.is_mount_root {
         return Ok(Found::Hidden(path));
     }
     Ok(match (found.unique_id, mounted.unique_id) {

@@ -365,8 +365,15 @@ impl Attachments {
         let foretold = view.mounted().clone();
         let row = self.note_mounted(row, &foretold).await?;
         let mounted = blocking(move || view.show()).await?;
-        // Where it has no number before it is seen.
-        if mounted == foretold { Ok(row) } else { self.note_mounted(&row, &mounted).await }
+        if mounted == foretold {
+            return Ok(row);
+        }
+        // It had no number before it was seen. If that cannot be noted it must not stand.
+        let noted = self.note_mounted(&row, &mounted).await;
+        if noted.is_err() {
+            blocking(move || super::detach(&mounted)).await?;
+        }
+        noted
     }
 
     async fn note_mounted(&self, row: &JobRow, mounted: &super::Mounted) -> Result<JobRow> {

@@ -208,8 +208,13 @@ fn describe_and_mount(device: &OwnedFd) -> std::io::Result<OwnedFd> {
 fn mount_by_path(device: &OwnedFd, mountpoint: &Path) -> std::io::Result<OwnedFd> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let open = || nix::fcntl::open(mountpoint, flags, Mode::empty());
-    mount_connection(device, &open()?, Proc::Here)?;
-    Ok(open()?)
+    let place = open()?;
+    mount_connection(device, &place, Proc::Here)?;
+    open().map_err(|errno| {
+        // Best effort: a later start finds it dead.
+        let _ = mount_calls::unmount_descriptor(&place, Proc::Here);
+        errno.into()
+    })
 }
 
 /// Mounts the file system of the connection `device` on the directory `at`, by path; it may be mounted elsewhere, too.

@@ -58,7 +58,8 @@ pub(super) struct Standing {
 pub(super) fn by_descriptor() -> bool {
     let (nothing, from): (*const libc::c_char, _) = (std::ptr::null(), EMPTY.as_ptr());
     let refused = |answer: c_long| {
-        answer < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
+        answer < 0
+            && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES))
     };
     // SAFETY: no descriptor, no mount and no memory but an empty path is given to any of these calls, so they change nothing.
     unsafe {

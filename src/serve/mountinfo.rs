@@ -1,4 +1,4 @@
-//! The kernel's list of mounts, `/proc/.../mountinfo`. Never read in the path of an attachment: it is as long as there are mounts.
+//! The kernel's list of mounts, `/proc/.../mountinfo`. Not read in the path of an attachment: it is as long as there are mounts.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

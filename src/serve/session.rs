@@ -1,7 +1,7 @@
 //! One live FUSE connection: one served checkpoint, however many jobs see it.
 //!
 //! A session owns its connection's descriptor, the mount in the sessions directory, and the threads that answer the kernel. Jobs
-//! get bind mounts of it ([`Session::tree`]) and are no concern of it.
+//! get bind mounts of it ([`Session::original`]) and are no concern of it.
 //!
 //! Order of a start: file system made (detached), kept for a successor ([`keeping`](super::keeping)), INIT answered, read-ahead set,
 //! threads running, and only then mounted where others can find it; a failure before that leaves nothing behind. Dropping a

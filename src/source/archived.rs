@@ -19,14 +19,34 @@ type Check = Box<dyn Fn(&OpenFile) -> Result<()> + Send + Sync>;
 
 /// See the module's page.
 pub(super) struct ArchivedEntries {
-    members: Members,
+    reading: Reading,
     opened: OpenFile,
     check: Check,
     revision: String,
 }
 
+/// The reading begins with the first entry that is asked for: what it takes of memory is not to be held while the stream waits for its turn.
+enum Reading {
+    NotYet(Option<(Archived, About, Dictionaries)>),
+    Begun(Members),
+}
+
+impl Reading {
+    fn members(&mut self) -> Result<&mut Members> {
+        if let Self::NotYet(archive) = self {
+            let (bytes, about, dictionaries) =
+                archive.take().ok_or_else(|| Error::internal("an archive is read twice"))?;
+            *self = Self::Begun(Members::read(bytes, about, dictionaries));
+        }
+        match self {
+            Self::Begun(members) => Ok(members),
+            Self::NotYet(_) => Err(Error::internal("an archive is not read")),
+        }
+    }
+}
+
 impl ArchivedEntries {
-    /// Begins to read `opened`; `check` is asked at the end, and on any fault.
+    /// Will read `opened`; `check` is asked at the end, and on any fault.
     ///
     /// # Errors
     /// The I/O error.
@@ -40,8 +60,8 @@ impl ArchivedEntries {
         let fault = |error| Error::io("opening", show_bytes(about.name.as_bytes()), error);
         let size = opened.metadata().map_err(fault)?.len();
         let reading = opened.try_clone().map_err(fault)?;
-        let members = Members::read(Archived::Random(Box::new(reading), size), about, dictionaries);
-        Ok(Self { members, opened, check, revision })
+        let reading = Reading::NotYet(Some((Archived::Random(Box::new(reading), size), about, dictionaries)));
+        Ok(Self { reading, opened, check, revision })
     }
 
     /// `error`, unless the file changed, which explains it.
@@ -56,7 +76,7 @@ impl ArchivedEntries {
 #[async_trait]
 impl EntryStream for ArchivedEntries {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        match self.members.next().await {
+        match self.reading.members()?.next().await {
             Ok(Some(member)) => Ok(Some(listed_member(member))),
             Ok(None) => (self.check)(&self.opened).map(|()| None),
             Err(error) => Err(self.explain(error)),
@@ -64,7 +84,7 @@ impl EntryStream for ArchivedEntries {
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
-        let bytes = self.members.next_bytes().await;
+        let bytes = self.reading.members()?.next_bytes().await;
         bytes.map_err(|error| self.explain(error))
     }
 

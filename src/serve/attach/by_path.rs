@@ -6,11 +6,12 @@
 //!
 //! Several views stand one after the other, which the job may see; if one fails, all are taken away.
 //!
-//! A mount goes onto the descriptor of its target. Its root can only be had by the path again: if another mount is found there by then, somebody
-//! has moved the directories above, and it is an error (and the view is taken away by what the kernel lists).
+//! A mount goes onto the descriptor of its target, and is found and taken away from there: in its own namespace nobody can rename a directory that
+//! something is mounted on.
 
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,11 +20,12 @@ use nix::sys::stat::Mode;
 
 use super::super::features;
 use super::super::mount_calls::{self, Device, Proc, READ_ONLY_BY_PATH, Standing};
-use super::super::namespace;
 use super::super::session::Original;
 use super::super::target::{self, Whose};
 use crate::error::{Error, Result};
-use crate::names::EntryName;
+use crate::names::{EntryName, show_bytes};
+
+const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// What mounts of ours say that they are mounted from.
 pub(super) const SOURCE: &str = "ckptd";
@@ -75,18 +77,21 @@ impl Connection {
 /// Makes the view at `target`, on a thread that is where the target is and has a working directory of its own; `proc` is our `/proc`.
 ///
 /// # Errors
-/// `TARGET_*`, `TARGET_MOVED`, or what the kernel says. Nothing is mounted then.
+/// `TARGET_*`, or what the kernel says. Nothing is mounted then.
 pub(super) fn put(views: &Views, target: &Path, whose: Whose, proc: &OwnedFd) -> Result<Standing> {
     let directory = target::open(target, whose)?;
     let failed = |error: io::Error| Error::io("mounting at", target, error);
     nix::unistd::fchdir(proc).map_err(|errno| failed(errno.into()))?;
-    let before: Vec<u64> = namespace::mounts(proc)?.into_iter().map(|line| line.mount_id).collect();
     mount_first(views, &directory).map_err(failed)?;
-    let shown = root_at(target, whose, views.device()).and_then(|(root, standing)| {
-        complete(views, &root).map_err(failed)?;
-        Ok(standing)
+    let shown = root_on(&directory, target).and_then(|root| {
+        complete(views, &root)?;
+        mount_calls::standing(&root).map_err(failed)
     });
-    shown.inspect_err(|_| take_back(views, target, proc, &before))
+    shown.inspect_err(|_| {
+        if let Err(error) = mount_calls::unmount_descriptor(&directory, Proc::WorkingDirectory) {
+            tracing::error!(target = %target.display(), %error, "half a view could not be taken away again");
+        }
+    })
 }
 
 fn mount_first(views: &Views, directory: &OwnedFd) -> io::Result<()> {
@@ -101,47 +106,25 @@ fn mount_first(views: &Views, directory: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// The root of what was mounted at `target` a moment ago.
-fn root_at(target: &Path, whose: Whose, device: Device) -> Result<(OwnedFd, Standing)> {
-    let root = target::walk(target, whose)?;
-    let standing = mount_calls::standing(&root).map_err(|error| Error::io("looking at", target, error))?;
-    if !standing.is_mount_root || (device != UNKNOWN && standing.device != device) {
-        let message = format!("the target {} was moved while a view was made there", target.display());
-        return Err(Error::unavailable("TARGET_MOVED", message)
-            .fact("target", target.display())
-            .remedy("leave the directories above it alone, and attach again"));
-    }
-    Ok((root, standing))
+/// The root of what was mounted on `directory`, which is at `target`, a moment ago.
+fn root_on(directory: &OwnedFd, target: &Path) -> Result<OwnedFd> {
+    let mut above = OsString::from("../");
+    above.push(target.file_name().unwrap_or_default());
+    openat(directory, above.as_os_str(), DIRECTORY, Mode::empty())
+        .map_err(|errno| Error::io("opening the view at", target, errno.into()))
 }
 
 /// Does what is left when the first mount stands at `root`.
-fn complete(views: &Views, root: &OwnedFd) -> io::Result<()> {
-    let private = |root: &OwnedFd| mount_calls::change_mount(root, Proc::WorkingDirectory, libc::MS_PRIVATE);
-    private(root)?;
+fn complete(views: &Views, root: &OwnedFd) -> Result<()> {
     let Views::Several(views) = views else { return Ok(()) };
-    let open = |name: &EntryName| {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        openat(root.as_fd(), name.as_bytes(), flags, Mode::empty())
-    };
     for (name, connection) in views {
-        super::make_directory(root, name).map_err(io::Error::other)?;
-        features::mount_connection(&connection.device, &open(name)?, Proc::WorkingDirectory)?;
-        private(&open(name)?)?;
+        super::make_directory(root, name)?;
+        let failed = |error: io::Error| Error::io("mounting at", show_bytes(name.as_bytes()), error);
+        let directory = openat(root, name.as_bytes(), DIRECTORY, Mode::empty());
+        let directory = directory.map_err(|errno| failed(errno.into()))?;
+        features::mount_connection(&connection.device, &directory, Proc::WorkingDirectory).map_err(failed)?;
     }
-    let read_only = libc::MS_REMOUNT | libc::MS_BIND | READ_ONLY_BY_PATH;
-    mount_calls::change_mount(root, Proc::WorkingDirectory, read_only)
-}
-
-/// Takes away what has come at `target` since it was looked at `before`.
-fn take_back(views: &Views, target: &Path, proc: &OwnedFd, before: &[u64]) {
-    let lines = namespace::mounts(proc).unwrap_or_default();
-    let ours = lines.into_iter().rev().filter(|line| {
-        let same = views.device() == UNKNOWN || line.device == views.device();
-        same && line.source == SOURCE && line.target.ends_with(target.file_name().unwrap_or_default())
-    });
-    for line in ours.filter(|line| !before.contains(&line.mount_id)) {
-        if let Err(error) = mount_calls::unmount_at(&line.target) {
-            tracing::error!(target = %line.target.display(), %error, "half a view could not be taken away again");
-        }
-    }
+    // The file system itself, for those that see it by propagation, too.
+    mount_calls::change_mount(root, Proc::WorkingDirectory, libc::MS_REMOUNT | READ_ONLY_BY_PATH)
+        .map_err(|error| Error::io("closing", "a directory of views", error))
 }

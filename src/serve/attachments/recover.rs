@@ -139,6 +139,7 @@ impl Attachments {
         };
         let config = self.session_config(&record);
         let session = blocking(move || Session::adopt(config, tree, content, orphan)).await?;
+        // Who was about to see it has it made again: it may have been given up in the middle of its beginning.
         let seen_by: BTreeSet<String> = rows.iter().filter(|row| sees(row, &id)).map(|row| row.job.clone()).collect();
         if !session.is_mounted() || seen_by.is_empty() {
             // Its jobs are gone; what they still have open is answered until they close it.
@@ -261,10 +262,9 @@ impl Attachments {
     }
 }
 
-/// Whether a job sees, or was about to see, a checkpoint.
+/// Whether a job sees a checkpoint.
 fn sees(row: &JobRow, checkpoint: &str) -> bool {
-    matches!(row.state, JobState::Attaching | JobState::Attached)
-        && row.leases.iter().any(|lease| lease.checkpoint == checkpoint)
+    row.state == JobState::Attached && row.leases.iter().any(|lease| lease.checkpoint == checkpoint)
 }
 
 fn mounted(row: &JobRow) -> Option<Mounted> {

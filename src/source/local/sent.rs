@@ -110,7 +110,8 @@ pub fn stream(extract: bool) -> Result<(Feed, SentTar)> {
         heard: Arc::clone(&heard),
     };
     let about = About { name: EntryName::new(*b"the upload")?, format: Format::Tar, executable: false };
-    let members = Members::read(Archived::Stream(Box::new(incoming)), about, Dictionaries::default());
+    // The protocol's client does not compress; who does has what need not be claimed.
+    let members = Members::read(Archived::Stream(Box::new(incoming)), about, Dictionaries::within(0));
     let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)) };
     Ok((feed, SentTar { members, heard, extract }))
 }
