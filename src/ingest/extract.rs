@@ -42,7 +42,7 @@ use crate::source::{ByteStream, EntryStream, File, Listed, Listing, Verifier, Wh
 use crate::store::filling::Filling;
 
 /// Pieces of an archive between who fetches and who reads: with those of HTTP (64 KiB and less) half a MiB.
-const QUEUE_PIECES: usize = 8;
+pub(super) const QUEUE_PIECES: usize = 8;
 
 /// What one extraction holds in memory: both queues and what the decoders keep.
 const MEMORY_BYTES: u64 = 8 << 20;
@@ -130,8 +130,7 @@ async fn open(flying: &Arc<Flying>, archive: &Archive, sealed: Sealed) -> Result
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
             let task = tokio::spawn(pump(Arc::clone(flying), archive.file.clone(), sender));
             let verifier = Verifier::new(&archive.file.expected, archive.file.size.unwrap_or(0));
-            let reader =
-                PieceReader { pieces, present: Bytes::new(), verifier: Some(verifier), path: archive.path.clone() };
+            let reader = PieceReader::new(pieces, verifier, archive.path.clone());
             (Archived::Stream(Box::new(reader)), Some(task.abort_handle()))
         }
     };
@@ -190,7 +189,7 @@ fn given_up() -> io::Error {
 }
 
 /// Pieces on their way; `None` is the end, so that it can be told from a fetcher that went away.
-type Piece = Result<Option<Bytes>>;
+pub(super) type Piece = Result<Option<Bytes>>;
 
 /// Fetches a file from its beginning to its end.
 async fn pump(flying: Arc<Flying>, file: File, sender: mpsc::Sender<Piece>) {
@@ -244,12 +243,19 @@ async fn pump_once(
 }
 
 /// The reader's end of [`pump`].
-struct PieceReader {
+pub(super) struct PieceReader {
     pieces: mpsc::Receiver<Piece>,
     present: Bytes,
     /// Taken at the end.
     verifier: Option<Verifier>,
     path: EntryPath,
+}
+
+impl PieceReader {
+    /// Reads `pieces` and holds them to what is expected of the file at `path`.
+    pub(super) const fn new(pieces: mpsc::Receiver<Piece>, verifier: Verifier, path: EntryPath) -> Self {
+        Self { pieces, present: Bytes::new(), verifier: Some(verifier), path }
+    }
 }
 
 impl Read for PieceReader {

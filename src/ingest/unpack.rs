@@ -1,8 +1,13 @@
 //! One archive that was sent as a file: its members take its place.
 //!
-//! Whether it is all that was sent is known only when the next entry is asked for, and a zip's directory is at its end. So
+//! A tar or a single compressed file whose sender says that it is all there is ([`EntryStream::is_alone`]) is taken apart while it comes: its
+//! bytes go to the thread that reads it through a bounded channel, and nothing of it is on disk but its members.
+//!
+//! Otherwise whether it is all that was sent is known only when the next entry is asked for; and a zip's directory is at its end. So
 //! its bytes are spooled into a file of the flight, which has no name any more while it is used: it is gone with the process, and with
-//! whoever fills; after a restart it is sent anew. Was it not all, the file is given as it came, and what follows behind it.
+//! whoever fills. Was it not all, the file is given as it came, and what follows behind it.
+//!
+//! Either way it is sent anew after a restart.
 
 use std::fs::File as OpenFile;
 use std::os::unix::fs::FileExt as _;
@@ -11,16 +16,18 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::mpsc;
 
 use super::Shared;
+use super::extract::{Piece, PieceReader, QUEUE_PIECES};
 use super::fetch::blocking;
 use super::quota::Growth;
-use crate::archive::{About, Archived, Format, Members};
+use crate::archive::{About, Archived, Format, Member, Members};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::names::EntryName;
-use crate::source::{Begun, EntryStream, File, Listed, What, listed_member};
+use crate::source::{Begun, EntryStream, Expected, File, Listed, Verifier, What, listed_member};
 
 /// Bytes read back from the spool at a time.
 const READ_BYTES: u64 = 1 << 20;
@@ -31,8 +38,8 @@ pub(super) struct Unpacked {
     flight: String,
     sent: Box<dyn EntryStream>,
     state: State,
-    /// Whether the beginning was spooled: no later run of the daemon has it, so none goes on behind it.
-    spooled: bool,
+    /// Whether an archive is taken apart, or was spooled to be: no later run of the daemon has its beginning, so none goes on behind it.
+    unpacks: bool,
 }
 
 enum State {
@@ -44,6 +51,20 @@ enum State {
     Again { spool: Spool, at: u64, behind: Option<Listed> },
     /// Members in place of the archive.
     Members(Members),
+    /// The same while the archive comes.
+    Arriving(Arriving),
+}
+
+struct Arriving {
+    members: Members,
+    feed: Feed,
+}
+
+/// Where the bytes of an archive go as they come.
+struct Feed {
+    /// `None` once all are on their way.
+    sender: Option<mpsc::Sender<Piece>>,
+    piece: Option<Bytes>,
 }
 
 struct Spool {
@@ -54,14 +75,22 @@ struct Spool {
 impl Unpacked {
     /// `sent` for the flight `flight`, whose directory is there.
     pub(super) fn new(shared: Arc<Shared>, flight: &str, sent: Box<dyn EntryStream>) -> Self {
-        Self { shared, flight: flight.to_owned(), sent, state: State::First, spooled: false }
+        Self { shared, flight: flight.to_owned(), sent, state: State::First, unpacks: false }
     }
 
     async fn first(&mut self) -> Result<Option<Listed>> {
         self.state = State::Plain;
         let Some(first) = self.sent.next_entry().await? else { return Ok(None) };
         let Some((about, size)) = self.archive(&first) else { return Ok(Some(first)) };
-        self.spooled = true;
+        self.unpacks = true;
+        let dictionaries = self.shared.settings.dictionaries.clone();
+        if about.format != Format::Zip && self.sent.is_alone() {
+            let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
+            let reader = PieceReader::new(pieces, Verifier::new(&Expected::default(), size), first.path);
+            let members = Members::read(Archived::Stream(Box::new(reader)), about, dictionaries);
+            self.state = State::Arriving(Arriving { members, feed: Feed { sender: Some(sender), piece: None } });
+            return self.next_entry().await;
+        }
         let spool = self.spool(size).await?;
         match self.sent.next_entry().await? {
             Some(behind) => {
@@ -71,7 +100,6 @@ impl Unpacked {
             None => {
                 let Spool { file, size } = spool;
                 let file = Arc::into_inner(file).ok_or_else(|| Error::internal("the spool is still written to"))?;
-                let dictionaries = self.shared.settings.dictionaries.clone();
                 let mut members = Members::read(Archived::Random(Box::new(file), size), about, dictionaries);
                 let member = members.next().await?;
                 self.state = State::Members(members);
@@ -113,6 +141,58 @@ impl Unpacked {
     }
 }
 
+impl Arriving {
+    /// The next bytes of the present member, while those of the archive are handed on. Cancel-safe, as what is sent is.
+    async fn next_bytes(&mut self, sent: &mut dyn EntryStream) -> Result<Option<Bytes>> {
+        loop {
+            tokio::select! {
+                biased;
+                bytes = self.members.next_bytes() => return bytes,
+                fed = self.feed.step(sent) => fed?,
+            }
+        }
+    }
+
+    async fn next(&mut self, sent: &mut dyn EntryStream) -> Result<Option<Member>> {
+        loop {
+            tokio::select! {
+                biased;
+                member = self.members.next() => return member,
+                fed = self.feed.step(sent) => fed?,
+            }
+        }
+    }
+}
+
+impl Feed {
+    /// Hands on one piece, or the end; for ever at nothing when all is handed on.
+    async fn step(&mut self, sent: &mut dyn EntryStream) -> Result<()> {
+        let Some(sender) = &self.sender else { return std::future::pending().await };
+        if self.piece.is_none() {
+            self.piece = sent.next_bytes().await?;
+        }
+        if self.piece.is_none()
+            && let Some(behind) = sent.next_entry().await?
+        {
+            return Err(not_alone(&behind));
+        }
+        let is_last = self.piece.is_none();
+        // Where nobody reads any more, the members say why.
+        if let Ok(place) = sender.reserve().await {
+            place.send(Ok(self.piece.take()));
+        }
+        if is_last {
+            self.sender = None;
+        }
+        Ok(())
+    }
+}
+
+fn not_alone(behind: &Listed) -> Error {
+    let message = format!("`{}` was sent behind an archive that was said to be all there is", behind.path);
+    Error::invalid("BAD_UPLOAD", message).remedy("send a directory with both, or without `one_file`")
+}
+
 impl Spool {
     async fn read(&self, at: u64) -> Result<Option<Bytes>> {
         let length = usize::try_from((self.size - at).min(READ_BYTES)).unwrap_or_default();
@@ -137,6 +217,7 @@ impl EntryStream for Unpacked {
             State::First => self.first().await,
             State::Plain => self.sent.next_entry().await,
             State::Members(members) => Ok(members.next().await?.map(listed_member)),
+            State::Arriving(arriving) => Ok(arriving.next(&mut *self.sent).await?.map(listed_member)),
             State::Again { behind, .. } => {
                 let behind = behind.take();
                 self.state = State::Plain;
@@ -150,6 +231,7 @@ impl EntryStream for Unpacked {
             State::First => Ok(None),
             State::Plain => self.sent.next_bytes().await,
             State::Members(members) => members.next_bytes().await,
+            State::Arriving(arriving) => arriving.next_bytes(&mut *self.sent).await,
             State::Again { spool, at, .. } => {
                 let piece = spool.read(*at).await?;
                 *at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
@@ -159,15 +241,15 @@ impl EntryStream for Unpacked {
     }
 
     fn sealed(&self) -> Option<(u64, Digest)> {
-        self.sent.sealed().filter(|_| !self.spooled)
+        self.sent.sealed().filter(|_| !self.unpacks)
     }
 
     fn begun(&self) -> Option<Begun> {
-        self.sent.begun().filter(|_| !self.spooled)
+        self.sent.begun().filter(|_| !self.unpacks)
     }
 
     fn to_record(&self) -> Option<(u64, Vec<u8>)> {
-        self.sent.to_record().filter(|_| !self.spooled)
+        self.sent.to_record().filter(|_| !self.unpacks)
     }
 
     fn revision(&self, tree: &Manifest) -> String {

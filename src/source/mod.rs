@@ -241,6 +241,11 @@ pub trait EntryStream: Send {
     fn one_file(&self) -> bool {
         false
     }
+
+    /// Whether the sender has said of [`one_file`](Self::one_file) that it is all there is.
+    fn is_alone(&self) -> bool {
+        false
+    }
 }
 
 /// A large file that an earlier run of the daemon has begun.

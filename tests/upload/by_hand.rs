@@ -383,3 +383,44 @@ fn of_many_that_a_dead_daemon_left_those_wait_of_which_most_is_here() {
         assert_eq!(left_at(&daemon, &ids[0], 2, 1).await.id, ids[0]);
     });
 }
+
+#[test]
+fn an_archive_that_is_sent_alone_is_taken_apart_while_it_comes() {
+    let daemon = Daemon::start();
+    let source = daemon.place().dir("source");
+    for (name, bytes) in [("a.bin", 5 * MIB), ("b.bin", 6 * MIB)] {
+        random_file(&source.join(name), seed() + bytes, bytes);
+    }
+    let archive = daemon.place().join("m.tar");
+    run(std::process::Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&source).args(["a.bin", "b.bin"])).ok();
+    let bytes = fs::read(&archive).unwrap();
+    let alone = |id: &str| {
+        let Message::Start(start) = start(id, None) else { unreachable!() };
+        Message::Start(wire::UploadStart { one_file: true, name: id.into(), ..start })
+    };
+    // The first member, and some of the second.
+    let pieces: Vec<_> = bytes.chunks(1 << 20).map(|piece| Message::Data(piece.to_vec().into())).collect();
+    let (first, rest) = pieces.split_at(7);
+    let entry = file("m.tar", bytes.len() as u64);
+    let begun = [alone(ID), entry.clone()].into_iter().chain(first.to_vec());
+    block_on(async {
+        let sending = Sending::begin(&daemon, None, begun).await;
+        let blobs = daemon.state().join("blobs");
+        while support::files::regular_files(&blobs).is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for message in rest.iter().cloned().chain([finish()]) {
+            sending.out.send(wire::UploadCheckpointRequest { message: Some(message) }).await.unwrap();
+        }
+        assert_eq!(sending.answer().await.unwrap().files, 2);
+
+        let begun = [alone(ABSENT), entry].into_iter().chain(first.to_vec());
+        let sending = Sending::begin(&daemon, None, begun).await;
+        for message in rest.iter().cloned().chain([file("more", 1), data("x"), finish()]) {
+            // It may have been refused already.
+            let _ = sending.out.send(wire::UploadCheckpointRequest { message: Some(message) }).await;
+        }
+        assert_eq!(sending.refusal().await, (Code::InvalidArgument, "BAD_UPLOAD".to_owned()));
+    });
+    assert_mounted(&source, &daemon.attach("reader", ID));
+}

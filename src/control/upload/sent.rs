@@ -118,6 +118,10 @@ impl EntryStream for Sent {
     fn one_file(&self) -> bool {
         self.one_file
     }
+
+    fn is_alone(&self) -> bool {
+        self.one_file
+    }
 }
 
 impl Sent {
