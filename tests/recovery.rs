@@ -155,8 +155,8 @@ fn leases_outlive_the_daemon() {
 }
 
 #[test]
-fn an_upload_that_was_cut_off_leaves_nothing() {
-    let mut daemon = Daemon::start();
+fn an_upload_that_was_cut_off_waits_for_its_sender_and_then_leaves_nothing() {
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "5")]);
     let source = daemon.place().dir("source");
     random_file(&source.join("w.bin"), seed(), 400 * MIB);
     let mut upload = daemon.ctl_command();
@@ -164,12 +164,12 @@ fn an_upload_that_was_cut_off_leaves_nothing() {
     let mut upload = upload.spawn().unwrap();
     wait_until("bytes arrive", LIMIT, || filled(&daemon) >= 8 * MIB);
     daemon.kill9();
-    // It would wait for the daemon to come back, and begin anew.
+    // It would wait for the daemon to come back, and go on.
     upload.kill().unwrap();
     upload.wait().unwrap();
     daemon.restart();
-    assert!(daemon.rows("list").iter().all(|row| row["name"] != "cut"), "{:?}", daemon.rows("list"));
-    wait_until("what arrived is gone", LIMIT, || filled(&daemon) == 0);
+    assert_eq!(daemon.json(&["get", "cut"])["state"], "filling");
+    wait_until("what arrived is gone", LIMIT, || filled(&daemon) == 0 && daemon.rows("list").is_empty());
     assert!(disk_bytes(daemon.state()) < 8 * MIB);
     daemon.ctl(&["upload", "whole", source.to_str().unwrap()]).ok();
     assert_same_tree(&source, &daemon.attach("job", "whole"));
