@@ -156,7 +156,7 @@ fn leases_outlive_the_daemon() {
 
 #[test]
 fn an_upload_that_was_cut_off_waits_for_its_sender_and_then_leaves_nothing() {
-    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "5")]);
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "20")]);
     let source = daemon.place().dir("source");
     random_file(&source.join("w.bin"), seed(), 400 * MIB);
     let mut upload = daemon.ctl_command();

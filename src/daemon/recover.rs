@@ -37,10 +37,11 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
             State::Ready | State::Failed | State::Evicted => {}
         }
     }
+    // Views first: jobs wait for them, and uploads may be long to read.
+    floors.attachments.recover().await?;
     for record in floors.await_senders(uploads).await {
         finish_removal(floors, &record).await;
     }
-    floors.attachments.recover().await?;
     floors.finish_sweeping().await;
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! The end of every fill: a file that is filled and digested becomes a blob and an entry of the tree.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::task::{JoinError, JoinSet};
 
@@ -20,6 +21,9 @@ const LARGE_AT_A_TIME: usize = 8;
 
 /// Bytes of small files that wait for more: what is not sealed is lost with the daemon.
 const WAITING_BYTES: u64 = 16 * UNIT_BYTES;
+
+/// How long the first of them waits while others come.
+const WAITING_FOR: Duration = Duration::from_secs(1);
 
 /// A file of a flight that is filled and digested.
 pub(super) struct Filled {
@@ -55,6 +59,8 @@ pub(super) struct Publishing {
     progress: Arc<Progress>,
     waiting: Vec<Filled>,
     waiting_bytes: u64,
+    /// Since when the first of them does.
+    since: Instant,
     small: JoinSet<Result<Entry>>,
     large: JoinSet<Result<Entry>>,
     sealed: Vec<Entry>,
@@ -68,6 +74,7 @@ impl Publishing {
             progress: Arc::clone(progress),
             waiting: Vec::new(),
             waiting_bytes: 0,
+            since: Instant::now(),
             small: JoinSet::new(),
             large: JoinSet::new(),
             sealed: Vec::new(),
@@ -91,15 +98,16 @@ impl Publishing {
             }
             return Ok(());
         }
+        if self.waiting.is_empty() {
+            self.since = Instant::now();
+        }
         self.waiting_bytes += filled.size;
         self.waiting.push(filled);
-        if self.waiting.len() >= limits::PUBLISH_BATCH_FILES || self.waiting_bytes >= WAITING_BYTES {
-            self.go().await?;
-        }
-        Ok(())
+        let are_many = self.waiting.len() >= limits::PUBLISH_BATCH_FILES || self.waiting_bytes >= WAITING_BYTES;
+        if are_many || self.since.elapsed() >= WAITING_FOR { self.go().await } else { Ok(()) }
     }
 
-    /// Sends the small ones that wait on their way, once those before them are sealed.
+    /// Sends the small ones that wait on their way, once most of those before them are sealed.
     ///
     /// # Errors
     /// Those of the store, of any file.
@@ -107,7 +115,8 @@ impl Publishing {
         if self.waiting.is_empty() {
             return Ok(());
         }
-        while let Some(entry) = joined(self.small.join_next().await)? {
+        while self.small.len() + self.waiting.len() > limits::PUBLISH_BATCH_FILES {
+            let Some(entry) = joined(self.small.join_next().await)? else { break };
             self.sealed.push(entry);
         }
         for filled in std::mem::take(&mut self.waiting) {

@@ -104,6 +104,7 @@ fn pass(filling: &Filling, size: u64, mut each: impl FnMut(&[u8])) -> Result<()>
     while at < size {
         let frontier = filling.wait_beyond(at)?;
         while at < frontier {
+            filling.check_wanted()?;
             let want = usize::try_from(frontier - at).unwrap_or(WINDOW_BYTES).min(WINDOW_BYTES);
             filling.read_exact_at(&mut buffer[..want], at)?;
             each(&buffer[..want]);

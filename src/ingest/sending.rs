@@ -106,7 +106,7 @@ impl Shared {
             slot = self.senders.acquire() => slot.map_err(closed)?,
             () = self.until_paused(), if announced.survives.is_some() => return Err(draining()),
         };
-        let entries = unpack::Unpacked::new(self.clone(), &record.id, entries);
+        let entries = unpack::Unpacked::new(self.clone(), &record.id, entries, announced.survives.is_some());
         let kept = announced.kept().cloned().unwrap_or_default();
         let mut known_bytes = announced.bytes;
         if announced.kept().is_some() {

@@ -105,7 +105,8 @@ impl<'a> Taken<'a> {
                 self.entries.push(Entry { path: listed.path, kind });
                 continue;
             }
-            if file.size.is_none_or(|size| size > UNIT_BYTES) {
+            // Its first recording goes no further than what comes before it.
+            if row.is_some() && file.size.is_none_or(|size| size > UNIT_BYTES) {
                 self.publishing.go().await?;
             }
             let begun = stream.begun();

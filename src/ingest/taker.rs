@@ -142,18 +142,19 @@ impl Taker<'_> {
             let written = self.write_all(stream, &bound.path, size, &filling, grown);
             let filled =
                 if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
+            // Now: the sealer may be at what an earlier run brought for long.
+            if is_recorded
+                && filled.as_ref().is_err_and(is_draining)
+                && let Err(error) = recorder.record().await
+            {
+                tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+            }
             if filled.is_err() {
                 filling.give_up();
             }
             filled
         };
         let (filled, sealed) = tokio::join!(filler, sealer);
-        if is_recorded
-            && filled.as_ref().is_err_and(is_draining)
-            && let Err(error) = recorder.record().await
-        {
-            tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
-        }
         filled?;
         sealed
     }

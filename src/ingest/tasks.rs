@@ -16,7 +16,7 @@ use crate::catalog::checkpoints::Record;
 use crate::error::{Error, Result};
 
 /// How long a drain waits for what is to be recorded: longer than a disk with full buffers needs, shorter than whoever waits for the drain.
-const RECORDING: Duration = Duration::from_secs(15);
+const RECORDING: Duration = Duration::from_secs(10);
 
 /// What fills one checkpoint.
 pub(super) struct Task {
@@ -65,18 +65,28 @@ impl Ingests {
     /// survive. Whoever receives from a sender ends that himself ([`Ingests::until_paused`]): only he can say so to the sender.
     pub async fn pause(&self) {
         self.0.paused.send_replace(true);
-        let mut leaving = self.take_tasks(AtPause::Leaves);
-        let left = futures_util::future::join_all(leaving.iter_mut().map(|task| &mut task.join));
+        let mut changes = self.changes();
+        let left = async {
+            // They stay where they are found until they have ended: a removal has to wait for them.
+            while self.has_tasks(AtPause::Leaves) {
+                // Lagging is a change.
+                let _ = changes.recv().await;
+            }
+        };
         let recorded = async { tokio::join!(self.record_arrived(), left) };
         if tokio::time::timeout(RECORDING, recorded).await.is_err() {
             tracing::warn!("the disk takes long: what the last moment brought will be fetched or sent again");
         }
         let mut stopped = self.take_tasks(AtPause::Stops);
-        stopped.extend(leaving.into_iter().filter(|task| !task.join.is_finished()));
+        stopped.extend(self.take_tasks(AtPause::Leaves));
         stopped.iter().for_each(|task| task.join.abort());
         for task in stopped {
             let _ = task.join.await;
         }
+    }
+
+    fn has_tasks(&self, at_pause: AtPause) -> bool {
+        lock(&self.0.tasks).values().any(|task| task.at_pause == at_pause)
     }
 
     fn take_tasks(&self, at_pause: AtPause) -> Vec<Task> {

@@ -22,6 +22,7 @@ use super::Shared;
 use super::extract::{Piece, PieceReader, QUEUE_PIECES};
 use super::fetch::blocking;
 use super::quota::Growth;
+use super::tasks::draining;
 use crate::archive::{About, Archived, Format, Member, Members};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -40,6 +41,7 @@ pub(super) struct Unpacked {
     state: State,
     /// Whether an archive is taken apart, or was spooled to be: no later run of the daemon has its beginning, so none goes on behind it.
     unpacks: bool,
+    survives: bool,
 }
 
 enum State {
@@ -74,8 +76,15 @@ struct Spool {
 
 impl Unpacked {
     /// `sent` for the flight `flight`, whose directory is there.
-    pub(super) fn new(shared: Arc<Shared>, flight: &str, sent: Box<dyn EntryStream>) -> Self {
-        Self { shared, flight: flight.to_owned(), sent, state: State::First, unpacks: false }
+    /// `survives` says whether whoever sends goes on after a restart.
+    pub(super) fn new(shared: Arc<Shared>, flight: &str, sent: Box<dyn EntryStream>, survives: bool) -> Self {
+        Self { shared, flight: flight.to_owned(), sent, state: State::First, unpacks: false, survives }
+    }
+
+    /// Ends what would be sent anew anyway: a drain is not to wait for it.
+    fn check_drain(&self) -> Result<()> {
+        let is_drained = self.unpacks && self.survives && *self.shared.paused.borrow();
+        if is_drained { Err(draining()) } else { Ok(()) }
     }
 
     async fn first(&mut self) -> Result<Option<Listed>> {
@@ -111,6 +120,10 @@ impl Unpacked {
     /// What `first` is, if it is an archive to be taken apart.
     fn archive(&self, first: &Listed) -> Option<(About, u64)> {
         let What::File(File { size: Some(size), executable, .. }) = first.what else { return None };
+        if self.sent.sealed().is_some() || self.sent.begun().is_some() {
+            // It was taken as a file before the restart.
+            return None;
+        }
         let name = EntryName::new(first.path.as_bytes()).ok()?;
         let format = Format::of_name(&name).filter(|_| self.sent.one_file())?;
         Some((About { name, format, executable }, size))
@@ -213,6 +226,7 @@ impl Spool {
 #[async_trait]
 impl EntryStream for Unpacked {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
+        self.check_drain()?;
         match &mut self.state {
             State::First => self.first().await,
             State::Plain => self.sent.next_entry().await,
@@ -227,6 +241,7 @@ impl EntryStream for Unpacked {
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+        self.check_drain()?;
         match &mut self.state {
             State::First => Ok(None),
             State::Plain => self.sent.next_bytes().await,

@@ -264,12 +264,12 @@ impl Filling {
     pub fn wait_beyond(&self, bytes: u64) -> Result<u64> {
         let mut progress = self.locked();
         loop {
+            if progress.given_up {
+                return Err(given_up());
+            }
             let frontier = progress.units.frontier_bytes();
             if frontier > bytes || frontier == progress.units.size {
                 return Ok(frontier);
-            }
-            if progress.given_up {
-                return Err(given_up());
             }
             progress = self.moved.wait(progress).unwrap_or_else(PoisonError::into_inner);
         }

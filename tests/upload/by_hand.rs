@@ -392,7 +392,8 @@ fn an_archive_that_is_sent_alone_is_taken_apart_while_it_comes() {
         random_file(&source.join(name), seed() + bytes, bytes);
     }
     let archive = daemon.place().join("m.tar");
-    run(std::process::Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&source).args(["a.bin", "b.bin"])).ok();
+    run(std::process::Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(&source).args(["a.bin", "b.bin"]))
+        .ok();
     let bytes = fs::read(&archive).unwrap();
     let alone = |id: &str| {
         let Message::Start(start) = start(id, None) else { unreachable!() };

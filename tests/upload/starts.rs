@@ -19,6 +19,7 @@ fn with_a_daemon_that_was_killed_and_started_again_a_tree_goes_on() {
     let id = daemon.rows("list")[0]["id"].clone();
     // The file that was under way is none that is recorded yet.
     wait_recorded(&daemon, 40 * MIB);
+    wait_until("no more gets through", LIMIT, || way.passed() >= 60 * MIB);
     let before = way.passed();
     daemon.kill9();
     daemon.restart();
@@ -39,6 +40,7 @@ fn with_a_daemon_that_was_killed_and_started_again_one_large_file_goes_on() {
     let way = Way::to(&daemon, &[Break::Stall(150 * MIB), Break::Cut(30 * MIB)]);
     let client = stalled(&daemon, &way, &source, &[], 130 * MIB);
     wait_recorded(&daemon, 128 * MIB);
+    wait_until("no more gets through", LIMIT, || way.passed() >= 150 * MIB);
     let before = way.passed();
     daemon.kill9();
     daemon.restart();
@@ -111,7 +113,7 @@ fn a_tree_that_changed_while_the_daemon_was_away_is_refused_and_nothing_stays() 
 
 #[test]
 fn what_a_dead_daemon_has_left_goes_after_the_idle_time_and_nothing_of_it_stays() {
-    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "10")]);
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__UPLOAD_IDLE_S", "30")]);
     let (source, _) = tree(&daemon);
     let way = Way::to(&daemon, &[Break::Stall(115 * MIB)]);
     stalled(&daemon, &way, &source, &["--owner", "alice"], 105 * MIB).kill();

@@ -14,12 +14,12 @@ use prost::Message as _;
 use super::sent::{Here, Sent, listed};
 use super::under_way::Upload;
 use super::{Floors, follow};
-use crate::catalog::checkpoints::Record;
+use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::fills::{self, FillRow};
 use crate::catalog::uploads;
 use crate::control::wire;
 use crate::digest::Digester;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ingest::{Announced, Kept, Survives};
 use crate::source::{Begun, Listed, What};
 use crate::store::filling::UnitMap;
@@ -49,9 +49,13 @@ impl Floors {
             match self.durable(&record).await {
                 Ok(Some((begun, durable))) => found.push((record, begun, durable)),
                 Ok(None) => lost.push(record),
-                Err(error) => {
+                Err(error) if error.kind() == Kind::Corrupt => {
                     tracing::warn!(checkpoint = record.id, error = %error.report(), "an upload cannot be gone on with");
                     lost.push(record);
+                }
+                // Of this moment: nothing of it is given up for that.
+                Err(error) => {
+                    tracing::error!(checkpoint = record.id, error = %error.report(), "an upload waits for the next start");
                 }
             }
         }
@@ -76,6 +80,10 @@ impl Floors {
         let flight = record.id.clone();
         let read = move |tx: &rusqlite::Connection| {
             let Some(begun) = uploads::get(tx, &flight)? else { return Ok(None) };
+            if checkpoints::flight_of(tx, &flight)? != flight {
+                // It had been given back.
+                return Ok(None);
+            }
             Ok(Some((begun, uploads::entries(tx, &flight)?, fills::of_flight(tx, &flight)?)))
         };
         let Some((begun, entries, files)) = self.store.catalog().read(read).await? else { return Ok(None) };

@@ -14,6 +14,7 @@ use crate::control::wire;
 use crate::control::wire::upload_checkpoint_request::Message;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::manifest::Manifest;
 use crate::names::EntryPath;
 use crate::source::{Begun, EntryStream, File, Listed, What};
@@ -46,6 +47,8 @@ pub(super) struct Sent {
     row: Option<(u64, Vec<u8>)>,
     /// Entries that were given.
     entries: u64,
+    /// What they take as they came, all of them.
+    listed_bytes: usize,
     /// Whether it is one file that is to be extracted if it is an archive.
     one_file: bool,
 }
@@ -127,8 +130,9 @@ impl EntryStream for Sent {
 impl Sent {
     /// What comes of `upload`, behind what is `kept` of it.
     pub(super) fn new(upload: Arc<Upload>, one_file: bool, kept: Vec<(Listed, Here)>) -> Self {
+        let listed_bytes = kept.iter().map(|(listed, _)| listed.path.as_bytes().len()).sum();
         let kept = kept.into_iter();
-        Self { upload, turn: None, kept, here: Here::No, present: None, row: None, entries: 0, one_file }
+        Self { upload, turn: None, kept, here: Here::No, present: None, row: None, entries: 0, listed_bytes, one_file }
     }
 
     /// The next message, from whichever call; waits for as long as there is none.
@@ -166,6 +170,13 @@ impl Sent {
         if let What::File(file) = &listed.what {
             self.present = file.size;
         }
+        // They are kept until the end, and what is recorded of them is nobody's to pay for.
+        self.listed_bytes += entry.encoded_len();
+        if self.listed_bytes > limits::MANIFEST_BYTES {
+            let most = limits::MANIFEST_BYTES >> 20;
+            return Err(Error::no_space("TOO_MANY_ENTRIES", format!("the entries sent take more than {most} MiB"))
+                .remedy("upload it in parts, or as an archive"));
+        }
         self.row = self.upload.resumes().then(|| (self.entries, entry.encode_to_vec()));
         self.entries += 1;
         Ok(listed)
@@ -181,6 +192,13 @@ pub(super) fn listed(entry: &wire::UploadEntry) -> Result<Listed> {
     let path = EntryPath::new(entry.path.as_slice())?;
     let what = match &entry.kind {
         Some(Sort::Directory(_)) => What::Directory,
+        Some(Sort::Symlink(target)) if target.len() > limits::ENTRY_PATH_BYTES => {
+            let most = limits::ENTRY_PATH_BYTES;
+            return Err(Error::invalid(
+                "BAD_SYMLINK",
+                format!("the target of the link `{path}` is longer than {most} bytes"),
+            ));
+        }
         Some(Sort::Symlink(target)) => What::Symlink(target.clone().into()),
         Some(Sort::File(file)) => What::File(File::streamed(Some(file.size_bytes), file.executable)),
         None => return Err(protocol("an entry has no kind")),
