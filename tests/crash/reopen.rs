@@ -1,4 +1,4 @@
-//! A daemon on what a crash has left: it starts, serves what was ready, brings in what was arriving, and keeps nothing else.
+//! A daemon on what a crash has left: it starts, serves what was ready, brings in what was arriving, waits for who was sending, and keeps nothing else.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -81,12 +81,18 @@ fn unneeded_blobs(state: &Path) -> i64 {
 
 /// Compares it with its source through a mount, once it is here.
 fn read_back(story: &Story, daemon: &Daemon, name: &str) {
+    let tree = story.sources.place.join(if name == "a2" { "a" } else { name });
     let mut tries = 0;
     let mut is_asked_for = false;
     wait_until_told(LIMIT, || {
         let record = daemon.json(&["get", name]);
         if record["state"] == "evicted" {
             daemon.ctl(&["prefetch", name]).ok();
+        }
+        if record["state"] == "filling" && record["source"]["type"] == "upload" {
+            // Its sender comes back, and goes on from what is durable.
+            let id = record["id"].as_str().unwrap();
+            daemon.ctl(&["upload", name, tree.to_str().unwrap(), "--id", id]).ok();
         }
         if record["state"] == "failed" {
             tries += 1;
@@ -102,7 +108,6 @@ fn read_back(story: &Story, daemon: &Daemon, name: &str) {
         if is_whole { Ok(()) } else { Err(format!("`{name}` is not whole: {record}")) }
     });
     let target = daemon.attach(name, name);
-    let tree = story.sources.place.join(if name == "a2" { "a" } else { name });
     assert_same_tree(&tree, &target);
     daemon.ctl(&["detach", name]).ok();
 }
