@@ -308,6 +308,7 @@ fn what_is_behind_a_gap_is_as_if_it_had_never_come() {
         let behind = [directory("z")].into_iter().chain(files_of_one_byte("c"));
         let messages = [start(ID, None)].into_iter().chain(files_of_one_byte("a b")).chain(behind);
         let sending = Sending::begin(&daemon, None, messages).await;
+        stands_at(&daemon, ID, 4, 1).await;
         wait_recorded(&daemon, 3);
         sending.go().await;
     });
