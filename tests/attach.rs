@@ -267,6 +267,8 @@ fn where_mounts_cannot_be_made_by_descriptor_they_are_made_by_path() {
         .shell(&format!("! touch '{inside}/both/x'; grep -c '{inside}/.* ro,nosuid,nodev' /proc/mounts | grep -x 4"))
         .ok();
     daemon.ctl(&["attach", "late", "a", "--at", one.to_str().unwrap()]).refused(&[4], &["mounted", "already"]);
+    daemon.ctl(&["release", "late"]).ok();
+    is_right(&daemon);
 
     // One of the views is as a crash leaves it that comes before its number is recorded.
     let catalog = rusqlite::Connection::open(daemon.state().join("catalog.db")).unwrap();

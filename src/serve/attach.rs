@@ -136,6 +136,10 @@ pub fn prepare(place: &Place, views: Views, reserved: &Reserved) -> Result<Prepa
     target::check_path(&place.target, whose, reserved)?;
     let namespace = process.as_ref().map_or_else(namespace::own_inode, |process| Ok(process.inode))?;
     let build = Build::of(views).map_err(|error| error.during(format!("attaching at {}", place.target.display())))?;
+    if let Build::InPlace(_) = build {
+        // Before it is foretold: another's view that is there already must not be taken for it.
+        namespace::act(&entrance(process.as_ref()), || target::open(&place.target, whose).map(drop))?;
+    }
     let (mount_id, unique_id, device) = build.known().map_err(|error| Error::io("looking at", &place.target, error))?;
     let mounted = Mounted { target: place.target.clone(), pid: place.pid, namespace, mount_id, unique_id, device };
     Ok(Prepared { build, process, mounted })
