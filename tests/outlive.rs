@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use support::corpus::{Random, Tensors, random_file, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::{assert_same_tree, xattr};
+use support::memory::ShortOfMemory;
 use support::place::mounts_at;
 use support::ran::{run, shell, wait_until};
 use support::site::{Page, Site};
@@ -314,7 +315,34 @@ fn a_file_that_a_released_job_has_open_stays_right_over_starts_though_its_checkp
     assert!(daemon.stderr().contains("until the host boots"));
 }
 
-/// A kill for want of memory is a SIGKILL, of which the tests above are full; this is who is to get it last.
+/// The kernel itself ends the daemon, in the middle of an ingest, with locks held and threads in system calls.
+#[test]
+fn readers_see_nothing_of_a_kill_for_want_of_memory() {
+    let (daemon, source, targets) = kept(&[]);
+    let readers = targets.each_ref().map(|at| Reader::of(at.join("w.bin"), source.join("w.bin")));
+    let jobs = daemon.json(&["jobs"]);
+    let more = daemon.place().dir("more");
+    random_file(&more.join("w.bin"), seed() + 1, 64 * MIB);
+    for round in 1..=3 {
+        let group = ShortOfMemory::new();
+        let before = daemon.server();
+        group.take(before);
+        // Nothing need come of it: it may be this call that takes the last page.
+        let name = format!("m{round}");
+        daemon.ctl(&["capture", "maker", "--from", more.to_str().unwrap(), "--name", &name]);
+        successor(&daemon, before);
+        assert_eq!(group.killed(), 1, "{}", daemon.stderr_tail());
+        readers.iter().for_each(Reader::goes_on);
+    }
+    readers.into_iter().for_each(Reader::end);
+    assert_eq!(daemon.json(&["jobs"]), jobs);
+    assert!(has_event(&daemon, "DAEMON_RESTARTED", "SIGKILL"));
+    // What could be begun goes on and is whole.
+    daemon.capture("last", &more);
+    assert_same_tree(&more, &daemon.attach("three", "last"));
+}
+
+/// Who is to be killed for memory last.
 #[test]
 fn a_keeper_and_its_daemon_are_the_last_to_be_killed_for_memory() {
     let (daemon, _, _) = kept(&[]);

@@ -15,6 +15,7 @@ pub(crate) mod files;
 pub(crate) mod ftp_faults;
 pub(crate) mod jail;
 pub(crate) mod loopfs;
+pub(crate) mod memory;
 pub(crate) mod network;
 pub(crate) mod place;
 pub(crate) mod ran;
