@@ -33,6 +33,7 @@ pub mod units;
 // 1: model.
 pub mod layout;
 pub mod manifest;
+mod pieces;
 
 // 2: disk.
 pub mod disk;

@@ -238,20 +238,33 @@ impl Disk {
     /// # Errors
     /// The I/O error; the half-written file is removed.
     pub fn write_filling(&self, flight: &str, number: u64, bytes: &[u8]) -> Result<()> {
+        self.write_filling_with(flight, number, bytes.len() as u64, |write| write(bytes))
+    }
+
+    /// The same of `size` bytes that `make` hands over piece by piece. Where it fails nothing is left.
+    ///
+    /// # Errors
+    /// As [`Disk::write_filling`]; those of `make`.
+    pub fn write_filling_with<R>(
+        &self,
+        flight: &str,
+        number: u64,
+        size: u64,
+        make: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<R>,
+    ) -> Result<R> {
         self.check_healthy()?;
-        self.check_room(bytes.len() as u64)?;
+        self.check_room(size)?;
         let path = self.filling_path(flight, number);
-        let written = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o444)
+        let wrong = |error| Error::io("writing", &path, error);
+        let options = OpenOptions::new().write(true).create(true).truncate(true).mode(0o444).clone();
+        let made = options
             .open(&path)
-            .and_then(|mut file| file.write_all(bytes));
-        written.map_err(|error| {
+            .map_err(wrong)
+            .and_then(|mut file| make(&mut |bytes| file.write_all(bytes).map_err(wrong)));
+        if made.is_err() {
             let _ = fs::remove_file(&path);
-            Error::io("writing", &path, error)
-        })
+        }
+        made
     }
 
     /// Removes one blob being filled; gone already is fine.

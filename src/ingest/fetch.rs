@@ -7,6 +7,7 @@
 //! Durable units are recorded while a large file fills (flush, then row), at most every second and every 64 MiB: that is what `kill -9`
 //! costs. Copies on this host are not recorded; copying again is as quick as checking.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -28,6 +29,7 @@ use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::limits::{self, UNIT_BYTES};
+use crate::pieces::{Pieces, Whole};
 use crate::source::{File, SOURCE_CHANGED, Source};
 use crate::store::filling::{Filling, UnitMap};
 use crate::units::now_unix_ms;
@@ -92,6 +94,9 @@ fn cores() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
 }
 
+/// For a stream, unless a reader waits for it, and for its memory.
+type Permits = (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit);
+
 /// What bounds all fetchers of the daemon.
 pub(super) struct Bounds {
     /// Memory in KiB.
@@ -135,12 +140,12 @@ impl Bounds {
 
     /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
     /// keep the others from being read.
-    async fn large(&self) -> Result<(Option<OwnedSemaphorePermit>, OwnedSemaphorePermit)> {
+    async fn large(&self) -> Result<Permits> {
         Ok((Some(self.stream().await?), self.claim(2 * WRITE_BYTES as u64).await?))
     }
 
     /// [`Bounds::large`] for what a reader waits for.
-    async fn wanted(&self) -> Result<(Option<OwnedSemaphorePermit>, OwnedSemaphorePermit)> {
+    async fn wanted(&self) -> Result<Permits> {
         Ok((None, self.claim_wanted(2 * WRITE_BYTES as u64).await?))
     }
 }
@@ -161,26 +166,27 @@ pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Resul
     let Bringing { flying, arriving } = &bringing;
     let file = arriving.to_fill(entry)?;
     let size = file.file.size.unwrap_or(0);
-    let (bytes, memory, core) = if flying.source.is_local() {
+    let (bytes, permits, core) = if flying.source.is_local() {
         // Memory last: what waits for a disk must not hold it.
         let core = flying.core().await?;
-        (None, flying.shared.bounds.claim(size).await?, core)
+        (None, (None, flying.shared.bounds.claim(size).await?), core)
     } else {
-        let (bytes, memory) = small_from_stream(flying, &file, size, wanted).await?;
-        (Some(bytes), memory, flying.core().await?)
+        // The stream's permit is kept until the bytes are written: what comes faster than it is digested waits at the source, not in memory.
+        let (bytes, permits) = small_from_stream(flying, &file, size, wanted).await?;
+        (Some(bytes), permits, flying.core().await?)
     };
     let (work, flight) = (file.clone(), flying.clone());
     let digested = blocking(move || {
-        let bytes = match bytes {
+        let whole = match bytes {
             Some(bytes) => bytes,
-            None => small_from_here(flight.source.as_ref(), &work.file, size)?,
+            None => small_from_here(flight.source.as_ref(), &work.file, size)?.into(),
         };
-        let digested = seal::digest_small(&bytes, &work.path, &work.file.expected)?;
-        flight.shared.store.disk().write_filling(&flight.key, work.number, &bytes)?;
-        Ok(digested)
+        flight.shared.store.disk().write_filling_with(&flight.key, work.number, size, |write| {
+            seal::digest_small(&whole, &work.path, &work.file.expected, write)
+        })
     })
     .await?;
-    drop((memory, core));
+    drop((permits, core));
     if file.file.size.is_some() {
         flying.progress.arrived(size);
     }
@@ -206,20 +212,15 @@ pub(super) fn changed(what: &str) -> Error {
         .remedy("let it come to rest, then retry")
 }
 
-/// The bytes, and the permit for the memory they are in.
-async fn small_from_stream(
-    flying: &Arc<Flying>,
-    file: &ToFill,
-    size: u64,
-    wanted: bool,
-) -> Result<(Vec<u8>, OwnedSemaphorePermit)> {
+/// The bytes, and the permits for their stream and the memory they are in.
+async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64, wanted: bool) -> Result<(Whole, Permits)> {
     let bounds = &flying.shared.bounds;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
         let fetched = {
-            let _stream = if wanted { None } else { Some(bounds.stream().await?) };
+            let stream = if wanted { None } else { Some(bounds.stream().await?) };
             let memory = if wanted { bounds.claim_wanted(size * 2).await? } else { bounds.claim(size * 2).await? };
-            small_once(flying, file, size).await.map(|bytes| (bytes, memory))
+            small_once(flying, file, size).await.map(|bytes| (bytes, (stream, memory)))
         };
         match fetched {
             Ok(fetched) => return Ok(fetched),
@@ -228,19 +229,19 @@ async fn small_from_stream(
     }
 }
 
-async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Vec<u8>> {
+async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Whole> {
     let mut stream = flying.source.read(&file.file, 0..size).await?;
-    let mut bytes = Vec::with_capacity(usize::try_from(size.min(UNIT_BYTES)).unwrap_or(0));
+    let mut bytes = Pieces::default();
     while let Some(piece) = stream.try_next().await? {
         if (bytes.len() + piece.len()) as u64 > size {
             return Err(too_long(size));
         }
-        bytes.extend_from_slice(&piece);
+        bytes.push(piece);
     }
     if (bytes.len() as u64) < size {
         return Err(too_short(bytes.len() as u64, size));
     }
-    Ok(bytes)
+    Ok(bytes.whole())
 }
 
 fn too_short(got: u64, size: u64) -> Error {
@@ -349,6 +350,7 @@ pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
         } else if next > before {
             ladder.progressed();
         }
+        arriving.rest(&step.step);
         ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
     }
 }
@@ -379,32 +381,27 @@ async fn fetch_units(
     let range = map.range(*next).start..map.range(end - 1).end;
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
-    let mut gathered: Vec<Bytes> = Vec::new();
-    let mut gathered_bytes = 0;
+    let mut gathered = Pieces::default();
     loop {
         let piece = stream.next().await;
         if let Some(Ok(piece)) = &piece {
-            gathered_bytes += piece.len();
-            if at + gathered_bytes as u64 > range.end {
-                return Err(too_long(range.end - range.start));
-            }
             gathered.push(piece.clone());
         }
+        let until = at + gathered.len() as u64;
+        if until > range.end {
+            return Err(too_long(range.end - range.start));
+        }
         let ended = !matches!(piece, Some(Ok(_)));
-        if gathered_bytes >= WRITE_BYTES || (ended && gathered_bytes > 0) || at + gathered_bytes as u64 == range.end {
-            write(filling, std::mem::take(&mut gathered), at).await?;
-            at += gathered_bytes as u64;
-            gathered_bytes = 0;
-            while *next < end && map.range(*next).end <= at {
-                if filling.complete(*next) {
-                    let unit = map.range(*next);
-                    flying.progress.arrived(unit.end - unit.start);
-                }
-                arriving.arrived(step.entry, *next);
-                *next += 1;
-                if *next < end && !arriving.go_on(step, *next).await {
-                    return Ok(());
-                }
+        if until > at && (ended || gathered.len() >= WRITE_BYTES || until == range.end) {
+            let whole = *next..(*next..end).find(|unit| map.range(*unit).end > until).unwrap_or(end);
+            let came = write(filling, gathered.take(), at, whole.clone()).await?;
+            flying.progress.arrived(came);
+            at = until;
+            *next = whole.end;
+            let moved = !whole.is_empty();
+            whole.for_each(|unit| arriving.arrived(step.entry, unit));
+            if moved && *next < end && !arriving.go_on(step, *next).await {
+                return Ok(());
             }
             arriving.make_way(step).await;
         }
@@ -417,7 +414,8 @@ async fn fetch_units(
     }
 }
 
-async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()> {
+/// Writes `pieces` from `at` on, which makes the units `whole` complete; the bytes of those that were not here before.
+async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64, whole: Range<u64>) -> Result<u64> {
     let filling = filling.clone();
     blocking(move || {
         let mut at = at;
@@ -426,7 +424,7 @@ async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<()
             filling.write_at(&piece, at)?;
             at += piece.len() as u64;
         }
-        Ok(())
+        Ok(whole.map(|unit| filling.complete(unit)).sum())
     })
     .await
 }
@@ -472,7 +470,7 @@ async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Fillin
         if at / UNIT_BYTES != (at + length) / UNIT_BYTES {
             flying.shared.admit_more(UNIT_BYTES).await.map_err(|error| (at, error))?;
         }
-        write(filling, vec![piece], at).await.map_err(|error| (at, error))?;
+        write(filling, vec![piece], at, 0..0).await.map_err(|error| (at, error))?;
         at += length;
         flying.progress.arrived(length);
     }

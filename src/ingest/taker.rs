@@ -21,6 +21,7 @@ use crate::catalog::{fills, uploads};
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
+use crate::pieces::{Pieces, Whole};
 use crate::source::{Begun, EntryStream, Expected, File};
 use crate::store::filling::{Filling, UnitMap};
 
@@ -97,23 +98,23 @@ impl Taker<'_> {
         number: u64,
         expected: &Expected,
     ) -> Result<Digested> {
-        let mut bytes = Vec::new();
+        let mut bytes = Pieces::default();
         while let Some(piece) = stream.next_bytes().await? {
             check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
-            bytes.extend_from_slice(&piece);
+            bytes.push(piece);
         }
         check_length(path, bytes.len() as u64, size, true)?;
         self.progress.arrived(size);
-        self.seal_small(bytes, path, number, expected).await
+        self.seal_small(bytes.whole(), path, number, expected).await
     }
 
-    async fn seal_small(&self, bytes: Vec<u8>, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {
+    async fn seal_small(&self, whole: Whole, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {
         let (disk, flight) = (self.shared.store.disk().clone(), self.flight.to_owned());
         let (path, expected) = (path.clone(), expected.clone());
         blocking(move || {
-            let digested = seal::digest_small(&bytes, &path, &expected)?;
-            disk.write_filling(&flight, number, &bytes)?;
-            Ok(digested)
+            disk.write_filling_with(&flight, number, whole.size(), |write| {
+                seal::digest_small(&whole, &path, &expected, write)
+            })
         })
         .await
     }
@@ -193,7 +194,7 @@ impl Taker<'_> {
         self.check_growth(0, size, before).await?;
         self.progress.arrived(size);
         if size <= UNIT_BYTES {
-            let digested = self.seal_small(bytes, &path, number, &file.expected).await?;
+            let digested = self.seal_small(bytes.into(), &path, number, &file.expected).await?;
             return Ok(Filled { path, number, size, executable, digested, synced: false, sent });
         }
         let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);

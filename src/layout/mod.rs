@@ -38,7 +38,7 @@ mod samples;
 mod tests;
 mod zip;
 
-pub use chunker::{Chunk, Chunker};
+pub use chunker::{Chunk, Chunker, FileDigester};
 pub use read::ReadAt;
 
 use std::ops::Range;

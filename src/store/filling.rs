@@ -228,19 +228,20 @@ impl Filling {
         self.file.read_exact_at(buffer, offset).map_err(|error| Error::io("reading", &self.path, error))
     }
 
-    /// Notes a unit as here, starts its write-back and wakes the sealer; whether it was not here before.
-    pub fn complete(&self, unit: u64) -> bool {
+    /// Notes a unit as here, starts its write-back, which may wait for the disk, and wakes the sealer. Returns its length in bytes, 0 if it was here
+    /// before.
+    pub fn complete(&self, unit: u64) -> u64 {
         let range = {
             let units = &self.locked().units;
             if units.contains(unit) {
-                return false;
+                return 0;
             }
             units.range(unit)
         };
-        self.disk.begin_write_back(&self.file, range);
+        self.disk.begin_write_back(&self.file, range.clone());
         self.locked().units.set(unit);
         self.moved.notify_all();
-        true
+        range.end - range.start
     }
 
     /// Wakes everybody who waits, for good: the fill failed.

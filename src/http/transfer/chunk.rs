@@ -10,6 +10,7 @@ use futures_util::StreamExt as _;
 
 use super::PIECE_BYTES;
 use super::refusal::Refusal;
+use crate::pieces::Pieces;
 use crate::source::local::StreamDigest;
 
 /// The upload of a client that names none.
@@ -74,14 +75,14 @@ pub(super) fn asked_upload_id(query: &str) -> Cow<'_, str> {
     asked.map_or(Cow::Borrowed(DEFAULT_ID), |id| percent_encoding::percent_decode_str(id).decode_utf8_lossy())
 }
 
-/// A whole body, in the runs in which it came.
+/// A whole body, in order.
 pub(super) struct Body(pub(super) Vec<Bytes>);
 
 impl Body {
     /// Takes a body that must have `length` bytes and is never silent for longer than `patience`. Holds what came, never what was announced.
     pub(super) async fn gather(body: Incoming, length: usize, patience: Duration) -> Result<Self, Refusal> {
         let mut body = body.into_data_stream();
-        let mut runs = Vec::new();
+        let mut runs = Pieces::default();
         let mut left = length;
         while let Some(run) = next(&mut body, patience).await? {
             let Some(after) = left.checked_sub(run.len()) else {
@@ -93,7 +94,7 @@ impl Body {
         if left > 0 {
             return Err(Refusal::Malformed("the body is shorter than its range"));
         }
-        Ok(Self(runs))
+        Ok(Self(runs.take()))
     }
 }
 

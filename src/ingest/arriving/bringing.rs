@@ -145,7 +145,12 @@ impl Arriving {
 
     /// The next thing that a reader waits for; waits until there is one.
     pub(in crate::ingest) async fn next_wanted(&self) -> Wanted {
-        self.when_work(Queue::next_wanted).await
+        let wanted = self.when_work(Queue::next_wanted).await;
+        if matches!(wanted, Wanted::Small(_)) {
+            // It was all that the background waited for, perhaps; that of units is told when they end.
+            self.work.notify_waiters();
+        }
+        wanted
     }
 
     async fn when_work<T>(&self, mut next: impl FnMut(&mut Queue) -> Option<T>) -> T {
@@ -171,11 +176,17 @@ impl Arriving {
         loop {
             let mut woken = std::pin::pin!(self.work.notified());
             woken.as_mut().enable();
-            if !self.lock().must_pause(step) {
+            if !self.lock().queue.must_pause(step) {
                 return;
             }
             woken.await;
         }
+    }
+
+    /// A step waits to try again.
+    pub(in crate::ingest) fn rest(&self, step: &Step) {
+        self.lock().queue.rest(step);
+        self.work.notify_waiters();
     }
 
     /// Ends a step.

@@ -230,11 +230,6 @@ impl State {
         self.waits = self.waits.saturating_sub(ready.len());
         ready.into_iter().map(|waiting| (waiting.resume, Ok(()))).collect()
     }
-
-    /// A stream whose present unit somebody waits for goes on.
-    fn must_pause(&self, step: &Step) -> bool {
-        self.queue.must_pause(step)
-    }
 }
 
 impl At {

@@ -1,8 +1,10 @@
 //! Which units are fetched next: a pure table, without bytes, time or tasks.
 //!
 //! Work comes from two ends. *Wanted* units are those that a reader waits for: they are taken first, by fetchers of their own, and are
-//! taken away from a stream that would come to them only later. Everything else is the *background*: units of files that have been
-//! started, in file order, several streams at a time. Once somebody reads ([`Queue::set_read`]), the background makes way: it begins with the
+//! taken away from a stream that would come to them only later, or that rests after a failure. One that its stream comes to next stays
+//! there, and makes it *urgent*: it does not pause, whatever else is wanted. Everything else is the *background*: units of files that have been
+//! started, in file order, several streams at a time. Once somebody reads ([`Queue::set_read`]), the background makes way: it begins nothing while
+//! something is wanted, stands still unless it is urgent, begins with the
 //! first unit of every file (headers), follows the order that an earlier job read in, then readers that go straight on, and
 //! takes short ranges in few streams, so that a wanted unit never queues behind much.
 //!
@@ -83,6 +85,19 @@ struct Running {
     at: usize,
     next: u64,
     wanted: bool,
+    stage: Stage,
+    /// The last of its units that a reader waits for and that was left to it.
+    urgent: Option<u64>,
+}
+
+/// How far a step is with what it comes to next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It has not asked for anything yet.
+    Begins,
+    Reads,
+    /// It waits to try again.
+    Rests,
 }
 
 /// A reader that goes straight on: the file, the next unit, and how often it was met there.
@@ -169,7 +184,7 @@ impl Queue {
         }
     }
 
-    /// Whether the unit is to be fetched by itself: missing, or claimed by a stream that comes to it only later.
+    /// Whether the unit is to be fetched by itself: missing, or claimed by a stream that comes to it only later. A stream that it is left to is in a hurry.
     fn take_away(&mut self, at: usize, unit: u64) -> bool {
         let file = &self.files[at];
         let Some(state) = index(unit).and_then(|unit| file.units.get(unit)) else { return false };
@@ -177,11 +192,15 @@ impl Queue {
             Unit::Here => false,
             Unit::Missing => file.ranges,
             Unit::Claimed(token) => {
-                let far = self.running.get(&token).is_some_and(|running| !running.wanted && running.next + NEAR < unit);
+                let Some(running) = self.running.get_mut(&token).filter(|running| !running.wanted) else {
+                    return false;
+                };
+                let far = running.stage != Stage::Reads || running.next + NEAR < unit;
                 if far && file.ranges {
                     self.set(at, unit, Unit::Missing);
                     return true;
                 }
+                running.urgent = running.urgent.max(Some(unit));
                 false
             }
         }
@@ -244,12 +263,29 @@ impl Queue {
         None
     }
 
+    /// Whether a reader waits for something that nobody has begun to fetch.
+    fn something_waits(&mut self) -> bool {
+        while let Some(&(entry, unit)) = self.wanted.front() {
+            let is_missing = |at: &usize| self.missing(*at, unit);
+            if self.small_left.contains(&entry) || self.rank.get(&entry).is_some_and(is_missing) {
+                return true;
+            }
+            self.wanted.pop_front();
+        }
+        false
+    }
+
+    /// Whether something comes that a reader waits for.
+    fn something_comes(&self) -> bool {
+        self.running.values().any(|running| running.wanted && running.stage != Stage::Rests)
+    }
+
     /// The next range of the background, if it may begin one now.
     pub(in crate::ingest) fn next_background(&mut self) -> Option<Step> {
         if self.read {
             let background = self.running.values().filter(|running| !running.wanted).count();
             let streams = if self.cautious > 0 { STREAMS_WHILE_CAUTIOUS } else { STREAMS_WHILE_READ };
-            if background >= streams || background < self.running.len() {
+            if background >= streams || self.something_comes() || self.something_waits() {
                 return None;
             }
             self.cautious = self.cautious.saturating_sub(1);
@@ -338,24 +374,46 @@ impl Queue {
         if wanted {
             self.cautious = CAUTIOUS_FOR;
         }
-        self.running.insert(token, Running { at, next: units.start, wanted });
+        let running = Running { at, next: units.start, wanted, stage: Stage::Begins, urgent: None };
+        self.running.insert(token, running);
         Step { entry: self.files[at].entry, units, wanted, token }
     }
 
     /// Whether a step comes to `unit` next: it may have been taken away.
     pub(in crate::ingest) fn go_on(&mut self, step: &Step, unit: u64) -> bool {
         let Some(running) = self.running.get_mut(&step.token) else { return false };
-        running.next = unit;
+        (running.next, running.stage) = (unit, Stage::Reads);
         let file = &self.files[running.at];
         let claimed = index(unit).and_then(|unit| file.units.get(unit));
-        // A long range that was begun before anybody read ends early.
-        let too_long = self.read && !step.wanted && unit - step.units.start >= UNITS_PER_READ_RANGE;
+        // A long range that was begun before anybody read ends early, though not before what it is waited for.
+        let is_long = unit - step.units.start >= UNITS_PER_READ_RANGE;
+        let too_long = self.read && !step.wanted && is_long && running.urgent < Some(unit);
         !file.ranges || !too_long && matches!(claimed, Some(Unit::Claimed(token)) if *token == step.token)
     }
 
-    /// Whether a step of the background is to stand still because something else is wanted.
+    /// Whether a step of the background is to stand still because something else is wanted, and nothing of its own.
     pub(in crate::ingest) fn must_pause(&self, step: &Step) -> bool {
-        !step.wanted && self.read && self.running.values().any(|running| running.wanted)
+        !step.wanted && self.read && self.something_comes() && !self.is_urgent(step)
+    }
+
+    fn is_urgent(&self, step: &Step) -> bool {
+        let Some(running) = self.running.get(&step.token) else { return false };
+        let unit = running.urgent.and_then(index).and_then(|unit| self.files[running.at].units.get(unit));
+        unit == Some(&Unit::Claimed(step.token))
+    }
+
+    /// A step waits to try again: what others wait for of a background step is for whoever comes first.
+    pub(in crate::ingest) fn rest(&mut self, step: &Step) {
+        let Some(running) = self.running.get_mut(&step.token) else { return };
+        running.stage = Stage::Rests;
+        let (at, next) = (running.at, running.next);
+        let Some(urgent) = running.urgent.take().filter(|_| self.files[at].ranges) else { return };
+        for unit in next..=urgent {
+            if index(unit).and_then(|unit| self.files[at].units.get(unit)) == Some(&Unit::Claimed(step.token)) {
+                self.set(at, unit, Unit::Missing);
+                self.wanted.push_back((step.entry, unit));
+            }
+        }
     }
 
     /// Notes a unit that arrived.

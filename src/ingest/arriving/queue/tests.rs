@@ -49,6 +49,10 @@ fn the_order_is_that_of_looking_at_every_file() {
             let entry = u32::try_from(random(30)).unwrap();
             match random(8) {
                 0 => queue.start(entry),
+                1 if random(4) == 0 && !steps.is_empty() => {
+                    let at = usize::try_from(random(steps.len() as u64)).unwrap();
+                    queue.rest(&steps[at]);
+                }
                 1 => queue.want(entry, random(20)..random(20)),
                 2 => queue.set_read(random(4) == 0),
                 3 => steps.extend(queue.next_wanted().map(|wanted| match wanted {
@@ -140,6 +144,80 @@ fn a_unit_that_is_about_to_come_is_left_to_its_stream() {
     assert!(queue.go_on(&stream, 3));
     queue.want(0, 3..5);
     assert_eq!(queue.next_wanted(), None);
+}
+
+#[test]
+fn a_stream_that_is_left_what_a_reader_waits_for_does_not_stand_still() {
+    let mut queue = queue(&[20]);
+    queue.here(0, 0);
+    queue.set_read(true);
+    let stream = queue.next_background().unwrap();
+    assert_eq!(stream.units, 1..3);
+    assert!(queue.go_on(&stream, 1));
+    queue.want(0, 2..3);
+    assert_eq!(queue.next_wanted(), None, "it is about to come");
+    queue.want(0, 15..16);
+    let Some(Wanted::Units(other)) = queue.next_wanted() else { panic!("nothing is wanted") };
+    assert!(!queue.must_pause(&stream), "a reader waits for what it brings");
+    queue.here(0, 1);
+    assert!(queue.go_on(&stream, 2) && !queue.must_pause(&stream));
+    queue.here(0, 2);
+    assert!(queue.must_pause(&stream), "it has brought it");
+    queue.end(&other);
+    assert!(!queue.must_pause(&stream));
+}
+
+#[test]
+fn a_long_range_ends_early_only_behind_what_a_reader_waits_for() {
+    let mut queue = queue(&[20]);
+    let stream = queue.next_background().unwrap();
+    assert!(queue.go_on(&stream, 4));
+    queue.set_read(true);
+    queue.want(0, 5..6);
+    assert!(queue.go_on(&stream, 5), "a reader would wait for what nobody fetches");
+    assert!(!queue.go_on(&stream, 6));
+}
+
+#[test]
+fn the_background_begins_nothing_while_something_wanted_waits_to_be_begun() {
+    let mut queue = queue(&[20]);
+    queue.add_small(7);
+    queue.set_read(true);
+    queue.here(0, 0);
+    queue.want(0, 1..2);
+    assert_eq!(background(&mut queue), None, "it would take what a reader waits for");
+    let Some(Wanted::Units(step)) = queue.next_wanted() else { panic!("nothing is wanted") };
+    assert_eq!(step.units, 1..2);
+    queue.here(0, 1);
+    queue.end(&step);
+    queue.want(7, 0..1);
+    assert_eq!(background(&mut queue), None);
+    assert_eq!(queue.next_wanted(), Some(Wanted::Small(7)));
+    assert!(queue.next_background().is_some());
+}
+
+#[test]
+fn what_has_not_begun_or_rests_is_left_nothing_that_a_reader_waits_for() {
+    let mut queue = queue(&[20, 20]);
+    let stream = queue.next_background().unwrap();
+    queue.want(0, 0..1);
+    let Some(Wanted::Units(wanted)) = queue.next_wanted() else { panic!("it is left to what waits for its turn") };
+    assert_eq!(wanted.units, 0..1);
+    assert!(!queue.go_on(&stream, 0));
+    queue.end(&stream);
+    queue.end(&wanted);
+
+    let stream = queue.next_background().unwrap();
+    assert!(queue.go_on(&stream, 0));
+    queue.want(0, 0..2);
+    assert_eq!(queue.next_wanted(), None);
+    queue.rest(&stream);
+    let Some(Wanted::Units(wanted)) = queue.next_wanted() else { panic!("it is left to what waits to try again") };
+    assert_eq!(wanted.units, 0..2);
+    queue.set_read(true);
+    assert!(queue.must_pause(&stream));
+    queue.rest(&wanted);
+    assert!(!queue.must_pause(&stream) && queue.next_background().is_some(), "what rests needs no way");
 }
 
 #[test]
