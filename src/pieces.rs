@@ -1,7 +1,7 @@
 //! Bytes of a source as they came, until they are digested and written.
 //!
 //! What comes in large pieces is kept as it came, uncopied. Small pieces are put together: a source that sends byte by byte must not
-//! decide how much memory a megabyte takes.
+//! decide how much memory a megabyte takes, nor keep a buffer alive by each few bytes of it.
 
 use std::io;
 
@@ -11,10 +11,10 @@ use crate::error::Result;
 use crate::layout::ReadAt;
 
 /// Pieces from this length on are kept as they came.
-const LARGE_BYTES: usize = 4 << 10;
+const LARGE_BYTES: usize = 64 << 10;
 
 /// Small ones are put together up to this length.
-const TOGETHER_BYTES: usize = 64 << 10;
+const TOGETHER_BYTES: usize = 128 << 10;
 
 /// Windows in which a whole is shown: digests are quickest at powers of two, and two of them pass over each.
 const WINDOW_BYTES: usize = 256 << 10;
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn what_was_pushed_is_read_at_any_offset() {
-        for lengths in [&[][..], &[5], &[5, 5000, 0, 3, 70_000, 1], &[4096, 4096], &[1; 3]] {
+        for lengths in [&[][..], &[5], &[5, 5000, 0, 3, 70_000, 1], &[LARGE_BYTES, LARGE_BYTES], &[1; 3]] {
             let (pieces, all) = pushed(lengths);
             assert_eq!(pieces.len(), all.len());
             let whole = pieces.whole();
@@ -176,14 +176,14 @@ mod tests {
 
     #[test]
     fn small_pieces_are_put_together_and_large_ones_kept() {
-        let (mut bytewise, all) = pushed(&[1; 100_000]);
+        let (mut bytewise, all) = pushed(&[1; 200_000]);
         let pieces = bytewise.take();
         assert_eq!(pieces.concat(), all);
         assert_eq!(pieces.len(), 2, "a piece for each byte would take 32 times the memory");
         assert_eq!(bytewise.len(), 0);
-        let (mut large, all) = pushed(&[3, 5000, 5000]);
+        let (mut large, all) = pushed(&[3, 70_000, 70_001]);
         let pieces = large.take();
-        assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [3, 5000, 5000]);
+        assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [3, 70_000, 70_001]);
         assert_eq!(pieces.concat(), all);
     }
 }

@@ -172,7 +172,7 @@ pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Resul
         (None, (None, flying.shared.bounds.claim(size).await?), core)
     } else {
         // The stream's permit is kept until the bytes are written: what comes faster than it is digested waits at the source, not in memory.
-        let (bytes, permits) = small_from_stream(flying, &file, size, wanted).await?;
+        let (bytes, permits) = small_from_stream(&bringing, &file, size, wanted).await?;
         (Some(bytes), permits, flying.core().await?)
     };
     let (work, flight) = (file.clone(), flying.clone());
@@ -213,7 +213,8 @@ pub(super) fn changed(what: &str) -> Error {
 }
 
 /// The bytes, and the permits for their stream and the memory they are in.
-async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64, wanted: bool) -> Result<(Whole, Permits)> {
+async fn small_from_stream(bringing: &Bringing, file: &ToFill, size: u64, wanted: bool) -> Result<(Whole, Permits)> {
+    let Bringing { flying, arriving } = bringing;
     let bounds = &flying.shared.bounds;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
@@ -224,7 +225,10 @@ async fn small_from_stream(flying: &Arc<Flying>, file: &ToFill, size: u64, wante
         };
         match fetched {
             Ok(fetched) => return Ok(fetched),
-            Err(error) => ladder.wait(error.during(format!("fetching `{}`", file.path))).await?,
+            Err(error) => {
+                let _rests = wanted.then(|| arriving.rest_with_small());
+                ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
+            }
         }
     }
 }

@@ -224,7 +224,7 @@ mod tests {
 
     fn row(path: &str, number: u64, size: u64, sealed: bool) -> FillRow {
         let mut units = UnitMap::new(size);
-        units.set(0);
+        _ = units.set(0);
         FillRow {
             path: path.as_bytes().to_vec(),
             number,

@@ -21,7 +21,7 @@ use crate::pieces::Whole;
 use crate::source::{Expected, Verifier};
 use crate::store::filling::Filling;
 
-/// Bytes read at a time: stays in the second-level cache while two digests pass over it.
+/// Bytes read at a time: stays in the second-level cache while it is cut and digested.
 const WINDOW_BYTES: usize = 512 << 10;
 
 /// Bytes at the beginning that hold every header we parse, save zip's.

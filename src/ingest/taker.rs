@@ -21,7 +21,7 @@ use crate::catalog::{fills, uploads};
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
-use crate::pieces::{Pieces, Whole};
+use crate::pieces::Whole;
 use crate::source::{Begun, EntryStream, Expected, File};
 use crate::store::filling::{Filling, UnitMap};
 
@@ -98,14 +98,15 @@ impl Taker<'_> {
         number: u64,
         expected: &Expected,
     ) -> Result<Digested> {
-        let mut bytes = Pieces::default();
+        // Copied: a piece may keep the whole message alive that it came in, of which a sender may make what he likes.
+        let mut bytes = Vec::new();
         while let Some(piece) = stream.next_bytes().await? {
             check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
-            bytes.push(piece);
+            bytes.extend_from_slice(&piece);
         }
         check_length(path, bytes.len() as u64, size, true)?;
         self.progress.arrived(size);
-        self.seal_small(bytes.whole(), path, number, expected).await
+        self.seal_small(bytes.into(), path, number, expected).await
     }
 
     async fn seal_small(&self, whole: Whole, path: &EntryPath, number: u64, expected: &Expected) -> Result<Digested> {

@@ -34,7 +34,7 @@ impl UnitMap {
     /// A map of a file that is all here.
     pub fn full(size: u64) -> Self {
         let mut map = Self::new(size);
-        (0..map.units()).for_each(|unit| map.set(unit));
+        (0..map.units()).for_each(|unit| _ = map.set(unit));
         map
     }
 
@@ -54,7 +54,7 @@ impl UnitMap {
     pub fn from_bytes(size: u64, bits: &[u8]) -> Self {
         let mut map = Self::new(size);
         if bits.len() == map.bits.len() {
-            (0..map.units()).filter(|unit| bit(bits, *unit)).for_each(|unit| map.set(unit));
+            (0..map.units()).filter(|unit| bit(bits, *unit)).for_each(|unit| _ = map.set(unit));
         }
         map
     }
@@ -79,18 +79,20 @@ impl UnitMap {
         unit < self.units() && bit(&self.bits, unit)
     }
 
-    /// Notes a unit as here.
-    pub fn set(&mut self, unit: u64) {
+    /// Notes a unit as here; its length in bytes, 0 if it was here before.
+    pub fn set(&mut self, unit: u64) -> u64 {
         if unit >= self.units() || self.contains(unit) {
-            return;
+            return 0;
         }
+        let range = self.range(unit);
         if let Some(byte) = usize::try_from(unit / 8).ok().and_then(|at| self.bits.get_mut(at)) {
             *byte |= 1 << (unit % 8);
         }
-        self.here += self.range(unit).end - self.range(unit).start;
+        self.here += range.end - range.start;
         while self.contains(self.frontier) {
             self.frontier += 1;
         }
+        range.end - range.start
     }
 
     /// Bytes from the beginning that are all here.
@@ -238,10 +240,10 @@ impl Filling {
             }
             units.range(unit)
         };
-        self.disk.begin_write_back(&self.file, range.clone());
-        self.locked().units.set(unit);
+        self.disk.begin_write_back(&self.file, range);
+        let new = self.locked().units.set(unit);
         self.moved.notify_all();
-        range.end - range.start
+        new
     }
 
     /// Wakes everybody who waits, for good: the fill failed.
@@ -316,7 +318,7 @@ mod tests {
     #[test]
     fn a_map_survives_its_row_and_a_foreign_row_counts_as_nothing() {
         let mut map = UnitMap::new(20 * UNIT_BYTES);
-        [0, 1, 7, 8, 19].into_iter().for_each(|unit| map.set(unit));
+        [0, 1, 7, 8, 19].into_iter().for_each(|unit| _ = map.set(unit));
         assert_eq!(UnitMap::from_bytes(20 * UNIT_BYTES, &map.to_bytes()), map);
         assert_eq!(UnitMap::from_bytes(20 * UNIT_BYTES, &[0xff]).here_bytes(), 0);
     }

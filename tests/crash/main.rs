@@ -1,6 +1,6 @@
 //! The power fails after any durable step, and nothing that was promised is lost: the order of writes is shown, not believed.
 //!
-//! A daemon is recorded while it ingests, shares, hydrates, is killed, resumes, removes, finds rot, mends and makes room ([`story`], [`trace`]). The records
+//! A daemon is recorded while it ingests, takes what is sent, shares, hydrates, is killed, resumes, removes, finds rot, mends and makes room ([`story`], [`trace`]). The records
 //! are played to a disk that keeps nothing but what it was told to keep ([`disk`]): SQLite's files included, since they order
 //! with the others. Before and after every step the disk is stopped, with all, some or nothing of the rest lost, and what is left is
 //! held against the law ([`law`]); from a sample of it a real daemon starts ([`reopen`]). That this can fail is
@@ -50,7 +50,7 @@ const fn gap(kind: &'static str, leg: usize, after: Option<&'static str>, why: &
 }
 
 /// Syncs that the law stands on, each.
-const GAPS: [Gap; 16] = [
+const GAPS: [Gap; 17] = [
     gap("bytes that are filled", story::KEEPS, Some("begin a"), "a blob's bytes before its row"),
     gap("the file system", story::KEEPS, Some("begin a"), "the bytes of many small blobs before their rows"),
     gap("names of blobs", story::KEEPS, Some("begin a"), "a blob's name before its row"),
@@ -67,6 +67,7 @@ const GAPS: [Gap; 16] = [
     gap("bytes that are filled", story::MENDS, Some("lose v"), "bytes that come again before the row that says so"),
     gap("bytes that are filled", story::MENDS, Some("retry r"), "bytes of a retry before their rows"),
     gap("names of blobs", story::PRESSED, Some("evict p"), "an unlinked name before its row goes, under pressure"),
+    gap("bytes that are filled", story::SENDS, Some("begin u"), "what was sent before the bit that says it is here"),
 ];
 
 /// A moment and what is found after it.

@@ -18,6 +18,7 @@ use crate::support::files::regular_files;
 use crate::support::place::Place;
 use crate::support::ran::wait_until;
 use crate::support::site::{Page, Site};
+use crate::support::way::{Break, Way};
 use crate::trace::{Act, Marks, Recorder};
 
 const LIMIT: Duration = Duration::from_secs(180);
@@ -37,6 +38,8 @@ pub(crate) const FINISHES: usize = 4;
 pub(crate) const MENDS: usize = 5;
 /// The store fills: copies are given up, then a checkpoint.
 pub(crate) const PRESSED: usize = 6;
+/// A tree is sent; its sender and the daemon are killed in the middle of a large file.
+pub(crate) const SENDS: usize = 7;
 
 /// What a site has, as trees of files of so many MiB.
 const FETCHED: &[(&str, &[(&str, usize)])] = &[
@@ -47,6 +50,9 @@ const FETCHED: &[(&str, &[(&str, usize)])] = &[
     ("x", &[("x.bin", 8)]),
     ("y", &[("y.bin", 6)]),
 ];
+/// The large file of what is sent, and where on the way the sender stands still.
+const SENT: usize = 26 * MIB;
+const STALLED: u64 = 20 * MIB as u64;
 /// What a source that gives out is asked, so that it is soon given up.
 const FEW_ATTEMPTS: (&str, &str) = ("CKPTD_SOURCES__ATTEMPTS", "3");
 /// From what is kept to the high watermark: `p` and `x` come to more, by half a MiB, and so does `y` after them, whatever goes for them.
@@ -101,9 +107,19 @@ impl Sources {
         fs::write(place.join("b/empty"), b"").unwrap();
         fs::write(place.join("c/sent"), random.bytes(5 * MIB)).unwrap();
         fs::write(place.join("c/sent-too"), random.bytes(MIB)).unwrap();
+        // What is sent before the large file has no bytes that could be lost in its stead.
+        fs::create_dir_all(place.join("u/a")).unwrap();
+        fs::create_dir_all(place.join("u/z")).unwrap();
+        for index in 0..10 {
+            fs::write(place.join(&format!("u/a/{index}")), b"").unwrap();
+            fs::write(place.join(&format!("u/z/{index}")), random.bytes(20_000 * (index + 1))).unwrap();
+        }
+        let large = Arc::new(random.bytes(SENT));
+        fs::write(place.join("u/large"), large.as_slice()).unwrap();
 
         let site = Site::open();
         let mut truth = Truth::default();
+        truth.filling.insert("large".into(), large);
         for (name, files) in FETCHED {
             fs::create_dir_all(place.join(name)).unwrap();
             for (file, mib) in *files {
@@ -116,7 +132,7 @@ impl Sources {
             let index = format!("<html><title>Directory listing for /</title>{links}</html>");
             site.put(&format!("/{name}/"), Page::Html(index.into_bytes().into()));
         }
-        for name in ["a", "b", "c"].into_iter().chain(FETCHED.iter().map(|(name, _)| *name)) {
+        for name in ["a", "b", "c", "u"].into_iter().chain(FETCHED.iter().map(|(name, _)| *name)) {
             truth.trees.insert(name.into(), digests(&place.join(name)));
         }
         truth.trees.insert("a2".into(), truth.trees["a"].clone());
@@ -175,9 +191,28 @@ impl Story {
         let mends =
             record(keeps.end(), &[FEW_ATTEMPTS], |daemon, marks| truth.rots = mend_and_retry(daemon, marks, &sources));
         let pressed = press_on(&keeps, kept_bytes, &sources);
-        let legs = vec![keeps, interrupted, removes, undoes, finishes, mends, pressed];
+        let sends = record(Leg::default().end(), &[], |daemon, marks| send(daemon, marks, place));
+        let sent = record(sends.end(), &[], |daemon, marks| {
+            daemon.ctl(&["upload", "u", place.join("u").to_str().unwrap(), "--id", "u"]).ok();
+            marks.say("ready u");
+            remove(daemon, marks, "u");
+            daemon.stop();
+        });
+        let legs = vec![keeps, interrupted, removes, undoes, finishes, mends, pressed, sends, sent];
         Self { legs, truth: Arc::new(truth), sources }
     }
+}
+
+/// An upload that stands still in a large file for so long that what came of it is recorded, and the end of both who send and take.
+fn send(daemon: &mut Daemon, marks: &mut Marks, place: &Place) {
+    let way = Way::to(daemon, &[Break::Stall(STALLED)]);
+    marks.say("begin u");
+    let client = way.spawn(&["upload", "u", place.join("u").to_str().unwrap(), "--id", "u"]);
+    wait_until("some of it is durable", LIMIT, || {
+        daemon.rows("list").iter().any(|row| row["name"] == "u") && daemon.recorded_bytes("u") >= 12 * MIB as u64
+    });
+    client.kill();
+    daemon.kill9();
 }
 
 /// Captures, an upload, bytes shared and made whole again for a job; bytes that it comes to.
@@ -364,7 +399,7 @@ fn record(
     drop(daemon);
     let differences = leg.end().0.differences(&Image::of(&state));
     // What a killed daemon did last may have gone without a record.
-    let killed = leg.acts.iter().any(|act| matches!(act, Act::Mark(mark) if mark == "begin w"));
+    let killed = leg.acts.iter().any(|act| matches!(act, Act::Mark(mark) if mark == "begin w" || mark == "begin u"));
     assert!(differences.len() <= usize::from(killed), "the records do not tell everything: {differences:?}");
     leg
 }

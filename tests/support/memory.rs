@@ -28,6 +28,8 @@ impl ShortOfMemory {
         fs::create_dir(&at).unwrap();
         let group = Self { at, is_v1 };
         group.write(if is_v1 { "memory.limit_in_bytes" } else { "memory.max" }, LIMIT_BYTES);
+        // Where there is swap; none of it.
+        let _ = fs::write(group.at.join(if is_v1 { "memory.swappiness" } else { "memory.swap.max" }), "0");
         group
     }
 

@@ -34,7 +34,7 @@
 //!
 //! # Cost
 //! A piece costs one keyed hash, one look-up in memory and one queue: no row is read, no thread is changed, and the bytes are not
-//! copied between the socket's buffer and the reader of the tar. Of one checkpoint two bodies at most are in memory ([`places`]).
+//! copied between the socket's buffer and the reader of the tar, unless they come in small runs. Of one checkpoint two bodies at most are in memory ([`places`]).
 
 mod chunk;
 mod places;

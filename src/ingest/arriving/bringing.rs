@@ -82,8 +82,12 @@ impl Arriving {
         for (entry, range) in waiting {
             state.queue.want(entry, range.start / UNIT_BYTES..range.end.div_ceil(UNIT_BYTES));
         }
+        // A run that ended in the middle of a write may have brought what it could not tell of.
+        let entries: Vec<u32> = state.waiting.keys().copied().collect();
+        let ready = entries.into_iter().flat_map(|entry| state.take_ready(entry)).collect();
         drop(state);
         self.work.notify_waiters();
+        run(ready);
         Ok(())
     }
 
@@ -135,7 +139,23 @@ impl Arriving {
     }
 
     pub(in crate::ingest) fn next_small(&self) -> Option<u32> {
-        self.lock().queue.next_small()
+        let (next, something_waited) = {
+            let queue = &mut self.lock().queue;
+            let something_waited = queue.something_waits();
+            (queue.next_small(), something_waited)
+        };
+        if next.is_some() && something_waited {
+            // It may be what the background made way for.
+            self.work.notify_waiters();
+        }
+        next
+    }
+
+    /// Someone who fetches a small file for a reader waits to try again, until what is returned goes.
+    pub(in crate::ingest) fn rest_with_small(&self) -> Resting<'_> {
+        self.lock().queue.small_resting += 1;
+        self.work.notify_waiters();
+        Resting(self)
     }
 
     /// The next range of the background; waits until there is one.
@@ -305,6 +325,15 @@ impl Arriving {
             (EntryKind::Directory | EntryKind::Symlink { .. }, _) => Ok(entry.clone()),
         });
         Manifest::new(entries.collect::<Result<_>>()?)
+    }
+}
+
+/// See [`Arriving::rest_with_small`].
+pub(in crate::ingest) struct Resting<'a>(&'a Arriving);
+
+impl Drop for Resting<'_> {
+    fn drop(&mut self) {
+        self.0.lock().queue.small_resting -= 1;
     }
 }
 

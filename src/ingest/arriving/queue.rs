@@ -2,7 +2,7 @@
 //!
 //! Work comes from two ends. *Wanted* units are those that a reader waits for: they are taken first, by fetchers of their own, and are
 //! taken away from a stream that would come to them only later, or that rests after a failure. One that its stream comes to next stays
-//! there, and makes it *urgent*: it does not pause, whatever else is wanted. Everything else is the *background*: units of files that have been
+//! there (unless it has not begun yet or rests), and makes it *urgent*: it does not pause, whatever else is wanted. Everything else is the *background*: units of files that have been
 //! started, in file order, several streams at a time. Once somebody reads ([`Queue::set_read`]), the background makes way: it begins nothing while
 //! something is wanted, stands still unless it is urgent, begins with the
 //! first unit of every file (headers), follows the order that an earlier job read in, then readers that go straight on, and
@@ -15,6 +15,8 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Range;
+
+use crate::limits;
 
 /// Units asked for in one range while nobody reads: few requests, yet several in flight for one file.
 const UNITS_PER_RANGE: u64 = 8;
@@ -41,7 +43,7 @@ const UNITS_PER_WANTED_RANGE: u64 = 2;
 /// Readers that go straight on and are followed.
 const FOLLOWED: usize = 8;
 
-/// A unit of a stream that is nearer than this is not taken away from it.
+/// A unit that is nearer than this to where a stream reads is not taken away from it.
 const NEAR: u64 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +123,8 @@ pub(in crate::ingest) struct Queue {
     read: bool,
     /// Background ranges that are still to be cautious.
     cautious: u32,
+    /// Of those who fetch for readers, how many wait to try a small file again.
+    pub(in crate::ingest) small_resting: usize,
     learned: VecDeque<(u32, u64)>,
     follows: VecDeque<Follow>,
     /// Files that were started and may have something missing: the background's, in its order.
@@ -263,8 +267,14 @@ impl Queue {
         None
     }
 
+    /// Whether everybody who fetches for readers waits to try again: what else they want may wait for long.
+    fn all_rest(&self) -> bool {
+        let steps = self.running.values().filter(|running| running.wanted && running.stage == Stage::Rests).count();
+        steps + self.small_resting >= limits::FETCHES_PER_SOURCE
+    }
+
     /// Whether a reader waits for something that nobody has begun to fetch.
-    fn something_waits(&mut self) -> bool {
+    pub(in crate::ingest) fn something_waits(&mut self) -> bool {
         while let Some(&(entry, unit)) = self.wanted.front() {
             let is_missing = |at: &usize| self.missing(*at, unit);
             if self.small_left.contains(&entry) || self.rank.get(&entry).is_some_and(is_missing) {
@@ -285,7 +295,7 @@ impl Queue {
         if self.read {
             let background = self.running.values().filter(|running| !running.wanted).count();
             let streams = if self.cautious > 0 { STREAMS_WHILE_CAUTIOUS } else { STREAMS_WHILE_READ };
-            if background >= streams || self.something_comes() || self.something_waits() {
+            if background >= streams || self.something_comes() || !self.all_rest() && self.something_waits() {
                 return None;
             }
             self.cautious = self.cautious.saturating_sub(1);

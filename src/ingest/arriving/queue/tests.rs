@@ -217,7 +217,14 @@ fn what_has_not_begun_or_rests_is_left_nothing_that_a_reader_waits_for() {
     queue.set_read(true);
     assert!(queue.must_pause(&stream));
     queue.rest(&wanted);
-    assert!(!queue.must_pause(&stream) && queue.next_background().is_some(), "what rests needs no way");
+    assert!(!queue.must_pause(&stream));
+    let other = queue.next_background().expect("what rests needs no way");
+    queue.end(&other);
+
+    queue.want(1, 15..16);
+    assert!(queue.next_background().is_none(), "somebody is free to fetch it");
+    queue.small_resting = limits::FETCHES_PER_SOURCE - 1;
+    assert!(queue.next_background().is_some(), "nobody is, for who knows how long");
 }
 
 #[test]
