@@ -167,7 +167,11 @@ mod tests {
         ] {
             let (pieces, all) = pushed(lengths);
             let mut windows = Vec::new();
-            pieces.whole().each_window(&mut |window| Ok(windows.push(window.to_vec()))).unwrap();
+            let mut keep = |window: &[u8]| {
+                windows.push(window.to_vec());
+                Ok(())
+            };
+            pieces.whole().each_window(&mut keep).unwrap();
             assert_eq!(windows.concat(), all);
             let before_last = windows.iter().rev().skip(1);
             before_last.for_each(|window| assert_eq!(window.len(), WINDOW_BYTES, "{lengths:?}"));
