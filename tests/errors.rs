@@ -21,6 +21,7 @@ use support::seccomp;
 use support::site::{Page, Site};
 
 const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A daemon with one small checkpoint `k`, and the directory it was made of.
 fn daemon_with_k() -> (Daemon, PathBuf) {
@@ -377,6 +378,53 @@ fn a_tree_whose_entries_have_no_room_in_memory_is_refused_and_one_that_fits_come
         refused.refused(&[5], &["more than 16384 entries", "memory.budget"]);
         daemon.wait_state(name, "failed", Duration::from_secs(60));
     }
+}
+
+/// A tree that has nearly all the room for entries, of which the last comes slowly.
+#[test]
+fn trees_share_the_room_for_their_entries() {
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_MEMORY__BUDGET", "16777216")]);
+    let place = daemon.place();
+    let tree = |name: &str, files: usize| {
+        let source = place.dir(name);
+        (0..files).for_each(|index| fs::write(source.join(index.to_string()), "").unwrap());
+        source
+    };
+    let packed = |source: &Path, last: &[&str]| {
+        let archive = source.with_extension("tar");
+        run(Command::new("tar").arg("-cf").arg(&archive).arg("-C").arg(source).arg("--sort=name").arg(".").args(last))
+            .ok();
+        archive
+    };
+    let large = tree("large", 16_000);
+    random_file(&place.join("last"), seed(), 48 << 20);
+    let large = packed(&large, &["-C", place.path().to_str().unwrap(), "last"]);
+    let (other, small) = (tree("other", 1000), packed(&tree("small", 600), &[]));
+
+    let site = Site::open();
+    let url = site.put("/large.tar", Page::Ranged(fs::read(large).unwrap().into()));
+    site.limit(16 << 20);
+    daemon.ctl(&["create", "large", "--type", "web", "--uri", &url]).ok();
+    wait_until("the last of it comes", LIMIT, || daemon.bytes_done("large") > 0);
+    site.limit(256 << 10);
+    let mut waiting = daemon.ctl_command();
+    let from = other.to_str().unwrap();
+    let mut waiting = waiting
+        .args(["capture", "j", "--name", "other", "--from", from])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let refused = daemon.ctl(&["capture", "j", "--name", "small", "--from", small.to_str().unwrap()]);
+    refused.refused(&[7], &["as many entries as there is memory for", "memory.budget"]);
+    wait_until("it is asked for", LIMIT, || daemon.rows("list").iter().any(|row| row["name"] == "other"));
+    assert_eq!(daemon.json(&["get", "other"])["state"], "filling");
+    assert!(waiting.try_wait().unwrap().is_none(), "there was room for it");
+    site.limit(0);
+    daemon.wait_state("large", "ready", LIMIT);
+    assert!(waiting.wait().unwrap().success());
+    daemon.ctl(&["retry", "small"]).ok();
+    daemon.wait_state("small", "ready", LIMIT);
 }
 
 #[test]

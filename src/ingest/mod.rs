@@ -16,7 +16,7 @@
 //! A source may want its bytes left where they are ([`in_place`]): then the flight only takes digests, and `ready` means that each file's
 //! stamp is recorded.
 //!
-//! Waiting: tasks wait for a slot (`limits::INGESTS_AT_A_TIME`; senders, who may be slow for hours, for one of
+//! Waiting: tasks wait for room for their entries ([`entries`]), then for a slot (`limits::INGESTS_AT_A_TIME`; senders, who may be slow for hours, for one of
 //! `limits::SENDERS_AT_A_TIME`), fetchers for the memory budget and for permits per source, sealers
 //! for the frontier on blocking threads. Nothing waits while it holds a lock.
 
@@ -27,6 +27,7 @@ pub mod arriving;
 mod conclude;
 mod copy;
 mod ending;
+mod entries;
 pub mod estimate;
 mod extract;
 mod fetch;
@@ -67,6 +68,7 @@ pub use admission::MakeRoom;
 pub use arrivals::Arrival;
 use arrivals::Arrivals;
 pub use ending::Ending;
+use entries::{Room, Rooms};
 use flight::Flight;
 use progress::{Progress, Reading};
 use quota::Quotas;
@@ -128,6 +130,7 @@ struct Shared {
     /// Numbers of filling files, never used again: a write that outlives its flight can hit nobody else's file.
     next_number: AtomicU64,
     bounds: fetch::Bounds,
+    rooms: Rooms,
     tasks: Mutex<HashMap<String, Task>>,
     flights: Mutex<HashMap<String, Weak<Flight>>>,
     arrivals: Arrivals,
@@ -141,6 +144,7 @@ impl Ingests {
     pub fn new(store: Store, connect: Connector, make_room: MakeRoom, settings: Settings) -> Self {
         let (changes, _) = broadcast::channel(limits::QUEUE_COMMANDS);
         let bounds = fetch::Bounds::new(settings.memory_budget_bytes);
+        let rooms = Rooms::new(&settings);
         Self(Arc::new(Shared {
             store,
             connect,
@@ -152,6 +156,7 @@ impl Ingests {
             senders: Semaphore::new(limits::SENDERS_AT_A_TIME),
             next_number: AtomicU64::new(u64::try_from(now_unix_ms()).unwrap_or(0) << 20),
             bounds,
+            rooms,
             tasks: Mutex::default(),
             flights: Mutex::default(),
             arrivals: Arrivals::default(),
@@ -262,9 +267,10 @@ impl Shared {
         rest: &mut Rest,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
-        match retry::until_it_works(self.settings.attempts, || source.open()).await? {
+        let (opened, room) = self.open(source).await?;
+        match opened {
             Opened::Listed(listing) => {
-                let flight = self.join_flight(record, source.clone(), listing, rest, progress).await?;
+                let flight = self.join_flight(record, source.clone(), (listing, room), rest, progress).await?;
                 let landed = flight.landed().await;
                 if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
                     arriving.fail(error);
@@ -333,7 +339,7 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         source: Arc<dyn Source>,
-        listing: Listing,
+        (listing, room): (Listing, Option<Room>),
         rest: &mut Rest,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
@@ -379,7 +385,7 @@ impl Shared {
             match flights.get(&key).and_then(Weak::upgrade).filter(|flight| !flight.is_over()) {
                 Some(flight) => flight,
                 None => {
-                    let flight = self.start_flight(record, key.clone(), revision, source, listing, archive)?;
+                    let flight = self.start_flight(record, key.clone(), revision, source, (listing, room), archive)?;
                     flights.insert(key, Arc::downgrade(&flight));
                     flight
                 }
@@ -400,7 +406,7 @@ impl Shared {
         key: String,
         revision: String,
         source: Arc<dyn Source>,
-        listing: Listing,
+        (listing, room): (Listing, Option<Room>),
         archive: Option<extract::Archive>,
     ) -> Result<Arc<Flight>> {
         let progress = Arc::new(Progress::default());
@@ -413,6 +419,7 @@ impl Shared {
         let flying = Arc::new(fetch::Flying::new(self.clone(), source, record, key.clone(), progress.clone()));
         let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
         Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
+            let _until_it_ends = room;
             match (archive, brought) {
                 (Some(archive), _) => extract::extract(&flying, &archive).await,
                 (None, Some(arriving)) => {

@@ -47,19 +47,24 @@ impl Sizes {
     }
 }
 
+/// Entries that one tree may have, and for which there is memory at a time.
+pub fn most_entries(settings: &Settings) -> usize {
+    let fits = usize::try_from(settings.memory_budget_bytes / limits::ENTRY_MEMORY_BYTES).unwrap_or(usize::MAX);
+    fits.min(limits::CHECKPOINT_ENTRIES)
+}
+
 /// Refuses a tree of more entries than one may have, or than there is memory for.
 ///
 /// # Errors
 /// `TOO_MANY_ENTRIES`.
 pub fn check_entries(entries: usize, settings: &Settings) -> Result<()> {
-    let fits = usize::try_from(settings.memory_budget_bytes / limits::ENTRY_MEMORY_BYTES).unwrap_or(usize::MAX);
-    let most = fits.min(limits::CHECKPOINT_ENTRIES);
+    let most = most_entries(settings);
     if entries <= most {
         return Ok(());
     }
     let refused =
         Error::no_space("TOO_MANY_ENTRIES", format!("the checkpoint has more than {most} entries")).fact("limit", most);
-    Err(if fits < limits::CHECKPOINT_ENTRIES {
+    Err(if most < limits::CHECKPOINT_ENTRIES {
         refused.remedy(
             "pack small files together, or ask the operator to raise memory.budget, of which each entry takes 1 KiB",
         )

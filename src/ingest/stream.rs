@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Shared;
+use super::entries::Room;
 use super::plan;
 use super::progress::Progress;
 use super::publish::Publishing;
@@ -43,7 +44,7 @@ pub(super) async fn fill(
 ) -> Result<(String, Manifest)> {
     let growth = Growth::new(shared, flight);
     let taker = Taker { shared, flight, progress, growth: &growth };
-    let mut taken = Taken::new(&taker);
+    let mut taken = Taken::new(&taker, shared.rooms.of_stream());
     let all = taken.take_all(&mut *stream).await;
     if all.as_ref().is_err_and(is_draining)
         && let Err(error) = taken.settle().await
@@ -52,7 +53,7 @@ pub(super) async fn fill(
     }
     all?;
     taken.settle().await?;
-    let Taken { mut entries, links, bytes, .. } = taken;
+    let Taken { mut entries, links, bytes, room: _room, .. } = taken;
     growth.reach(resolve(&mut entries, links, bytes, shared.settings.checkpoint_bytes)?).await?;
     let manifest = Manifest::new(entries)?;
     Ok((stream.revision(&manifest), manifest))
@@ -61,6 +62,8 @@ pub(super) async fn fill(
 /// What was taken of a stream so far.
 struct Taken<'a> {
     taker: &'a Taker<'a>,
+    /// For the entries.
+    room: Room,
     entries: Vec<Entry>,
     links: Vec<(EntryPath, EntryPath)>,
     publishing: Publishing,
@@ -71,15 +74,16 @@ struct Taken<'a> {
 }
 
 impl<'a> Taken<'a> {
-    fn new(taker: &'a Taker<'a>) -> Self {
+    fn new(taker: &'a Taker<'a>, room: Room) -> Self {
         let publishing = Publishing::new(taker.shared, taker.flight, taker.progress);
-        Self { taker, entries: Vec::new(), links: Vec::new(), publishing, bytes: 0, unrecorded: Vec::new() }
+        Self { taker, room, entries: Vec::new(), links: Vec::new(), publishing, bytes: 0, unrecorded: Vec::new() }
     }
 
     async fn take_all(&mut self, stream: &mut dyn EntryStream) -> Result<()> {
         while let Some(listed) = self.next(stream).await? {
             let known = self.entries.len() + self.links.len() + self.publishing.files();
             plan::check_entries(known + 1, &self.taker.shared.settings)?;
+            self.taker.shared.rooms.reach(&mut self.room, known + 1)?;
             let row = stream.to_record();
             let file = match listed.what {
                 What::Directory => {
