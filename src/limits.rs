@@ -61,9 +61,6 @@ pub const MEMORY_BUDGET_DEFAULT: u64 = 256 << 20;
 /// and up to 1,160 where all are listed at first and once more at the end. Those of all trees together are never more than the budget.
 pub const ENTRY_MEMORY_BYTES: u64 = 1024;
 
-/// Sources listed at a time: of how many entries each is, nobody knows before. One that does not answer holds its place for half a minute.
-pub const LISTINGS_AT_A_TIME: usize = 32;
-
 /// Files fetched at a time from one source.
 pub const FETCHES_PER_SOURCE: usize = 8;
 

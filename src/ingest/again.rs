@@ -4,7 +4,7 @@
 //! where it gives another, and what comes is taken only if its digest is the recorded one. A failure leaves both on record, so that
 //! one sees what there was, and a retry asks for the same again.
 
-use super::plan::Sizes;
+use super::plan::{self, Sizes};
 use super::{Ingests, Shared, extract, quota};
 use crate::catalog::checkpoints::{Origin, Record};
 use crate::catalog::{checkpoints, retention};
@@ -82,7 +82,7 @@ impl Ingests {
     /// What filling would fail with at once.
     pub async fn check_again(&self, record: &Record) -> Result<()> {
         let source = self.0.source_of(record, &Credentials::default())?;
-        let opened = source.open().await.map_err(|error| explain(record, error))?;
+        let opened = source.open(&plan::counter(&self.0.settings)).await.map_err(|error| explain(record, error))?;
         let Opened::Listed(listing) = opened else { return Ok(()) };
         check_revision(record, &revision_of(&listing, record))
     }

@@ -1,22 +1,24 @@
-//! Memory for the entries of trees while they are brought in: all together take as much as `memory.budget`, [`limits::ENTRY_MEMORY_BYTES`] each.
+//! Memory for the entries of trees while they are brought in: all together take as much as `memory.budget`, [`ENTRY_MEMORY_BYTES`](crate::limits::ENTRY_MEMORY_BYTES) each.
 //!
-//! How many a tree has is known only once it is in memory, so [`limits::LISTINGS_AT_A_TIME`] are listed at a time. Where there is no room for what was
-//! listed it is let go, the room is waited for, and the tree is listed again: nobody waits with a tree in memory. Whoever has room keeps it until its flight
-//! ends and never waits for more, so nobody waits for who waits himself. A stream, of which only the end tells how many come, takes room while
-//! they come, and ends, to be tried again, where there is none.
+//! Room is taken while they come, and not waited for then. A listing for which there is none is let go, room for twice as much as it had is waited for, and
+//! the tree is listed again: nobody waits with a tree in memory, so nobody waits for who waits himself. Room is kept until the flight ends. A stream
+//! ends, to be tried again, where there is none.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::plan;
 use super::{Settings, Shared, retry};
 use crate::error::{Error, Kind, Result};
-use crate::limits;
-use crate::source::{Opened, Source};
+use crate::source::{Counter, Opened, Source};
 
-/// Entries that a stream takes room for at a time.
+/// Entries that room is taken for at a time.
 const STEP: usize = 256;
+
+/// Reason of who found no room.
+const SHORT: &str = "MEMORY_SHORT";
 
 /// Room for so many entries; given back when it is dropped.
 #[derive(Debug)]
@@ -47,7 +49,6 @@ impl Drop for Room {
 
 /// All the room there is.
 pub(super) struct Rooms {
-    listings: Semaphore,
     entries: Arc<Semaphore>,
     given_back: Arc<Notify>,
 }
@@ -55,11 +56,7 @@ pub(super) struct Rooms {
 impl Rooms {
     pub(super) fn new(settings: &Settings) -> Self {
         let entries = Arc::new(Semaphore::new(plan::most_entries(settings)));
-        Self { listings: Semaphore::new(limits::LISTINGS_AT_A_TIME), entries, given_back: Arc::default() }
-    }
-
-    async fn listing(&self) -> Result<SemaphorePermit<'_>> {
-        self.listings.acquire().await.map_err(|_| closed())
+        Self { entries, given_back: Arc::default() }
     }
 
     /// Not in turn: who waits for much would have all that is free meanwhile, and streams none.
@@ -84,7 +81,7 @@ impl Rooms {
         Room { taken: None, given_back: self.given_back.clone() }
     }
 
-    /// Sees to it that a stream has room for `entries` in all.
+    /// Sees to it that there is room for `entries` in all.
     ///
     /// # Errors
     /// `MEMORY_SHORT`.
@@ -92,7 +89,7 @@ impl Rooms {
         let Some(missing) = entries.checked_sub(room.entries()).filter(|missing| *missing > 0) else { return Ok(()) };
         let more = self.at_once(missing.max(STEP)).or_else(|| self.at_once(missing)).ok_or_else(|| {
             let message = "the trees that are being brought in have as many entries as there is memory for";
-            Error::unavailable("MEMORY_SHORT", message)
+            Error::unavailable(SHORT, message)
                 .remedy("try again when others are done, or ask the operator to raise memory.budget, of which each entry takes 1 KiB")
         })?;
         room.merge(more);
@@ -101,43 +98,51 @@ impl Rooms {
 }
 
 impl Shared {
-    /// What a source has, with room for it where it is a listing.
+    /// What a source has, with room for its entries.
     ///
     /// # Errors
     /// Those of the source, once it was asked often enough; `TOO_MANY_ENTRIES`.
-    pub(super) async fn open(&self, source: &Arc<dyn Source>) -> Result<(Opened, Option<Room>)> {
-        let mut room: Option<Room> = None;
+    pub(super) async fn open(self: &Arc<Self>, source: &Arc<dyn Source>) -> Result<(Opened, Arc<Mutex<Room>>)> {
+        let most = plan::most_entries(&self.settings);
+        let mut wanted = 0;
         loop {
-            let attempt = || async {
-                let _turn = self.rooms.listing().await?;
-                source.open().await
-            };
-            let opened = retry::until_it_works(self.settings.attempts, attempt).await?;
-            let Opened::Listed(listing) = &opened else { return Ok((opened, None)) };
-            let entries = listing.entries.len();
-            plan::check_entries(entries, &self.settings)?;
-            if room.as_ref().is_some_and(|room| room.entries() >= entries) {
-                return Ok((opened, room));
-            }
-            drop(room.take());
-            match self.rooms.at_once(entries) {
-                Some(room) => return Ok((opened, Some(room))),
-                None => {
-                    drop(opened);
-                    room = Some(self.rooms.wait_for(entries).await);
+            let room = Arc::new(Mutex::new(self.rooms.wait_for(wanted).await));
+            // Of how many it was told last that there is no room for them.
+            let short = Arc::new(AtomicUsize::new(0));
+            let counter = self.counter(&room, &short);
+            let opened = retry::until_it_works(self.settings.attempts, || source.open(&counter)).await;
+            let opened = opened.and_then(|opened| {
+                if let Opened::Listed(listing) = &opened {
+                    counter(listing.entries.len())?;
                 }
+                Ok(opened)
+            });
+            match (opened, short.load(Ordering::Relaxed)) {
+                (Ok(opened), _) => return Ok((opened, room)),
+                (Err(error), 0) => return Err(error),
+                (Err(_), entries) => wanted = (2 * entries).min(most),
             }
         }
     }
-}
 
-fn closed() -> Error {
-    Error::new(Kind::Cancelled, "STOPPING", "ckptd is stopping")
+    fn counter(self: &Arc<Self>, room: &Arc<Mutex<Room>>, short: &Arc<AtomicUsize>) -> Counter {
+        let (shared, room, short) = (self.clone(), room.clone(), short.clone());
+        Arc::new(move |entries| {
+            plan::check_entries(entries, &shared.settings)?;
+            let mut room = room.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.rooms.reach(&mut room, entries).map_err(|error| {
+                short.store(entries, Ordering::Relaxed);
+                // Not to be tried again before there is room.
+                Error::new(Kind::NoSpace, SHORT, "there is no room for its entries now").because(error)
+            })
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits;
 
     fn rooms(entries: u64) -> Rooms {
         let settings = Settings { memory_budget_bytes: entries * limits::ENTRY_MEMORY_BYTES, ..Settings::default() };
@@ -156,7 +161,7 @@ mod tests {
         rooms.reach(&mut one, STEP + 1).unwrap();
         assert_eq!(one.entries(), STEP + 1);
         let refused = rooms.reach(&mut one, 600).unwrap_err();
-        assert_eq!((refused.kind(), refused.reason()), (Kind::Unavailable, "MEMORY_SHORT"));
+        assert_eq!((refused.kind(), refused.reason()), (Kind::Unavailable, SHORT));
         assert_eq!(one.entries(), STEP + 1, "it keeps what it has");
         drop(two);
         rooms.reach(&mut one, 600).unwrap();

@@ -255,7 +255,7 @@ impl Shared {
                 return Err(error);
             }
             self.arrivals.forget(&record.id);
-            rest.wait(source.as_ref(), error).await?;
+            rest.wait(source.as_ref(), &plan::counter(&self.settings), error).await?;
             progress.restart();
         }
     }
@@ -339,7 +339,7 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         source: Arc<dyn Source>,
-        (listing, room): (Listing, Option<Room>),
+        (listing, room): (Listing, Arc<Mutex<Room>>),
         rest: &mut Rest,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
@@ -406,7 +406,7 @@ impl Shared {
         key: String,
         revision: String,
         source: Arc<dyn Source>,
-        (listing, room): (Listing, Option<Room>),
+        (listing, room): (Listing, Arc<Mutex<Room>>),
         archive: Option<extract::Archive>,
     ) -> Result<Arc<Flight>> {
         let progress = Arc::new(Progress::default());

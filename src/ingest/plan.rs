@@ -1,6 +1,7 @@
 //! What a listing asks for, against what is here: pure functions, before a byte moves.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::Settings;
 use crate::catalog::fills::FillRow;
@@ -10,7 +11,7 @@ use crate::error::{Error, Kind, Result, TOO_MANY};
 use crate::limits;
 use crate::manifest::{Entry, EntryKind};
 use crate::names::EntryPath;
-use crate::source::{File, Listing, What};
+use crate::source::{Counter, File, Listing, What};
 use crate::store::filling::UnitMap;
 use crate::units::show_bytes;
 
@@ -71,6 +72,12 @@ pub fn check_entries(entries: usize, settings: &Settings) -> Result<()> {
     } else {
         refused.remedy(TOO_MANY)
     })
+}
+
+/// [`check_entries`], as listings are told of it.
+pub fn counter(settings: &Settings) -> Counter {
+    let settings = settings.clone();
+    Arc::new(move |entries| check_entries(entries, &settings))
 }
 
 /// Refuses a checkpoint beyond the limit.

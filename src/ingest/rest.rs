@@ -10,12 +10,12 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use super::fetch::Flying;
-use super::retry;
+use super::{plan, retry};
 use crate::digest::{Digest, Digester};
 use crate::error::{Error, Result};
 use crate::limits::{CHANGED_NAMES_SHOWN, LOOKS_AT_A_CHANGING_TREE};
 use crate::names::{EntryPath, shorten};
-use crate::source::{Listed, Listing, Opened, SOURCE_CHANGED, Source, What};
+use crate::source::{Counter, Listed, Listing, Opened, SOURCE_CHANGED, Source, What};
 
 /// First pause; each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -38,7 +38,8 @@ fn pause(looks: u32) -> Option<Duration> {
 /// `SOURCE_CHANGED` where the tree is not the one that was listed as `revision`.
 pub(super) async fn check_unchanged(flying: &Flying, revision: &str) -> Result<()> {
     let attempts = flying.shared.settings.attempts;
-    match retry::until_it_works(attempts, || flying.source.open()).await? {
+    let counter = plan::counter(&flying.shared.settings);
+    match retry::until_it_works(attempts, || flying.source.open(&counter)).await? {
         Opened::Listed(again) if again.revision == revision => Ok(()),
         Opened::Listed(_) | Opened::Streamed(_) => {
             let message = "files were added, removed or changed while they were read";
@@ -75,22 +76,22 @@ impl Rest {
     ///
     /// # Errors
     /// `error`, with the names of what has changed since the last look, where there were looks enough.
-    pub(super) async fn wait(&mut self, source: &dyn Source, error: Error) -> Result<()> {
+    pub(super) async fn wait(&mut self, source: &dyn Source, counter: &Counter, error: Error) -> Result<()> {
         self.looks += 1;
         if let Some(pause) = pause(self.looks) {
             tracing::info!(error = %error.chain(), looks = self.looks, pause_ms = pause.as_millis(), "will look again");
             tokio::time::sleep(pause).await;
             return Ok(());
         }
-        Err(self.changes(source, &error).await.named(error))
+        Err(self.changes(source, counter, &error).await.named(error))
     }
 
     /// What has changed since the last look: what a listing says, or else what `error` and the listings in vain say.
-    async fn changes(&self, source: &dyn Source, error: &Error) -> Changes {
+    async fn changes(&self, source: &dyn Source, counter: &Counter, error: &Error) -> Changes {
         let mut told = Changes::default();
         told.told(error);
         for _ in 0..NAMING_TRIES {
-            match source.open().await {
+            match source.open(counter).await {
                 Ok(Opened::Listed(now)) => return self.last.changes(&now.entries),
                 Err(error) if error.reason() == SOURCE_CHANGED => told.told(&error),
                 Ok(Opened::Streamed(_)) | Err(_) => break,

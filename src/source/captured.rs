@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use super::directory::DirectorySource;
 use super::inside::{ProcessId, ProcessRoot};
 use super::patience::Turns;
-use super::{ByteStream, File, Opened, Source, SourceContext, SourceSpec};
+use super::{ByteStream, Counter, File, Opened, Source, SourceContext, SourceSpec};
 use crate::error::{Error, Result};
 
 /// The option that names the process whose path the URI is.
@@ -73,8 +73,8 @@ impl CapturedSource {
 
 #[async_trait]
 impl Source for CapturedSource {
-    async fn open(&self) -> Result<Opened> {
-        let looked = self.turns.run(self.patience, || self.silent(), self.tree.look()).await?;
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
+        let looked = self.turns.run(self.patience, || self.silent(), self.tree.look(counter)).await?;
         self.tree.opened(looked)
     }
 

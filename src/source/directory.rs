@@ -21,7 +21,7 @@ use super::archived::ArchivedEntries;
 use super::beneath::{Locator, Root, changed, check_stamp};
 use super::patience::Pace;
 use super::walk::{Walked, walk};
-use super::{ByteStream, File, Listed, Listing, Opened, Source, What, empty};
+use super::{ByteStream, Counter, File, Listed, Listing, Opened, Source, What, empty};
 use crate::archive::{About, Dictionaries, Format};
 use crate::error::{Error, Result};
 
@@ -71,12 +71,12 @@ impl DirectorySource {
     }
 
     /// What opening does to the file system; blocks.
-    pub(super) fn look(&self) -> impl FnOnce(&Pace) -> Result<Looked> + Send + use<> {
-        let (find, kind, extract) = (self.find.clone(), self.kind, self.extract.clone());
+    pub(super) fn look(&self, counter: &Counter) -> impl FnOnce(&Pace) -> Result<Looked> + Send + use<> {
+        let (find, kind, extract, counter) = (self.find.clone(), self.kind, self.extract.clone(), counter.clone());
         move |pace| {
             let root = find()?;
             pace.step()?;
-            let listing = list(&root, kind, pace)?;
+            let listing = list(&root, kind, pace, &counter)?;
             let archive = extract.map(|with| open_archive(&root, &listing, kind, with)).transpose()?.flatten();
             Ok(Looked { root, listing, archive })
         }
@@ -102,8 +102,8 @@ impl DirectorySource {
 
 #[async_trait]
 impl Source for DirectorySource {
-    async fn open(&self) -> Result<Opened> {
-        let look = self.look();
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
+        let look = self.look(counter);
         self.opened(unblocked(move || look(&Pace::default())).await?)
     }
 
@@ -217,7 +217,7 @@ fn open_archive(root: &Root, listing: &Listing, kind: &str, dictionaries: Dictio
 }
 
 /// Everything below `root`, as a revision.
-fn list(root: &Root, kind: &str, pace: &Pace) -> Result<Listing> {
-    let Walked { entries, skipped, digest } = walk(root, pace)?;
+fn list(root: &Root, kind: &str, pace: &Pace, counter: &Counter) -> Result<Listing> {
+    let Walked { entries, skipped, digest } = walk(root, pace, counter)?;
     Ok(Listing { skipped, ..Listing::new(format!("{kind}:{digest}"), entries) })
 }

@@ -67,14 +67,18 @@ pub use stated::{Expected, Stated, Verifier};
 /// Bytes of one range, in order. Ends early only with an error; implementations enforce the length they announced.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
 
+/// Told how many entries a listing has so far; refuses more than there may be.
+pub type Counter = Arc<dyn Fn(usize) -> Result<()> + Send + Sync>;
+
 /// A place checkpoints come from: see the module's page.
 #[async_trait]
 pub trait Source: Send + Sync {
-    /// Resolves the revision and lists or begins to stream the entries.
+    /// Resolves the revision and lists or begins to stream the entries. Tells `counter` how many there are so far while it lists, before more of them are
+    /// in memory than a page or a directory has; its error ends the listing.
     ///
     /// # Errors
     /// Not found, denied (credentials missing or refused), invalid (no such shape), unavailable (try again).
-    async fn open(&self) -> Result<Opened>;
+    async fn open(&self, counter: &Counter) -> Result<Opened>;
 
     /// Whether opening has a chance, before there is a record of what is wanted; what it finds is held for opening.
     ///

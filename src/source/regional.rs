@@ -17,7 +17,7 @@ use super::beneath::Root;
 use super::connect::SourceContext;
 use super::directory::DirectorySource;
 use super::patience::Turns;
-use super::{ByteStream, File, Opened, Source, SourceSpec};
+use super::{ByteStream, Counter, File, Opened, Source, SourceSpec};
 use crate::error::{Error, Result};
 use crate::names::{EntryPath, show_bytes};
 use crate::places::Place;
@@ -96,8 +96,8 @@ pub(super) fn options(spec: &SourceSpec) -> Result<(EntryPath, bool)> {
 
 #[async_trait]
 impl Source for RegionalSource {
-    async fn open(&self) -> Result<Opened> {
-        let looked = self.turns.run(self.patience, || self.silent(), self.tree.look()).await?;
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
+        let looked = self.turns.run(self.patience, || self.silent(), self.tree.look(counter)).await?;
         let mut opened = self.tree.opened(looked)?;
         if let (Opened::Listed(listing), Some(asked)) = (&mut opened, &self.in_place) {
             listing.in_place = Some(if self.tree.is_one_file() { asked.above() } else { asked.clone() });

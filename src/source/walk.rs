@@ -14,10 +14,9 @@ use nix::sys::stat::{SFlag, fstatat};
 
 use super::beneath::{Locator, Root, stamp_of};
 use super::patience::Pace;
-use super::{Expected, File, Listed, What};
+use super::{Counter, Expected, File, Listed, What};
 use crate::digest::{Digest, Digester};
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::names::{EntryName, EntryPath, show_bytes};
 
 /// What is below a root.
@@ -32,14 +31,21 @@ pub(super) struct Walked {
 /// Everything below `root`, with a step of `pace` for each entry. Blocks.
 ///
 /// # Errors
-/// `SOURCE_CHANGED`, `TOO_MANY_ENTRIES`, names and paths beyond the limits, the I/O error.
-pub(super) fn walk(root: &Root, pace: &Pace) -> Result<Walked> {
-    root.act(|| walk_below(root, pace))
+/// `SOURCE_CHANGED`, those of `counter`, names and paths beyond the limits, the I/O error.
+pub(super) fn walk(root: &Root, pace: &Pace, counter: &Counter) -> Result<Walked> {
+    root.act(|| walk_below(root, pace, counter))
 }
 
-fn walk_below(root: &Root, pace: &Pace) -> Result<Walked> {
-    let mut walk =
-        Walk { root, pace, entries: Vec::new(), skipped: Vec::new(), digester: Digester::new(), open: Vec::new() };
+fn walk_below(root: &Root, pace: &Pace, counter: &Counter) -> Result<Walked> {
+    let mut walk = Walk {
+        root,
+        pace,
+        counter,
+        entries: Vec::new(),
+        skipped: Vec::new(),
+        digester: Digester::new(),
+        open: Vec::new(),
+    };
     match &root.only {
         Some(name) => walk.enter(&EntryPath::root(), &root.directory, name, None)?,
         None => {
@@ -55,6 +61,7 @@ fn walk_below(root: &Root, pace: &Pace) -> Result<Walked> {
 struct Walk<'a> {
     root: &'a Root,
     pace: &'a Pace,
+    counter: &'a Counter,
     entries: Vec<Listed>,
     skipped: Vec<(String, String)>,
     digester: Digester,
@@ -67,7 +74,6 @@ impl Walk<'_> {
         let fault = |error| self.root.fault("listing", path, error);
         let opened = self.root.resolve(path, OFlag::O_DIRECTORY).map_err(fault)?;
         let mut directory = Dir::from_fd(opened).map_err(fault)?;
-        let room = limits::CHECKPOINT_ENTRIES.saturating_sub(self.entries.len() + self.skipped.len());
         let mut names = Vec::new();
         for entry in directory.iter() {
             let entry = entry.map_err(fault)?;
@@ -76,10 +82,9 @@ impl Walk<'_> {
             if matches!(name, b"." | b"..") {
                 continue;
             }
-            if names.len() >= room {
-                return Err(self.too_many());
-            }
             names.push((EntryName::new(name)?, entry.file_type()));
+            (self.counter)(self.entries.len() + self.skipped.len() + names.len())
+                .map_err(|error| self.while_listing(error))?;
         }
         names.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
         for (name, kind) in names {
@@ -160,12 +165,7 @@ impl Walk<'_> {
         self.digester.update(&bytes);
     }
 
-    fn too_many(&self) -> Error {
-        let root = show_bytes(self.root.path.as_os_str().as_bytes());
-        Error::no_space(
-            "TOO_MANY_ENTRIES",
-            format!("listing {root}: it has more than {} entries", limits::CHECKPOINT_ENTRIES),
-        )
-        .remedy("choose a smaller directory")
+    fn while_listing(&self, error: Error) -> Error {
+        error.during(format!("listing {}", show_bytes(self.root.path.as_os_str().as_bytes())))
     }
 }

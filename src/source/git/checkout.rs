@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::super::connect::SourceContext;
-use super::super::{File, Listed, Stated, What};
+use super::super::{Counter, File, Listed, Stated, What};
 use super::access::Access;
 use super::address::Remote;
 use super::blobs::read_all;
@@ -55,7 +55,7 @@ impl Errand<'_> {
     ///
     /// # Errors
     /// What a server says; a submodule's path is named.
-    pub(super) async fn run(&self, remote: &Remote, wanted: &Wanted) -> Result<Checkout> {
+    pub(super) async fn run(&self, remote: &Remote, wanted: &Wanted, counter: &Counter) -> Result<Checkout> {
         let mut checkout = Checkout::default();
         let first =
             Pending { number: 0, depth: 0, at: EntryPath::root(), remote: remote.clone(), wanted: wanted.clone() };
@@ -63,7 +63,7 @@ impl Errand<'_> {
         let mut found = 1;
         while let Some(next) = pending.pop_front() {
             let at = next.at.clone();
-            let done = self.take(next, &mut checkout, &mut found).await;
+            let done = self.take(next, (&mut checkout, counter), &mut found).await;
             pending.extend(done.map_err(|error| {
                 if at.is_root() { error } else { error.during(format!("the submodule `{at}`")).fact("submodule", &at) }
             })?);
@@ -72,13 +72,18 @@ impl Errand<'_> {
     }
 
     /// One repository; returns its submodules.
-    async fn take(&self, from: Pending, checkout: &mut Checkout, found: &mut usize) -> Result<Vec<Pending>> {
+    async fn take(
+        &self,
+        from: Pending,
+        (checkout, counter): (&mut Checkout, &Counter),
+        found: &mut usize,
+    ) -> Result<Vec<Pending>> {
         let Errand { access, context, workshop } = *self;
         let number = from.number;
         let link = Link::find(&from.remote, number, access, context, workshop).await?;
         let commit = fetch(&link, number, &from.wanted, access, workshop).await?;
-        let room = limits::CHECKPOINT_ENTRIES.saturating_sub(checkout.entries.len());
-        let items = tree::list(workshop, number, &commit, room).await?;
+        let before = checkout.entries.len();
+        let items = tree::list(workshop, number, &commit, &|entries| counter(before + entries)).await?;
         let pointers = self.pointers(number, &commit, &items).await?;
         let links = self.link_targets(number, &items).await?;
         let mut objects = Vec::with_capacity(pointers.len());

@@ -36,7 +36,7 @@ use async_trait::async_trait;
 use futures_util::stream;
 
 use super::connect::{SourceContext, branch_of, split_user_information};
-use super::{ByteStream, Credentials, File, Listing, Opened, Source, SourceSpec};
+use super::{ByteStream, Counter, Credentials, File, Listing, Opened, Source, SourceSpec};
 use crate::error::{Error, Kind, Result};
 
 use access::Access;
@@ -102,11 +102,11 @@ impl GitSource {
 
 #[async_trait]
 impl Source for GitSource {
-    async fn open(&self) -> Result<Opened> {
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
         let workshop = self.workshop().await?;
         fetch::check_version(&workshop).await?;
         let errand = Errand { access: &self.access, context: &self.context, workshop: &workshop };
-        let Checkout { commit, entries, skipped, lfs } = errand.run(&self.remote, &self.wanted).await?;
+        let Checkout { commit, entries, skipped, lfs } = errand.run(&self.remote, &self.wanted, counter).await?;
         let fetched = Fetched { blobs: Arc::new(Blobs::new(workshop)), lfs };
         *self.fetched.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(fetched));
         Ok(Opened::Listed(Listing { skipped, ..Listing::new(commit, entries) }))

@@ -3,7 +3,7 @@
 use super::child::Workshop;
 use super::fetch::{collect, good, is_object_id};
 use super::link::git;
-use crate::error::{Error, Result, TOO_MANY};
+use crate::error::{Error, Result};
 use crate::limits;
 use crate::names::{EntryPath, show_bytes};
 
@@ -30,11 +30,16 @@ pub(super) enum Kind {
     Submodule,
 }
 
-/// Everything in `commit`, at most `most` entries.
+/// Everything in `commit`; `counter` is told how many entries come.
 ///
 /// # Errors
-/// `TOO_MANY_ENTRIES`, `REPOSITORY_MALFORMED`, and names that cannot be shown on a mount.
-pub(super) async fn list(workshop: &Workshop, number: usize, commit: &str, most: usize) -> Result<Vec<Item>> {
+/// Those of `counter`, `REPOSITORY_MALFORMED`, and names that cannot be shown on a mount.
+pub(super) async fn list(
+    workshop: &Workshop,
+    number: usize,
+    commit: &str,
+    counter: &(dyn Fn(usize) -> Result<()> + Sync),
+) -> Result<Vec<Item>> {
     let mut items = Vec::new();
     let mut rest: Vec<u8> = Vec::new();
     let call = git(workshop, number, &["ls-tree", "-r", "-z", "-l", "--full-tree", commit]);
@@ -47,11 +52,7 @@ pub(super) async fn list(workshop: &Workshop, number: usize, commit: &str, most:
             rest.clear();
         }
         collect(&mut rest, last, RECORD_BYTES)?;
-        if items.len() <= most {
-            return Ok(());
-        }
-        let message = format!("the repository has more than {} entries", limits::CHECKPOINT_ENTRIES);
-        Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY))
+        counter(items.len()).map_err(|error| error.during("listing a commit"))
     };
     let ended = call.run(workshop, take).await?;
     good(ended, "listing a commit")?;

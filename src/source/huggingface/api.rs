@@ -11,9 +11,9 @@ use reqwest::header::LINK;
 use serde::Deserialize;
 
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Reply, Request, read_document};
-use super::super::{Expected, File, Listed, Stated, What};
+use super::super::{Counter, Expected, File, Listed, Stated, What};
 use super::{RepositoryId, component};
-use crate::error::{Error, Kind, Result, TOO_MANY};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::names::EntryPath;
 
@@ -74,17 +74,14 @@ impl Hub {
     }
 
     /// Everything in `commit`.
-    pub(super) async fn tree(&self, commit: &str) -> Result<Vec<Item>> {
+    pub(super) async fn tree(&self, commit: &str, counter: &Counter) -> Result<Vec<Item>> {
         let mut url = self.url(&format!("api/{}/tree/{commit}?recursive=true&expand=false", self.id.record()))?;
         let mut items = Vec::new();
         for _ in 0..PAGES {
             let (page, next) = self.page(&url).await?;
             items.extend(page);
-            if items.len() > limits::CHECKPOINT_ENTRIES {
-                let message =
-                    format!("the repository {} has more than {} entries", self.id.as_str(), limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
-            }
+            counter(items.len())
+                .map_err(|error| error.during(format!("listing the repository {}", self.id.as_str())))?;
             match next {
                 None => return Ok(items),
                 Some(next) if next == url => break,

@@ -25,7 +25,7 @@ use reqwest::{StatusCode, Url};
 use self::api::{Hub, listed};
 use super::connect::{SourceContext, branch_of, parse_http};
 use super::http::{Authorization, Target, Wanted, without_user_information};
-use super::{ByteStream, Credentials, File, Listing, Opened, Source, SourceSpec, What};
+use super::{ByteStream, Counter, Credentials, File, Listing, Opened, Source, SourceSpec, What};
 use crate::error::{Error, Result};
 use crate::limits;
 
@@ -101,9 +101,9 @@ impl HuggingFaceSource {
 
 #[async_trait]
 impl Source for HuggingFaceSource {
-    async fn open(&self) -> Result<Opened> {
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
         let commit = self.hub.commit(&self.revision).await?;
-        let items = self.hub.tree(&commit).await?;
+        let items = self.hub.tree(&commit, counter).await?;
         let mut entries = Vec::with_capacity(items.len());
         let mut skipped = Vec::new();
         for item in items {

@@ -14,10 +14,10 @@ use std::fmt;
 use reqwest::Url;
 use serde::Deserialize;
 
+use super::super::Counter;
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Request, read_document, shown};
 use crate::digest::Digester;
-use crate::error::{Error, Kind, Result, TOO_MANY};
-use crate::limits;
+use crate::error::{Error, Kind, Result};
 use crate::names::show_bytes;
 
 /// One answer of the interface: a page, or the record of a dataset with its description.
@@ -147,10 +147,10 @@ struct Row {
 
 impl Kaggle {
     /// The revision that is meant now, and where its bundle is.
-    pub(super) async fn pin(&self) -> Result<Pinned> {
+    pub(super) async fn pin(&self, counter: &Counter) -> Result<Pinned> {
         match &self.item {
             Item::Competition(name) => {
-                let revision = format!("files:{}", self.competition_digest(name).await?);
+                let revision = format!("files:{}", self.competition_digest(name, counter).await?);
                 Ok(Pinned { revision, bundle: self.url(&format!("competitions/data/download-all/{name}"), &[])? })
             }
             Item::Dataset { owner, name, version } => {
@@ -178,7 +178,7 @@ impl Kaggle {
     }
 
     /// A digest over names, sizes and dates of all that a competition lists.
-    async fn competition_digest(&self, name: &str) -> Result<String> {
+    async fn competition_digest(&self, name: &str, counter: &Counter) -> Result<String> {
         let mut rows = Vec::new();
         let mut token = String::new();
         loop {
@@ -187,10 +187,7 @@ impl Kaggle {
             let page = self.ask::<Page>(&self.url(&format!("competitions/data/list/{name}"), &query)?).await?;
             let came = page.files.len();
             rows.extend(page.files);
-            if rows.len() > limits::CHECKPOINT_ENTRIES {
-                let message = format!("{} has more than {} files", self.item, limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy(TOO_MANY));
-            }
+            counter(rows.len()).map_err(|error| error.during(format!("listing {}", self.item)))?;
             match page.next.filter(|next| !next.is_empty()) {
                 None => break,
                 Some(next) if next == token || came == 0 => {

@@ -30,7 +30,8 @@ use super::http::{
     without_user_information,
 };
 use super::{
-    ByteStream, Credentials, Expected, File, Listed, Listing, Opened, Source, SourceSpec, Stated, What, source_changed,
+    ByteStream, Counter, Credentials, Expected, File, Listed, Listing, Opened, Source, SourceSpec, Stated, What,
+    source_changed,
 };
 use crate::error::{Error, Result};
 use crate::names::{EntryName, EntryPath};
@@ -123,8 +124,8 @@ impl KaggleSource {
 
 #[async_trait]
 impl Source for KaggleSource {
-    async fn open(&self) -> Result<Opened> {
-        let pinned = self.service.pin().await?;
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
+        let pinned = self.service.pin(counter).await?;
         let target = Target::new(pinned.bundle, self.service.authorization.clone());
         let probe = self.probe(&target).await?;
         let etag = text_of(&probe.headers, ETAG).filter(|etag| etag.starts_with('"'));

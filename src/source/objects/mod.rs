@@ -15,7 +15,7 @@
 //! **Ranges.** The first byte of the largest file is asked for, if it is longer than a fill unit; a store that answers otherwise than with 206 is
 //! read in whole files.
 //!
-//! **Bounded.** A page of a listing is read up to [`PAGE_BYTES`], a listing up to `limits::CHECKPOINT_ENTRIES`. A page that fails in
+//! **Bounded.** A page of a listing is read up to [`PAGE_BYTES`], a listing as far as its counter lets it. A page that fails in
 //! passing is asked for again here, so that page 2,000 does not cost the 1,999 before it.
 //!
 //! Nothing is kept: after a crash everything is listed anew.
@@ -39,7 +39,7 @@ use reqwest::Url;
 use reqwest::header::HeaderMap;
 
 use super::http::{Failure, Wanted};
-use super::{ByteStream, Expected, File, Listing, Opened, Source, What, source_changed};
+use super::{ByteStream, Counter, Expected, File, Listing, Opened, Source, What, source_changed};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
@@ -139,13 +139,13 @@ struct ObjectSource<B> {
 
 #[async_trait]
 impl<B: Bucket> Source for ObjectSource<B> {
-    async fn open(&self) -> Result<Opened> {
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
         let whole = self.path.is_empty() || self.path.ends_with('/');
         let found = if whole { None } else { patiently(|| self.bucket.find(&self.path)).await? };
         let one_file = found.is_some();
         let (prefix, objects) = match found {
             Some(object) => (self.path.rsplit_once('/').map_or("", |(folder, _)| folder), vec![object]),
-            None => (self.path.trim_end_matches('/'), self.list().await?),
+            None => (self.path.trim_end_matches('/'), self.list(counter).await?),
         };
         if objects.is_empty() {
             let message = format!("listing {}/{}: nothing is there", self.bucket.shown(), self.path);
@@ -191,7 +191,7 @@ impl<B: Bucket> ObjectSource<B> {
     }
 
     /// Everything beneath the path.
-    async fn list(&self) -> Result<Vec<Object>> {
+    async fn list(&self, counter: &Counter) -> Result<Vec<Object>> {
         let prefix = match self.path.as_str() {
             path if path.is_empty() || path.ends_with('/') => path.to_owned(),
             path => format!("{path}/"),
@@ -201,11 +201,8 @@ impl<B: Bucket> ObjectSource<B> {
         for _ in 0..PAGES {
             let page = patiently(|| self.bucket.page(&prefix, after.as_deref())).await?;
             objects.extend(page.objects.into_iter().filter(|object| object.key.starts_with(&prefix)));
-            if objects.len() > limits::CHECKPOINT_ENTRIES {
-                let message =
-                    format!("{}/{prefix} has more than {} objects", self.bucket.shown(), limits::CHECKPOINT_ENTRIES);
-                return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy("give a path with fewer beneath it"));
-            }
+            counter(objects.len())
+                .map_err(|error| error.during(format!("listing {}/{prefix}", self.bucket.shown())))?;
             match page.next {
                 None => return Ok(objects),
                 Some(next) if after.as_ref() == Some(&next) => break,

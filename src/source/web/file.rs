@@ -18,7 +18,7 @@ use reqwest::Url;
 use reqwest::header::{CONTENT_DISPOSITION, HeaderMap, HeaderName, RANGE};
 
 use super::super::http::{Authorization, HttpClient, Target, Wanted, shown};
-use super::super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What};
+use super::super::{ByteStream, Counter, Expected, File, Listed, Listing, Opened, Source, What};
 use super::probe::{Probe, check_encoding};
 use super::unpinned;
 use super::validators::{Validators, explain};
@@ -58,7 +58,7 @@ impl WebFile {
 
 #[async_trait]
 impl Source for WebFile {
-    async fn open(&self) -> Result<Opened> {
+    async fn open(&self, _counter: &Counter) -> Result<Opened> {
         let target = Target::new(self.url.clone(), self.authorization.clone());
         let probe = Probe::first_byte(&target, self.authorization.as_ref(), &self.http).await?;
         let name = file_name(&probe.headers, &probe.url)?;

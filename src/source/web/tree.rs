@@ -26,7 +26,7 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderName, RANGE};
 use super::super::http::{
     Authorization, Failure, HttpClient, Request, Target, Wanted, read_document, shown, without_user_information,
 };
-use super::super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
+use super::super::{ByteStream, Counter, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
 use super::index::{self, Index, Link};
 use super::probe::{Probe, check_encoding};
 use super::validators::{Validators, explain, text_of};
@@ -126,9 +126,15 @@ impl WebTree {
 
 #[async_trait]
 impl Source for WebTree {
-    async fn open(&self) -> Result<Opened> {
-        let mut walk =
-            Walk { tree: self, seen: HashSet::new(), directories: Vec::new(), files: Vec::new(), skipped: Vec::new() };
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
+        let mut walk = Walk {
+            tree: self,
+            counter,
+            seen: HashSet::new(),
+            directories: Vec::new(),
+            files: Vec::new(),
+            skipped: Vec::new(),
+        };
         walk.run().await?;
         let Walk { mut files, directories, skipped, .. } = walk;
         self.believe_ranges(&mut files).await?;
@@ -170,6 +176,7 @@ enum Found {
 /// A listing under way.
 struct Walk<'a> {
     tree: &'a WebTree,
+    counter: &'a Counter,
     seen: HashSet<(EntryPath, bool)>,
     directories: Vec<EntryPath>,
     files: Vec<(EntryPath, File, Option<String>)>,
@@ -214,12 +221,8 @@ impl Walk<'_> {
                 below.push(Link { path, ..link });
             }
         }
-        if self.seen.len() + self.skipped.len() > limits::CHECKPOINT_ENTRIES {
-            let what = shown(&self.tree.url);
-            let message = format!("listing {what}: it has more than {} entries", limits::CHECKPOINT_ENTRIES);
-            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
-        }
-        Ok(())
+        (self.counter)(self.seen.len() + self.skipped.len())
+            .map_err(|error| error.during(format!("listing {}", shown(&self.tree.url))))
     }
 
     /// Asks for the heads of `links`; those that are directories after all are returned.

@@ -27,7 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use self::connection::{Address, Connection, Security, Transfer};
 use self::listing::{Stamp, Stat};
 use super::super::connect::{SourceContext, has_scheme};
-use super::super::{ByteStream, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
+use super::super::{ByteStream, Counter, Expected, File, Listed, Listing, Opened, Source, What, source_changed};
 use super::unpinned;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::limits;
@@ -178,12 +178,12 @@ impl Server {
 
 #[async_trait]
 impl Source for FtpSource {
-    async fn open(&self) -> Result<Opened> {
+    async fn open(&self, counter: &Counter) -> Result<Opened> {
         let mut borrowed = self.server.connection().await?;
         let ranges = borrowed.connection.restarts().await?;
         let path = self.path.from(&borrowed.connection.home);
         if self.path.directory {
-            return walk::tree(&self.server, borrowed, path, ranges).await.map(Opened::Listed);
+            return walk::tree(&self.server, borrowed, path, (ranges, counter)).await.map(Opened::Listed);
         }
         let name = EntryName::new(self.path.path.file_name())?;
         let stat = borrowed.connection.stat(&path).await?;

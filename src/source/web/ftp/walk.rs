@@ -6,11 +6,10 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::super::super::{Listed, Listing, What};
+use super::super::super::{Counter, Listed, Listing, What};
 use super::listing::{Kind, Line, Stat};
 use super::{Borrowed, CONNECTIONS, Located, Server, below, revision};
 use crate::error::{Error, Kind as Fault, Result};
-use crate::limits;
 use crate::names::{EntryName, EntryPath, show_bytes};
 
 /// A listing under way.
@@ -23,12 +22,20 @@ struct Walk {
 }
 
 /// Everything below the directory at the absolute path `root`.
-pub(super) async fn tree(server: &Arc<Server>, mut borrowed: Borrowed, root: Vec<u8>, ranges: bool) -> Result<Listing> {
+pub(super) async fn tree(
+    server: &Arc<Server>,
+    mut borrowed: Borrowed,
+    root: Vec<u8>,
+    (ranges, counter): (bool, &Counter),
+) -> Result<Listing> {
     let open = VecDeque::from([EntryPath::root()]);
     let mut walk = Walk { root, open, directories: Vec::new(), files: Vec::new(), skipped: Vec::new() };
     while let Some(directory) = walk.open.pop_front() {
         let lines = borrowed.connection.list(&below(&walk.root, directory.as_bytes())).await?;
         for line in lines {
+            let known = walk.directories.len() + walk.files.len() + walk.skipped.len() + 1;
+            counter(known)
+                .map_err(|error| error.during(format!("listing {}", borrowed.connection.shown(&walk.root))))?;
             walk.admit(&directory, line, &mut borrowed).await?;
         }
     }
@@ -46,11 +53,6 @@ pub(super) async fn tree(server: &Arc<Server>, mut borrowed: Borrowed, root: Vec
 
 impl Walk {
     async fn admit(&mut self, directory: &EntryPath, line: Line, borrowed: &mut Borrowed) -> Result<()> {
-        if self.directories.len() + self.files.len() + self.skipped.len() >= limits::CHECKPOINT_ENTRIES {
-            let what = borrowed.connection.shown(&self.root);
-            let message = format!("listing {what}: it has more than {} entries", limits::CHECKPOINT_ENTRIES);
-            return Err(Error::no_space("TOO_MANY_ENTRIES", message).remedy("ingest parts of it, or an archive"));
-        }
         let name = match EntryName::new(line.name.as_slice()) {
             Ok(name) => name,
             Err(fault) => {
