@@ -33,10 +33,10 @@ pub mod units;
 // 1: model.
 pub mod layout;
 pub mod manifest;
-mod pieces;
 
 // 2: disk.
 pub mod disk;
+mod pieces;
 
 // 3: state.
 pub mod catalog;

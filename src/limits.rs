@@ -58,7 +58,7 @@ pub const MANIFEST_BYTES: usize = 512 << 20;
 pub const MEMORY_BUDGET_DEFAULT: u64 = 256 << 20;
 
 /// Memory that one entry takes while it is brought in, names of usual length included: seen are 550 bytes where entries come one after the other,
-/// and up to 1,160 where all are listed at first and once more at the end. Those of all trees together are never more than the budget.
+/// and up to 1,160 where all are listed at first and once more at the end. Those of all trees together are never more than twice the budget.
 pub const ENTRY_MEMORY_BYTES: u64 = 1024;
 
 /// Files fetched at a time from one source.

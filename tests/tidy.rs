@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 /// The rooms of `src/`, lowest floor first. A room imports from lower floors only.
 const FLOORS: &[(&str, &[&str])] = &[
     ("0 words", &["digest", "units", "names", "places", "certificates", "limits", "error"]),
-    ("1 model", &["manifest", "layout", "pieces"]),
-    ("2 disk", &["disk"]),
+    ("1 model", &["manifest", "layout"]),
+    ("2 disk", &["disk", "pieces"]),
     ("3 state and sources", &["catalog", "store", "source", "archive"]),
     ("4 work", &["ingest", "retain"]),
     ("5 serve", &["serve"]),

@@ -1,16 +1,19 @@
 //! Memory for the entries of trees while they are brought in: all together take as much as `memory.budget`, [`ENTRY_MEMORY_BYTES`](crate::limits::ENTRY_MEMORY_BYTES) each.
 //!
-//! Room is taken while they come, and not waited for then. A listing for which there is none is let go, room for twice as much as it had is waited for, and
-//! the tree is listed again: nobody waits with a tree in memory, so nobody waits for who waits himself. Room is kept until the flight ends. A stream
-//! ends, to be tried again, where there is none.
+//! Room is taken while they come. A listing for which there is none is let go, room for what it had and more is waited for, and the tree is listed again:
+//! nobody waits with a listed tree in memory. What is not needed after all is given back, the rest when the flight ends.
+//!
+//! A stream waits where it is, for room or for its turn to go *beyond*: one at a time has as much as it needs, besides all others. It is one that runs already,
+//! with whatever else it must have, so it comes to its end, and after it the next; listings, which still wait for a slot when they have room, may not.
+//! So all together never have more than twice the budget's worth.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::plan;
-use super::{Settings, Shared, retry};
+use super::{Settings, Shared, lock, retry};
 use crate::error::{Error, Kind, Result};
 use crate::source::{Counter, Opened, Source};
 
@@ -24,6 +27,8 @@ const SHORT: &str = "MEMORY_SHORT";
 #[derive(Debug)]
 pub(super) struct Room {
     taken: Option<OwnedSemaphorePermit>,
+    /// A stream has as much as it needs then.
+    beyond: Option<OwnedSemaphorePermit>,
     given_back: Arc<Notify>,
 }
 
@@ -38,25 +43,34 @@ impl Room {
             (taken, more) => *taken = taken.take().or(more),
         }
     }
+
+    /// Gives back what is more than room for `entries`.
+    pub(super) fn trim(&mut self, entries: usize) {
+        let surplus = self.entries().saturating_sub(entries);
+        drop(self.taken.as_mut().and_then(|taken| taken.split(surplus)));
+        self.given_back.notify_waiters();
+    }
 }
 
 impl Drop for Room {
     fn drop(&mut self) {
-        drop(self.taken.take());
-        self.given_back.notify_waiters();
+        if self.taken.take().is_some() {
+            self.given_back.notify_waiters();
+        }
     }
 }
 
 /// All the room there is.
 pub(super) struct Rooms {
     entries: Arc<Semaphore>,
+    beyond: Arc<Semaphore>,
     given_back: Arc<Notify>,
 }
 
 impl Rooms {
     pub(super) fn new(settings: &Settings) -> Self {
         let entries = Arc::new(Semaphore::new(plan::most_entries(settings)));
-        Self { entries, given_back: Arc::default() }
+        Self { entries, beyond: Arc::new(Semaphore::new(1)), given_back: Arc::default() }
     }
 
     /// Not in turn: who waits for much would have all that is free meanwhile, and streams none.
@@ -73,36 +87,48 @@ impl Rooms {
 
     fn at_once(&self, entries: usize) -> Option<Room> {
         let taken = self.entries.clone().try_acquire_many_owned(u32::try_from(entries).ok()?).ok()?;
-        Some(Room { taken: Some(taken), given_back: self.given_back.clone() })
+        let mut room = self.none();
+        room.taken = Some(taken);
+        Some(room)
     }
 
     /// Room for a stream of which nothing has come yet.
-    pub(super) fn of_stream(&self) -> Room {
-        Room { taken: None, given_back: self.given_back.clone() }
+    pub(super) fn none(&self) -> Room {
+        Room { taken: None, beyond: None, given_back: self.given_back.clone() }
     }
 
-    /// Sees to it that there is room for `entries` in all.
-    ///
-    /// # Errors
-    /// `MEMORY_SHORT`.
-    pub(super) fn reach(&self, room: &mut Room, entries: usize) -> Result<()> {
-        let Some(missing) = entries.checked_sub(room.entries()).filter(|missing| *missing > 0) else { return Ok(()) };
-        let more = self.at_once(missing.max(STEP)).or_else(|| self.at_once(missing)).ok_or_else(|| {
-            let message = "the trees that are being brought in have as many entries as there is memory for";
-            Error::unavailable(SHORT, message)
-                .remedy("try again when others are done, or ask the operator to raise memory.budget, of which each entry takes 1 KiB")
-        })?;
-        room.merge(more);
-        Ok(())
+    /// Whether there is room for `entries` in all, taken now if need be.
+    pub(super) fn reach_at_once(&self, room: &mut Room, entries: usize) -> bool {
+        let missing = entries.saturating_sub(room.entries());
+        if missing == 0 || room.beyond.is_some() {
+            return true;
+        }
+        match self.at_once(missing.max(STEP)).or_else(|| self.at_once(missing)) {
+            Some(more) => room.merge(more),
+            None => return false,
+        }
+        true
+    }
+
+    /// Waits until a stream has room for `entries` in all, or for its turn to have more than there is.
+    pub(super) async fn reach(&self, room: &mut Room, entries: usize) {
+        while !self.reach_at_once(room, entries) {
+            let missing = entries - room.entries();
+            tokio::select! {
+                more = self.wait_for(missing) => room.merge(more),
+                // Never closed.
+                beyond = self.beyond.clone().acquire_owned() => room.beyond = beyond.ok(),
+            }
+        }
     }
 }
 
 impl Shared {
-    /// What a source has, with room for its entries.
+    /// What a source has; of a listing with room for its entries.
     ///
     /// # Errors
     /// Those of the source, once it was asked often enough; `TOO_MANY_ENTRIES`.
-    pub(super) async fn open(self: &Arc<Self>, source: &Arc<dyn Source>) -> Result<(Opened, Arc<Mutex<Room>>)> {
+    pub(super) async fn open(self: &Arc<Self>, source: &Arc<dyn Source>) -> Result<(Opened, Room)> {
         let most = plan::most_entries(&self.settings);
         let mut wanted = 0;
         loop {
@@ -111,30 +137,35 @@ impl Shared {
             let short = Arc::new(AtomicUsize::new(0));
             let counter = self.counter(&room, &short);
             let opened = retry::until_it_works(self.settings.attempts, || source.open(&counter)).await;
-            let opened = opened.and_then(|opened| {
-                if let Opened::Listed(listing) = &opened {
-                    counter(listing.entries.len())?;
-                }
-                Ok(opened)
-            });
+            let entries = match &opened {
+                Ok(Opened::Listed(listing)) => listing.entries.len(),
+                Ok(Opened::Streamed(_)) | Err(_) => 0,
+            };
+            let opened = opened.and_then(|opened| counter(entries).map(|()| opened));
             match (opened, short.load(Ordering::Relaxed)) {
-                (Ok(opened), _) => return Ok((opened, room)),
+                (Ok(opened), _) => {
+                    // Of an attempt that was given up a thread may hang in its file system: it has no part in it.
+                    let mut room = std::mem::replace(&mut *lock(&room), self.rooms.none());
+                    room.trim(entries);
+                    return Ok((opened, room));
+                }
                 (Err(error), 0) => return Err(error),
-                (Err(_), entries) => wanted = (2 * entries).min(most),
+                (Err(_), entries) => wanted = (entries + (entries / 8).max(STEP)).min(most),
             }
         }
     }
 
     fn counter(self: &Arc<Self>, room: &Arc<Mutex<Room>>, short: &Arc<AtomicUsize>) -> Counter {
-        let (shared, room, short) = (self.clone(), room.clone(), short.clone());
+        let (shared, room, short) = (self.clone(), Arc::downgrade(room), short.clone());
         Arc::new(move |entries| {
             plan::check_entries(entries, &shared.settings)?;
-            let mut room = room.lock().unwrap_or_else(PoisonError::into_inner);
-            shared.rooms.reach(&mut room, entries).map_err(|error| {
-                short.store(entries, Ordering::Relaxed);
-                // Not to be tried again before there is room.
-                Error::new(Kind::NoSpace, SHORT, "there is no room for its entries now").because(error)
-            })
+            let room = room.upgrade().ok_or_else(|| Error::new(Kind::Cancelled, SHORT, "this was given up"))?;
+            if shared.rooms.reach_at_once(&mut lock(&room), entries) {
+                return Ok(());
+            }
+            short.store(entries, Ordering::Relaxed);
+            // Not to be tried again before there is room.
+            Err(Error::new(Kind::NoSpace, SHORT, "there is no room for its entries now"))
         })
     }
 }
@@ -149,22 +180,45 @@ mod tests {
         Rooms::new(&settings)
     }
 
-    #[test]
-    fn streams_take_room_as_they_need_it_and_are_refused_where_there_is_none() {
-        let rooms = rooms(600);
-        let mut one = rooms.of_stream();
-        let mut two = rooms.of_stream();
-        (1..=STEP).for_each(|entries| rooms.reach(&mut one, entries).unwrap());
+    #[tokio::test]
+    async fn one_stream_at_a_time_goes_beyond_what_there_is() {
+        let rooms = Arc::new(rooms(600));
+        let (mut one, mut two) = (rooms.none(), rooms.none());
+        for entries in 1..=STEP {
+            rooms.reach(&mut one, entries).await;
+        }
         assert_eq!(one.entries(), STEP);
-        rooms.reach(&mut two, 1).unwrap();
+        rooms.reach(&mut two, 1).await;
         // Less is left than a step: what is needed is taken.
-        rooms.reach(&mut one, STEP + 1).unwrap();
-        assert_eq!(one.entries(), STEP + 1);
-        let refused = rooms.reach(&mut one, 600).unwrap_err();
-        assert_eq!((refused.kind(), refused.reason()), (Kind::Unavailable, SHORT));
-        assert_eq!(one.entries(), STEP + 1, "it keeps what it has");
-        drop(two);
-        rooms.reach(&mut one, 600).unwrap();
+        rooms.reach(&mut one, STEP + 1).await;
+        assert_eq!((one.entries(), one.beyond.is_some()), (STEP + 1, false));
+        rooms.reach(&mut one, 10_000).await;
+        assert!(one.beyond.is_some());
+        let other = {
+            let rooms = rooms.clone();
+            tokio::spawn(async move {
+                rooms.reach(&mut two, 500).await;
+                two
+            })
+        };
+        tokio::task::yield_now().await;
+        assert!(!other.is_finished(), "there is no room, and it is not its turn");
+        drop(one);
+        let two = other.await.unwrap();
+        assert!(two.beyond.is_some() || two.entries() >= 500);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_needed_is_given_back() {
+        let rooms = rooms(600);
+        let mut room = rooms.at_once(500).unwrap();
+        room.trim(3);
+        assert_eq!(room.entries(), 3);
+        assert!(rooms.at_once(597).is_some() && rooms.at_once(598).is_none());
+        room.trim(0);
+        assert!(rooms.at_once(600).is_some());
+        room.trim(9);
+        assert_eq!(room.entries(), 0);
     }
 
     #[tokio::test]

@@ -279,6 +279,7 @@ impl Shared {
                 Ok((flight.revision().to_owned(), manifest, Some(flight)))
             }
             Opened::Streamed(entries) => {
+                drop(room);
                 let _slot = self.slot().await?;
                 self.note_streamed(record, 0).await?;
                 self.store.disk().clear_flight(&record.id, &[])?;
@@ -339,7 +340,7 @@ impl Shared {
         self: &Arc<Self>,
         record: &Record,
         source: Arc<dyn Source>,
-        (listing, room): (Listing, Arc<Mutex<Room>>),
+        (listing, room): (Listing, Room),
         rest: &mut Rest,
         progress: &Arc<Progress>,
     ) -> Result<Arc<Flight>> {
@@ -406,7 +407,7 @@ impl Shared {
         key: String,
         revision: String,
         source: Arc<dyn Source>,
-        (listing, room): (Listing, Arc<Mutex<Room>>),
+        (listing, room): (Listing, Room),
         archive: Option<extract::Archive>,
     ) -> Result<Arc<Flight>> {
         let progress = Arc::new(Progress::default());
@@ -419,7 +420,8 @@ impl Shared {
         let flying = Arc::new(fetch::Flying::new(self.clone(), source, record, key.clone(), progress.clone()));
         let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
         Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
-            let _until_it_ends = room;
+            // Members of an archive have room of their own.
+            let _until_it_ends = archive.is_none().then_some(room);
             match (archive, brought) {
                 (Some(archive), _) => extract::extract(&flying, &archive).await,
                 (None, Some(arriving)) => {

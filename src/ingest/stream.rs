@@ -21,7 +21,7 @@ use super::progress::Progress;
 use super::publish::Publishing;
 use super::quota::Growth;
 use super::taker::{Bound, Taker};
-use super::tasks::is_draining;
+use super::tasks::{draining, is_draining};
 use crate::catalog::uploads;
 use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
@@ -44,7 +44,7 @@ pub(super) async fn fill(
 ) -> Result<(String, Manifest)> {
     let growth = Growth::new(shared, flight);
     let taker = Taker { shared, flight, progress, growth: &growth };
-    let mut taken = Taken::new(&taker, shared.rooms.of_stream());
+    let mut taken = Taken::new(&taker, shared.rooms.none());
     let all = taken.take_all(&mut *stream).await;
     if all.as_ref().is_err_and(is_draining)
         && let Err(error) = taken.settle().await
@@ -83,7 +83,7 @@ impl<'a> Taken<'a> {
         while let Some(listed) = self.next(stream).await? {
             let known = self.entries.len() + self.links.len() + self.publishing.files();
             plan::check_entries(known + 1, &self.taker.shared.settings)?;
-            self.taker.shared.rooms.reach(&mut self.room, known + 1)?;
+            self.make_room(known + 1).await?;
             let row = stream.to_record();
             let file = match listed.what {
                 What::Directory => {
@@ -117,6 +117,20 @@ impl<'a> Taken<'a> {
             let fresh = || self.taker.shared.next_number.fetch_add(1, Ordering::Relaxed);
             let bound = Bound { path: listed.path, number: begun.map_or_else(fresh, |begun| begun.number), row, begun };
             self.take(stream, bound, &file).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is room for so many entries, or the daemon is drained. What waits for more is sent on its way where that takes long.
+    async fn make_room(&mut self, entries: usize) -> Result<()> {
+        let shared = self.taker.shared;
+        if !shared.rooms.reach_at_once(&mut self.room, entries) {
+            self.publishing.go().await?;
+            let mut paused = shared.paused.subscribe();
+            tokio::select! {
+                () = shared.rooms.reach(&mut self.room, entries) => {}
+                _ = paused.wait_for(|paused| *paused) => return Err(draining()),
+            }
         }
         Ok(())
     }

@@ -333,7 +333,9 @@ pub(in crate::ingest) struct Resting<'a>(&'a Arriving);
 
 impl Drop for Resting<'_> {
     fn drop(&mut self) {
-        self.0.lock().queue.small_resting -= 1;
+        // Of a run that is over, perhaps, whose queue is gone.
+        let resting = &mut self.0.lock().queue.small_resting;
+        *resting = resting.saturating_sub(1);
     }
 }
 
