@@ -256,8 +256,11 @@ impl Disk {
         self.check_room(size)?;
         let path = self.filling_path(flight, number);
         let wrong = |error| Error::io("writing", &path, error);
-        let options = OpenOptions::new().write(true).create(true).truncate(true).mode(0o444).clone();
-        let made = options
+        let made = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o444)
             .open(&path)
             .map_err(wrong)
             .and_then(|mut file| make(&mut |bytes| file.write_all(bytes).map_err(wrong)));

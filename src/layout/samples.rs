@@ -1,7 +1,8 @@
 //! Files of every format, built by hand for the tests.
 #![expect(clippy::cast_possible_truncation, reason = "lengths are of samples, or cut off on purpose")]
 
-use super::{Chunk, Chunker, Layout};
+use super::{Chunk, Chunker, FileDigester, Layout};
+use crate::digest::Digest;
 
 /// `len` bytes that depend on `seed` alone.
 pub(super) fn noise(seed: u64, len: usize) -> Vec<u8> {
@@ -191,18 +192,23 @@ fn word(value: usize) -> [u8; 4] {
     (value as u32).to_le_bytes()
 }
 
-/// The chunks of `bytes`, pushed in windows of these sizes over and over.
+/// The chunks of `bytes`, pushed in windows of these sizes over and over; they are the same where the whole is digested too.
 pub(super) fn chunks_in_windows(bytes: &[u8], layout: Layout, windows: &[usize]) -> Vec<Chunk> {
     let mut chunks = Vec::new();
+    let mut chunks_and_whole = Vec::new();
+    let mut whole = FileDigester::new(layout.clone());
     let mut chunker = Chunker::new(layout);
     let mut rest = bytes;
     let mut sizes = windows.iter().cycle();
     while !rest.is_empty() {
         let (window, after) = rest.split_at(rest.len().min(*sizes.next().unwrap()));
         chunker.push(window, &mut |chunk| chunks.push(chunk));
+        whole.push(window, &mut |chunk| chunks_and_whole.push(chunk));
         rest = after;
     }
     chunker.finish(&mut |chunk| chunks.push(chunk));
+    assert_eq!(whole.finish(&mut |chunk| chunks_and_whole.push(chunk)), Digest::of(bytes));
+    assert_eq!(chunks_and_whole, chunks);
     chunks
 }
 
