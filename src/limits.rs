@@ -20,7 +20,7 @@ pub const BORROW_MIN_BYTES: u64 = 256 << 10;
 /// streamed, so this bounds time, and memory only for one string of that length. Real ones stay below 20 MiB.
 pub const LAYOUT_HEADER_BYTES: u64 = 32 << 20;
 
-/// All that is read of one file to place cuts: an archive may hold many files with headers of their own. A second or
+/// All that is read of one file at a look to place cuts: an archive may hold many files with headers of their own. A second or
 /// two of parsing at most.
 pub const LAYOUT_READ_BYTES: u64 = 256 << 20;
 

@@ -5,8 +5,9 @@
 //! is bounded. One more copy out of the page cache costs a tenth of the digesting. Its chunks are digested on one thread, the whole on another.
 //!
 //! Chunking needs the layout, and the layout needs the header. Files of this host are looked at before they are copied. Of others, the
-//! sealer waits for the first `HEADER_BYTES`; a zip keeps its directory at the end, so it is chunked in a second pass when all is here.
+//! sealer looks as soon as there is something, and again while the header goes on beyond what is here; a zip keeps its directory at the end, so it is chunked in a second pass when all is here.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -24,7 +25,7 @@ use crate::store::filling::Filling;
 /// Bytes read at a time: stays in the second-level cache while it is cut and digested.
 const WINDOW_BYTES: usize = 512 << 10;
 
-/// Bytes at the beginning that hold every header we parse, save zip's.
+/// Bytes at the beginning that hold every header we parse, save zip's: more is not waited for.
 const HEADER_BYTES: u64 = 64 << 20;
 
 /// What sealing found out about a file's bytes.
@@ -96,7 +97,7 @@ pub(super) fn follow(filling: &Filling, path: &EntryPath, expected: &Expected, l
             verifier.update(window);
         })?;
         verifier.finish(&path.to_string())?;
-        let mut chunker = Chunker::new(Layout::read(&Here { filling, until: size }, size));
+        let mut chunker = Chunker::new(Layout::read(&Here::new(filling, size), size));
         pass(filling, size, |window| chunker.push(window, &mut |chunk| chunks.push(row(chunk))))?;
         chunker.finish(&mut |chunk| chunks.push(row(chunk)));
     }
@@ -140,17 +141,41 @@ fn side_by_side(
     })
 }
 
-/// The layout, if the beginning of the file tells it.
+/// The layout, if the beginning of the file tells it, as soon as all that it is read from is here. A zip's is at its end, which is waited for only
+/// where that is near.
 fn layout_of_beginning(filling: &Filling, size: u64) -> Result<Option<Layout>> {
-    let until = filling.wait_beyond(size.min(HEADER_BYTES).saturating_sub(1))?;
-    if until < size {
-        let mut magic = [0; 2];
-        filling.read_exact_at(&mut magic, 0)?;
-        if &magic == b"PK" {
+    let enough = size.min(HEADER_BYTES);
+    let mut wanted = 1;
+    loop {
+        let until = filling.wait_beyond(enough.min(wanted).saturating_sub(1))?;
+        let is_zip = begins_as_zip(filling, until)?;
+        if is_zip && until < size && size > HEADER_BYTES {
             return Ok(None);
         }
+        let here = Here::new(filling, until);
+        if until >= enough {
+            return Ok(Some(Layout::read(&here, size)));
+        }
+        if is_zip {
+            wanted = enough;
+            continue;
+        }
+        let layout = Layout::read(&here, size);
+        if !here.fell_short.get() {
+            return Ok(Some(layout));
+        }
+        // All of it is read anew each time: twice as much is waited for, and twice the work is the most.
+        wanted = until * 2;
     }
-    Ok(Some(Layout::read(&Here { filling, until }, size)))
+}
+
+fn begins_as_zip(filling: &Filling, until: u64) -> Result<bool> {
+    let mut magic = [0; 2];
+    if until < magic.len() as u64 {
+        return Ok(false);
+    }
+    filling.read_exact_at(&mut magic, 0)?;
+    Ok(&magic == b"PK")
 }
 
 fn pass(filling: &Filling, size: u64, mut each: impl FnMut(&[u8])) -> Result<()> {
@@ -186,14 +211,102 @@ fn row(chunk: Chunk) -> ChunkRow {
 struct Here<'a> {
     filling: &'a Filling,
     until: u64,
+    /// Whether one did.
+    fell_short: Cell<bool>,
+}
+
+impl<'a> Here<'a> {
+    fn new(filling: &'a Filling, until: u64) -> Self {
+        Self { filling, until, fell_short: Cell::new(false) }
+    }
 }
 
 impl ReadAt for Here<'_> {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<usize> {
         let want = usize::try_from(self.until.saturating_sub(offset)).unwrap_or(usize::MAX).min(buffer.len());
         if want == 0 && !buffer.is_empty() {
+            self.fell_short.set(true);
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }
         std::os::unix::fs::FileExt::read_at(self.filling.file(), &mut buffer[..want], offset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Disk;
+    use crate::limits::UNIT_BYTES;
+    use crate::store::filling::UnitMap;
+
+    /// A safetensors file whose header takes more than `header` bytes, of tensors that are regions of their own.
+    fn safetensors(header: usize) -> Vec<u8> {
+        const TENSOR_BYTES: usize = 300 << 10;
+        let tensor = |at: usize| {
+            let (start, end) = (at * TENSOR_BYTES, (at + 1) * TENSOR_BYTES);
+            format!(r#""t{at}":{{"dtype":"U8","shape":[{TENSOR_BYTES}],"data_offsets":[{start},{end}]}}"#)
+        };
+        let (first, last) = (tensor(0), tensor(1));
+        let json = format!("{{{first},{:header$}{last}}}", "");
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(json.as_bytes());
+        bytes.extend((0..2 * TENSOR_BYTES).map(|at| u8::try_from(at % 253).unwrap_or(0)));
+        bytes
+    }
+
+    fn opaque(len: usize) -> Vec<u8> {
+        (0..len).map(|at| u8::try_from(at % 253).unwrap_or(0)).collect()
+    }
+
+    /// Fills unit by unit while `follow` follows; what it finds, and the layout that it cut by.
+    fn filled_slowly(bytes: &[u8]) -> (Digested, Option<Layout>) {
+        let place = tempfile::tempdir().unwrap();
+        let disk = Arc::new(Disk::open(&place.path().join("state")).unwrap());
+        disk.begin_flight("f").unwrap();
+        let size = bytes.len() as u64;
+        let filling = Filling::open(disk, "f", 1, UnitMap::new(size)).unwrap();
+        let path = EntryPath::new("weights".into()).unwrap();
+        std::thread::scope(|scope| {
+            let follower = scope.spawn(|| follow(&filling, &path, &Expected::default(), LayoutFrom::Filling).unwrap());
+            let looker = scope.spawn(|| layout_of_beginning(&filling, size).unwrap());
+            for (unit, part) in (0..).zip(bytes.chunks(UNIT_BYTES as usize)) {
+                filling.write_at(part, unit * UNIT_BYTES).unwrap();
+                filling.complete(unit);
+                std::thread::yield_now();
+            }
+            (follower.join().unwrap(), looker.join().unwrap())
+        })
+    }
+
+    #[test]
+    fn a_header_is_read_as_far_as_it_goes_however_the_file_comes() {
+        for bytes in [safetensors(0), safetensors(5 << 20), safetensors(21 << 20), opaque(9 << 20)] {
+            let size = bytes.len() as u64;
+            let whole = Layout::read(&bytes, size);
+            let mut chunker = Chunker::new(whole.clone());
+            let mut chunks = Vec::new();
+            chunker.push(&bytes, &mut |chunk| chunks.push(row(chunk)));
+            chunker.finish(&mut |chunk| chunks.push(row(chunk)));
+            let (digested, layout) = filled_slowly(&bytes);
+            assert_eq!(layout.unwrap(), whole);
+            assert_eq!((digested.digest, digested.chunks), (Digest::of(&bytes), chunks), "{size} bytes");
+        }
+    }
+
+    #[test]
+    fn what_is_not_here_of_a_header_is_waited_for() {
+        let bytes = safetensors(5 << 20);
+        let size = bytes.len() as u64;
+        let place = tempfile::tempdir().unwrap();
+        let disk = Arc::new(Disk::open(&place.path().join("state")).unwrap());
+        disk.begin_flight("f").unwrap();
+        let filling = Filling::open(disk, "f", 1, UnitMap::new(size)).unwrap();
+        filling.write_at(&bytes, 0).unwrap();
+        let early = Here::new(&filling, UNIT_BYTES);
+        assert_ne!(Layout::read(&early, size), Layout::read(&bytes, size));
+        assert!(early.fell_short.get());
+        let enough = Here::new(&filling, 2 * UNIT_BYTES);
+        assert_eq!(Layout::read(&enough, size), Layout::read(&bytes, size));
+        assert!(!enough.fell_short.get());
     }
 }

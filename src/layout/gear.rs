@@ -1,18 +1,25 @@
-//! Content-defined cuts: a gear sum over the last 64 bytes, cut where it is small.
+//! Content-defined cuts: a gear sum over the last bytes, 64 to 256 of them, cut where it is large.
 //!
 //! ```text
-//! sum = 2 * sum + GEAR[byte]          (mod 2^64: a byte is gone after 64 more)
-//! cut after the byte where            sum < 2^43 (chance 2^-21)   from 256 KiB to 1 MiB of the chunk
-//!                                     sum < 2^46 (chance 2^-18)   from 1 MiB on
+//! word   = the last four bytes, little-endian; word' = the four before them
+//! sum    = 2 * (sum eight bytes before) + A * word + B * word'       (mod 2^32: a byte is gone after 64 to 256 more)
+//! cut after the byte where            sum >= 2^32 - 2^11 (chance 2^-21)   from 256 KiB to 1 MiB of the chunk
+//!                                     sum >= 2^32 - 2^14 (chance 2^-18)   from 1 MiB on
 //! cut at 4 MiB in any case
 //! ```
 //! The two chances are `FastCDC`'s normalisation and keep most chunks near 1 MiB. Nothing is tested in the first
-//! 256 KiB of a chunk, and the sum is computed only from 64 bytes before.
+//! 256 KiB of a chunk, and the sum is computed only from 256 bytes before.
+//!
+//! The usual gear sum, `2 * sum + TABLE[byte]`, takes its steps one after the other, each with a look-up. Here eight sums go side by side, each over
+//! every eighth place, and products take the table's part: so eight places are one step of a vector (`wide`), three to four times as fast as
+//! four table sums beside one another (measured, with AVX2; as fast as those without). Zeros never cut.
 //!
 //! Our own and not the `fastcdc` crate: that one needs each chunk in one piece of memory, so that every window of the
-//! caller that ends inside a chunk (each of them, at 1-4 MiB) would be copied; here the whole state is two numbers, and how the
+//! caller that ends inside a chunk (each of them, at 1-4 MiB) would be copied; here the whole state is 56 bytes, and how the
 //! bytes are divided among calls cannot matter. It also ends the risk of cuts that move with
 //! a dependency's release, as they did in three of its last.
+
+mod wide;
 
 /// No cut before.
 pub(super) const MIN_BYTES: u64 = 256 << 10;
@@ -21,41 +28,37 @@ pub(super) const USUAL_BYTES: u64 = 1 << 20;
 /// Cut here at the latest.
 pub(super) const MAX_BYTES: u64 = crate::limits::CHUNK_MAX_BYTES;
 
-/// Bytes that a sum remembers.
-const MEMORY: usize = 64;
+/// Bytes that a sum remembers: as many steps as it has bits.
+const MEMORY_BYTES: u64 = (32 * LANES) as u64;
 
-/// Four lanes of these are summed side by side; short, so that the stretch that holds a cut is soon summed again.
-const LANE_BYTES: usize = 2048;
-const STRETCH_BYTES: usize = 4 * LANE_BYTES;
+/// Sums that go side by side.
+const LANES: usize = 8;
 
-const NEVER: u64 = 0;
-const SELDOM: u64 = 1 << (64 - 21);
-const OFTEN: u64 = 1 << (64 - 18);
+/// Factors of the two words: odd, and without a pattern.
+const A: u32 = 0x9E37_79B1;
+const B: u32 = 0xC2B2_AE3D;
 
-/// One 64-bit number per byte value.
-static GEAR: [u64; 256] = gear_table();
-
-/// `SplitMix64` from 0: good bits from a rule that can be written down.
-const fn gear_table() -> [u64; 256] {
-    let mut table = [0; 256];
-    let mut state = 0_u64;
-    let mut at = 0;
-    while at < table.len() {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mixed = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        table[at] = mixed ^ (mixed >> 31);
-        at += 1;
-    }
-    table
-}
+/// Sums from here on cut.
+const NEVER: u64 = 1 << 32;
+const SELDOM: u64 = NEVER - (1 << 11);
+const OFTEN: u64 = NEVER - (1 << 14);
 
 /// The search for the end of one chunk after the other.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Gear {
-    sum: u64,
+    sums: Sums,
     /// Bytes of the chunk seen so far, less than [`MAX_BYTES`].
     seen: u64,
+}
+
+/// The sums at the last eight places.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sums {
+    /// Oldest first, from `oldest` on and around.
+    lanes: [u32; LANES],
+    oldest: usize,
+    /// The last eight bytes, the last of them highest.
+    last: u64,
 }
 
 impl Gear {
@@ -63,10 +66,10 @@ impl Gear {
     pub(super) fn find(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
         while at < bytes.len() {
-            let (stage_end, below) = self.stage();
+            let (stage_end, from) = self.stage();
             let left = usize::try_from(stage_end - self.seen).unwrap_or(usize::MAX);
             let stage = &bytes[at..bytes.len().min(at.saturating_add(left))];
-            if let Some(cut) = below.and_then(|below| roll(&mut self.sum, stage, below)) {
+            if let Some(cut) = from.and_then(|from| self.sums.roll(stage, from)) {
                 *self = Self::default();
                 return Some(at + cut);
             }
@@ -85,9 +88,9 @@ impl Gear {
         *self = Self::default();
     }
 
-    /// Where the present rule ends, and below which sum it cuts; `None` where nothing is summed.
+    /// Where the present rule ends, and from which sum it cuts; `None` where nothing is summed.
     fn stage(&self) -> (u64, Option<u64>) {
-        const SILENT: u64 = MIN_BYTES - MEMORY as u64;
+        const SILENT: u64 = MIN_BYTES - MEMORY_BYTES;
         match self.seen {
             0..SILENT => (SILENT, None),
             SILENT..MIN_BYTES => (MIN_BYTES, Some(NEVER)),
@@ -97,57 +100,58 @@ impl Gear {
     }
 }
 
-/// Sums `bytes` up to the first that brings the sum below `below`, and tells how many those are.
-fn roll(sum: &mut u64, bytes: &[u8], below: u64) -> Option<usize> {
-    let (stretches, rest) = bytes.as_chunks::<STRETCH_BYTES>();
-    for (at, stretch) in stretches.iter().enumerate() {
-        match roll_lanes(*sum, stretch, below) {
-            Some(after) => *sum = after,
-            None => return roll_singly(sum, stretch, below).map(|cut| at * STRETCH_BYTES + cut),
+impl Sums {
+    /// Sums `bytes` up to the first that brings the sum to `from`, and tells how many those are.
+    fn roll(&mut self, bytes: &[u8], from: u64) -> Option<usize> {
+        // What a stretch looks back at is then in `bytes` too.
+        let mut at = bytes.len().min(LANES);
+        if let Some(cut) = self.roll_singly(&bytes[..at], from) {
+            return Some(cut);
         }
+        while let Some(stretch) = bytes[at - at.min(LANES)..].first_chunk() {
+            let (lanes, largest) = wide::sum(self.in_order(), stretch);
+            if u64::from(largest) >= from {
+                break;
+            }
+            at += wide::STRETCH_BYTES;
+            let last = bytes[..at].last_chunk().map_or(self.last, |last| u64::from_le_bytes(*last));
+            *self = Self { lanes, oldest: 0, last };
+        }
+        let cut = self.roll_singly(&bytes[at..], from)?;
+        Some(at + cut)
     }
-    roll_singly(sum, rest, below).map(|cut| bytes.len() - rest.len() + cut)
-}
 
-/// The sum after a stretch, or `None` if a cut is in it.
-///
-/// A sum needs no more than the 64 bytes before it, so the four quarters are summed side by side: one alone
-/// waits for its own last addition most of the time (measured: twice as fast).
-fn roll_lanes(sum: u64, stretch: &[u8; STRETCH_BYTES], below: u64) -> Option<u64> {
-    let ([first, second, third, fourth], _) = stretch.as_chunks::<LANE_BYTES>() else { return None };
-    let mut sums = [sum, memory_of(first), memory_of(second), memory_of(third)];
-    for at in 0..LANE_BYTES {
-        for (sum, lane) in sums.iter_mut().zip([first, second, third, fourth]) {
-            *sum = add(*sum, lane[at]);
-        }
-        if sums.iter().any(|sum| *sum < below) {
-            return None;
-        }
+    fn roll_singly(&mut self, bytes: &[u8], from: u64) -> Option<usize> {
+        bytes.iter().position(|byte| u64::from(self.add(*byte)) >= from).map(|at| at + 1)
     }
-    Some(sums[3])
-}
 
-/// The sum after these bytes, whatever was before them.
-fn memory_of(lane: &[u8; LANE_BYTES]) -> u64 {
-    let (_, memory) = lane.as_slice().split_at(LANE_BYTES - MEMORY);
-    memory.iter().fold(0, |sum, byte| add(sum, *byte))
-}
-
-fn roll_singly(sum: &mut u64, bytes: &[u8], below: u64) -> Option<usize> {
-    let mut rolling = *sum;
-    for (at, byte) in bytes.iter().enumerate() {
-        rolling = add(rolling, *byte);
-        if rolling < below {
-            return Some(at + 1);
-        }
+    /// The sum with one byte more.
+    fn add(&mut self, byte: u8) -> u32 {
+        self.last = (self.last >> 8) | (u64::from(byte) << 56);
+        let sum = &mut self.lanes[self.oldest];
+        *sum = next(*sum, self.last);
+        self.oldest = (self.oldest + 1) % LANES;
+        *sum
     }
-    *sum = rolling;
-    None
+
+    fn in_order(&self) -> [u32; LANES] {
+        let mut lanes = self.lanes;
+        lanes.rotate_left(self.oldest);
+        lanes
+    }
 }
 
+/// The sum eight bytes after `sum`, those eight being `bytes`, little-endian.
 #[inline(always)]
-fn add(sum: u64, byte: u8) -> u64 {
-    (sum << 1).wrapping_add(GEAR[usize::from(byte)])
+fn next(sum: u32, bytes: u64) -> u32 {
+    let (before, word) = (low(bytes), low(bytes >> 32));
+    (sum << 1).wrapping_add(word.wrapping_mul(A)).wrapping_add(before.wrapping_mul(B))
+}
+
+/// The lower half.
+#[inline(always)]
+fn low(bytes: u64) -> u32 {
+    u32::try_from(bytes & u64::from(u32::MAX)).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -156,18 +160,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lanes_and_single_sums_find_the_same_cuts() {
-        let bytes = noise(4, 40 * STRETCH_BYTES + 77);
-        for below in [NEVER, OFTEN, 1 << 50, 1 << 52, 1 << 55] {
-            let (mut in_lanes, mut single) = (12345, 12345);
+    fn sums_side_by_side_find_the_cuts_of_single_ones() {
+        let bytes = noise(4, 40 * wide::STRETCH_BYTES + 77);
+        for from in [NEVER, OFTEN, NEVER - (1 << 16), NEVER - (1 << 20), NEVER - (1 << 23)] {
+            let (mut wide, mut single) = (Sums::default(), Sums::default());
             let mut at = 0;
             loop {
-                let cut = roll(&mut in_lanes, &bytes[at..], below);
-                assert_eq!(cut, roll_singly(&mut single, &bytes[at..], below), "below {below} from {at}");
+                let cut = wide.roll(&bytes[at..], from);
+                assert_eq!(cut, single.roll_singly(&bytes[at..], from), "from {from} at {at}");
+                assert_eq!((wide.in_order(), wide.last), (single.in_order(), single.last));
                 let Some(cut) = cut else { break };
-                (in_lanes, single, at) = (0, 0, at + cut);
+                at += cut;
             }
-            assert_eq!(in_lanes, single);
+        }
+    }
+
+    #[test]
+    fn a_sum_is_of_256_bytes_and_of_each_of_the_last_64() {
+        let bytes = noise(7, 1000);
+        let sum_of = |bytes: &[u8]| {
+            let mut sums = Sums::default();
+            bytes.iter().fold(0, |_, byte| sums.add(*byte))
+        };
+        let whole = sum_of(&bytes);
+        assert_eq!(whole, sum_of(&bytes[1000 - 256..]));
+        for at in 1000 - 64..1000 {
+            let mut other = bytes.clone();
+            other[at] ^= 1;
+            assert_ne!(whole, sum_of(&other), "byte {at}");
         }
     }
 
@@ -182,7 +202,21 @@ mod tests {
 
     #[test]
     fn noise_is_cut_near_one_mebibyte() {
-        let bytes = noise(9, 64 << 20);
+        assert_near_one_mebibyte(&noise(9, 64 << 20));
+    }
+
+    /// Weights are no noise: few values of their upper bytes, and the same ones again and again.
+    #[test]
+    fn weights_and_what_is_quantized_are_cut_near_one_mebibyte() {
+        let noise = noise(10, 64 << 20);
+        let halves = noise.chunks_exact(2).flat_map(|pair| [pair[0], 0x3c | (pair[1] & 0x83)]);
+        assert_near_one_mebibyte(&halves.collect::<Vec<_>>());
+        assert_near_one_mebibyte(&noise.iter().map(|byte| byte & 0x0f).collect::<Vec<_>>());
+        let singles = noise.chunks_exact(4).flat_map(|word| [word[0], word[1], word[2] & 0x7f, 0x3d]);
+        assert_near_one_mebibyte(&singles.collect::<Vec<_>>());
+    }
+
+    fn assert_near_one_mebibyte(bytes: &[u8]) {
         let (mut gear, mut at, mut cuts) = (Gear::default(), 0, Vec::new());
         while let Some(cut) = gear.find(&bytes[at..]) {
             at += cut;

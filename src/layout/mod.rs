@@ -46,7 +46,7 @@ use std::ops::Range;
 use read::Metered;
 
 /// Names the rules in this module. Chunks cut under another version are still right, but meet fewer equals.
-pub const CHUNKING_VERSION: u32 = 1;
+pub const CHUNKING_VERSION: u32 = 2;
 
 /// A tensor or member from this size on is its own region. Below it a borrowed range would be too short to be worth
 /// its hole ([`crate::limits::BORROW_MIN_BYTES`]). Part of the chunking version.
