@@ -309,6 +309,16 @@ pub fn flight_is_needed(tx: &Connection, flight: &str) -> Result<bool> {
         .map_err(catalog_error)
 }
 
+/// Whether another record than `id` is still being filled by a flight.
+///
+/// # Errors
+/// Those of the catalog.
+pub fn others_fill(tx: &Connection, flight: &str, id: &str) -> Result<bool> {
+    tx.prepare_cached("SELECT 1 FROM checkpoints WHERE flight = ? AND id <> ? AND state IN ('new', 'filling')")
+        .and_then(|mut query| query.exists([flight, id]))
+        .map_err(catalog_error)
+}
+
 /// Renames.
 ///
 /// # Errors

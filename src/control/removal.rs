@@ -78,6 +78,7 @@ impl Floors {
     /// Poisoned store; what was begun is finished at the next start.
     pub(super) async fn remove_marked(&self, record: &Record) -> Result<Removal> {
         self.ingests.cancel(&record.id).await;
+        self.ingests.end_reading(&record.id).await;
         let removal = self.store.remove_checkpoint(&record.id).await?;
         self.ingests.note_change(&record.id);
         Ok(removal)

@@ -17,7 +17,7 @@
 //! kernel do it all the same, that is a SIGKILL like any other.
 //!
 //! A keeper that is killed does not take the daemon with it: jobs need the mounts more than the daemon needs a keeper. The next keeper
-//! waits, with growing pauses, until that daemon has ended.
+//! ends at once, like its daemon, for the state directory is in use: end the orphan first, with SIGTERM, when its jobs are done.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::arriving::Arriving;
-use super::{Ingests, lock};
+use super::{Ingests, Shared, lock};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::fills;
 use crate::error::{Error, Result};
@@ -112,10 +112,43 @@ impl Ingests {
             return Ok(Some(arriving));
         }
         let resumed = Arriving::resumed(self.0.store.clone(), key.clone(), tree).await?;
-        if let Some(failure) = record.failure.as_ref().filter(|_| record.state == State::Failed) {
-            resumed.fail(&failure.to_error());
+        let kept = self.0.arrivals.keep(&key, Arc::new(resumed));
+        // Looked at again: what failed before it could be found here has told nobody.
+        let id = record.id.clone();
+        let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
+        if let Some(failure) = now.filter(|now| now.state == State::Failed).and_then(|now| now.failure) {
+            kept.fail(&failure.to_error());
         }
-        Ok(Some(self.0.arrivals.keep(&key, Arc::new(resumed))))
+        Ok(Some(kept))
+    }
+
+    /// Ends the reads that still wait for bytes of a checkpoint that is being removed.
+    pub async fn end_reading(&self, checkpoint: &str) {
+        let gone = Error::not_found("NO_SUCH_CHECKPOINT", "the checkpoint was removed");
+        self.0.end_reading(checkpoint, &gone).await;
+    }
+}
+
+impl Shared {
+    /// Tells those who read what there is of a checkpoint that no more of it comes, unless another record has the same bytes brought. A flight
+    /// tells them itself; this is for what ends before there is one, as it may after a restart, when readers wait already.
+    pub(super) async fn end_reading(&self, checkpoint: &str, error: &Error) {
+        let id = checkpoint.to_owned();
+        let find = move |tx: &rusqlite::Connection| {
+            let key = checkpoints::flight_of(tx, &id)?;
+            Ok((checkpoints::others_fill(tx, &key, &id)?, key))
+        };
+        match self.store.catalog().read(find).await {
+            Ok((false, key)) => {
+                if let Some(arriving) = self.arrivals.of_key(&key) {
+                    arriving.fail(error);
+                }
+            }
+            Ok((true, _)) => {}
+            Err(second) => {
+                tracing::warn!(checkpoint, error = %second.report(), "whoever waits for more of it could not be told");
+            }
+        }
     }
 }
 

@@ -32,6 +32,9 @@ impl Shared {
             Err(error) => Err(error),
         };
         let result = result.map_err(|error| with_remedy(record, error));
+        if let Err(error) = &result {
+            self.end_reading(&record.id, error).await;
+        }
         self.arrivals.forget(&record.id);
         if let Err(error) = &result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");

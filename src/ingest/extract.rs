@@ -27,7 +27,7 @@ use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
-use super::fetch::Flying;
+use super::fetch::{self, Flying};
 use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};
@@ -208,7 +208,8 @@ async fn pump_all(flying: &Arc<Flying>, file: &File, sender: &mpsc::Sender<Piece
             pump_once(flying, file, &mut at, end, sender).await
         };
         match fetched {
-            Ok(()) => return Ok(()),
+            // The reader ends with the archive, so it is asked before that is told.
+            Ok(()) => return fetch::confirm(flying, file).await,
             Err(error) if at > 0 && !file.ranges => return Err(error),
             Err(error) => {
                 if at > before {

@@ -22,7 +22,7 @@ use super::plan::ToFill;
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
 use super::quota::Growth;
-use super::retry::Ladder;
+use super::retry::{Ladder, until_it_works};
 use super::seal::{self, Digested};
 use crate::catalog::checkpoints::Record;
 use crate::catalog::events::{self, NewEvent};
@@ -181,12 +181,22 @@ pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Resul
             Some(bytes) => bytes,
             None => small_from_here(flight.source.as_ref(), &work.file, size)?.into(),
         };
-        flight.shared.store.disk().write_filling_with(&flight.key, work.number, size, |write| {
+        let disk = flight.shared.store.disk();
+        let digested = disk.write_filling_with(&flight.key, work.number, size, |write| {
             seal::digest_small(&whole, &work.path, &work.file.expected, write)
-        })
+        });
+        if is_corrupt(&digested) {
+            // To be put aside.
+            disk.write_filling_with(&flight.key, work.number, size, |write| whole.each_window(write))?;
+        }
+        digested
     })
-    .await?;
+    .await;
     drop((permits, core));
+    if is_corrupt(&digested) {
+        put_aside(&bringing, &file, None).await?;
+    }
+    let digested = digested?;
     if file.file.size.is_some() {
         flying.progress.arrived(size);
     }
@@ -291,6 +301,7 @@ async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, 
     };
     let filler = async {
         arriving.filled(&filling).await;
+        confirm(flying, &file.file).await?;
         let filling = filling.clone();
         blocking(move || filling.flush().map(|_| ())).await
     };
@@ -298,29 +309,41 @@ async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, 
         Ok(digested) => filled(bringing, file, entry, size, digested, true).await,
         Err(error) => {
             if error.kind() == Kind::Corrupt {
-                distrust(bringing, file, entry, size).await?;
+                arriving.distrust(entry);
+                put_aside(bringing, file, Some(size)).await?;
             }
             Err(error)
         }
     }
 }
 
-/// Wrong bytes are not resumed from; they are put aside to be looked at.
-async fn distrust(bringing: &Bringing, file: &ToFill, entry: u32, size: u64) -> Result<()> {
-    let Bringing { flying, arriving } = bringing;
-    arriving.distrust(entry);
+/// Asks whether what has come is still what was listed.
+pub(super) async fn confirm(flying: &Flying, file: &File) -> Result<()> {
+    let confirmed = until_it_works(flying.shared.settings.attempts, || flying.source.confirm(file)).await;
+    confirmed.map_err(|error| error.during("looking whether what came is still what was listed"))
+}
+
+fn is_corrupt(digested: &Result<Digested>) -> bool {
+    digested.as_ref().is_err_and(|error| error.kind() == Kind::Corrupt)
+}
+
+/// Puts wrong bytes aside to be looked at, and says so; none of them is resumed from, where some of its `size` could be.
+async fn put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) -> Result<()> {
+    let flying = &bringing.flying;
     let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
     let aside = flying.shared.store.disk().quarantine_filling(&flying.key, file.number)?;
     let message =
         format!("`{}` arrived with other bytes than its source states; they are at {}", file.path, aside.display());
     let event = NewEvent { kind: "FILE_QUARANTINED", message, ..Default::default() };
-    let units = UnitMap::new(size).to_bytes();
+    let units = size.map(|size| (size, UnitMap::new(size).to_bytes()));
     flying
         .shared
         .store
         .catalog()
         .write(move |tx| {
-            fills::set_units(tx, &key, path.as_bytes(), number, size, &units)?;
+            if let Some((size, units)) = units {
+                fills::set_units(tx, &key, path.as_bytes(), number, size, &units)?;
+            }
             events::record(tx, now_unix_ms(), &event)
         })
         .await
@@ -453,6 +476,7 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
             }
         }
     };
+    confirm(flying, &file.file).await?;
     let work = (filling.clone(), file.path.clone(), file.file.expected.clone());
     let digested = blocking(move || {
         let (filling, path, expected) = work;
@@ -460,8 +484,11 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
         filling.flush()?;
         seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling)
     })
-    .await?;
-    filled(bringing, file, entry, size, digested, true).await
+    .await;
+    if is_corrupt(&digested) {
+        put_aside(bringing, file, None).await?;
+    }
+    filled(bringing, file, entry, size, digested?, true).await
 }
 
 async fn fetch_unsized(flying: &Arc<Flying>, file: &ToFill, filling: &Arc<Filling>) -> Result<u64, (u64, Error)> {

@@ -127,7 +127,11 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
     let kept: Vec<u64> = rows.iter().map(|row| row.number).collect();
     let number = || shared.next_number.fetch_add(1, Ordering::Relaxed);
     let plan = plan::plan(listing, rows, number);
-    let _slot = shared.slot().await?;
+    // What jobs read already does not wait for what nobody waits for.
+    let _slot = tokio::select! {
+        slot = shared.slot() => Some(slot?),
+        () = arriving.until_read() => None,
+    };
     // What an earlier run left without a row is of no use to anybody.
     shared.store.disk().clear_flight(&flying.key, &kept)?;
     let occupied = shared.store.disk().occupied_by(&flying.key)?;

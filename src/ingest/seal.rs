@@ -265,11 +265,11 @@ mod tests {
         disk.begin_flight("f").unwrap();
         let size = bytes.len() as u64;
         let filling = Filling::open(disk, "f", 1, UnitMap::new(size)).unwrap();
-        let path = EntryPath::new("weights".into()).unwrap();
+        let path = EntryPath::new(*b"weights").unwrap();
         std::thread::scope(|scope| {
             let follower = scope.spawn(|| follow(&filling, &path, &Expected::default(), LayoutFrom::Filling).unwrap());
             let looker = scope.spawn(|| layout_of_beginning(&filling, size).unwrap());
-            for (unit, part) in (0..).zip(bytes.chunks(UNIT_BYTES as usize)) {
+            for (unit, part) in (0..).zip(bytes.chunks(usize::try_from(UNIT_BYTES).unwrap())) {
                 filling.write_at(part, unit * UNIT_BYTES).unwrap();
                 filling.complete(unit);
                 std::thread::yield_now();

@@ -46,8 +46,7 @@ impl Content for PartialContent {
         if let Some(blob) = self.arriving.open_sealed(entry)? {
             let _ = sealed.set(blob);
         }
-        let distrusted = self.arriving.distrusted();
-        Ok(Arc::new(PartialFile { arriving: self.arriving.clone(), entry, size: file.size, sealed, distrusted }))
+        Ok(Arc::new(PartialFile { arriving: self.arriving.clone(), entry, size: file.size, sealed }))
     }
 
     fn state(&self, file: &FileNode) -> FileState {
@@ -72,7 +71,6 @@ struct PartialFile {
     entry: u32,
     size: u64,
     sealed: OnceLock<OpenBlob>,
-    distrusted: u64,
 }
 
 impl PartialFile {
@@ -94,7 +92,7 @@ impl OpenFile for PartialFile {
     }
 
     fn kept_pages_are_right(&self) -> bool {
-        self.distrusted == 0
+        !self.arriving.is_distrusted()
     }
 
     fn here(&self, offset: u64, length: usize) -> bool {

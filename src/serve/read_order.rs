@@ -1,7 +1,7 @@
 //! The order in which a session is first read: advice for the next fill of the same tree.
 //!
 //! Of files that the kernel reads itself only the opens are seen; of others the units that are asked for. The first
-//! [`limits::READ_ORDER_STEPS`] different ones are kept, in memory, until the session stops.
+//! [`limits::READ_ORDER_STEPS`] different ones are kept, in memory, until the session stops. A session that outlived its daemon has none.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,6 +38,12 @@ impl ReadOrder {
             steps.order.push(step);
             self.full.store(steps.order.len() >= limits::READ_ORDER_STEPS, Ordering::Relaxed);
         }
+    }
+
+    /// Notes nothing, also of what was noted: what a predecessor saw is gone, and the rest of an order is none.
+    pub(super) fn give_up(&self) {
+        self.full.store(true, Ordering::Relaxed);
+        *self.steps.lock().unwrap_or_else(PoisonError::into_inner) = Steps::default();
     }
 
     /// What was read so far.

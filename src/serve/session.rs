@@ -204,6 +204,7 @@ impl Session {
         let held = kept.ledger.held().map_err(undo)?;
         let (view, bytes) = (View::new(tree.clone(), content.clone(), ""), content.clone());
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, Some(&kept));
+        open.order.give_up();
         open.restore(held, |inode| {
             let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
             bytes.open(&node)

@@ -96,6 +96,15 @@ pub trait Source: Send + Sync {
     /// is `u64::MAX` and the stream ends with the file.
     async fn read(&self, file: &File, range: Range<u64>) -> Result<ByteStream>;
 
+    /// Whether a large file is still what was listed, asked once all of it has come: where a server begins to send a range, and then sends what
+    /// somebody writes over it meanwhile, nothing else would tell.
+    ///
+    /// # Errors
+    /// `SOURCE_CHANGED`; as [`Source::read`].
+    async fn confirm(&self, _file: &File) -> Result<()> {
+        Ok(())
+    }
+
     /// Reads that it lets be open at a time; more wait for their turn.
     fn reads_at_a_time(&self) -> usize {
         usize::MAX

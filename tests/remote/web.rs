@@ -1,8 +1,9 @@
 //! Files and trees of the web: the index pages of every usual server, and whatever goes wrong on the way.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::buckets::{assert_comes_back_later, assert_kept_nowhere, reason};
 use crate::support::corpus::{random_file, seed};
@@ -250,6 +251,32 @@ fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
         assert!(record.contains("SOURCE_CHANGED"), "{record}");
         daemon.ctl(&["retry", name, "--wait"]).ok();
         assert_same_file(&tree.join("weights.bin"), &daemon.attach(name, name).join("weights.bin"));
+    }
+}
+
+#[test]
+fn what_is_written_over_while_all_of_it_is_being_sent_is_never_mixed() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    let server = nginx(&place, &tree, "");
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    for (name, path) in [("file", "/weights.bin"), ("tree", "/")] {
+        // Less than what is asked for at once: nginx has begun every range, and sends what it finds.
+        let weights = tree.join("weights.bin");
+        random_file(&weights, seed(), 96 << 20);
+        let written = File::options().write(true).open(&weights).unwrap();
+        written.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+        other_file(&place.join("other.bin"), 96 << 20);
+        let faults = Faults::before(server.port);
+        faults.slow_down(4 << 20);
+        daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
+        wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+        written.write_all_at(&fs::read(place.join("other.bin")).unwrap(), 0).unwrap();
+        faults.slow_down(0);
+        daemon.wait_state(name, "failed", PATIENCE);
+        assert_eq!(daemon.json(&["get", name])["error"]["reason"], "SOURCE_CHANGED");
+        daemon.ctl(&["retry", name, "--wait"]).ok();
+        assert_same_file(&weights, &daemon.attach(name, name).join("weights.bin"));
     }
 }
 

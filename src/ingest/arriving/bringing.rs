@@ -237,6 +237,18 @@ impl Arriving {
         }
     }
 
+    /// Waits until somebody reads it.
+    pub(in crate::ingest) async fn until_read(&self) {
+        loop {
+            let mut woken = std::pin::pin!(self.work.notified());
+            woken.as_mut().enable();
+            if self.is_read() {
+                return;
+            }
+            woken.await;
+        }
+    }
+
     /// Waits until every file is sealed.
     pub(in crate::ingest) async fn until_whole(&self) {
         let is_file = |entry: &Entry| matches!(entry.kind, EntryKind::File { .. });
@@ -303,7 +315,7 @@ impl Arriving {
     pub(in crate::ingest) fn distrust(&self, entry: u32) {
         let mut state = self.lock();
         if state.readers > 0 {
-            self.distrusted.fetch_add(1, Ordering::Relaxed);
+            self.distrusted.store(true, Ordering::Relaxed);
         }
         if let Some(at) = state.at.get_mut(entry as usize) {
             *at = At::Missing;

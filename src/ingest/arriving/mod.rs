@@ -7,7 +7,7 @@
 //!
 //! **What is read when.** Units count as here once they are written, before the file's digest is known: bytes of a file that
 //! is not sealed are unverified, except by what the connection itself verifies. A file whose digest turns out wrong is
-//! missing again; what was read of it before was wrong, and its next open drops what the kernel kept ([`Arriving::distrusted`]).
+//! missing again; what was read of it before was wrong, and its next open drops what the kernel kept ([`Arriving::is_distrusted`]).
 //!
 //! **Sealing under readers.** While somebody reads, digests are held before they are published, so that no borrowed range is
 //! punched under an open file; the file that was filled stays readable by descriptor whatever becomes of its name. A file that began to be
@@ -27,7 +27,7 @@ mod recording;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -69,7 +69,7 @@ pub struct Arriving {
     work: Notify,
     /// Something may have been sealed or filled.
     moved: Notify,
-    distrusted: AtomicU64,
+    distrusted: AtomicBool,
 }
 
 #[derive(Default)]
@@ -141,6 +141,7 @@ impl Arriving {
         // A crash may have taken its name, and what was in it is then missing.
         store.disk().begin_flight(&key)?;
         let arriving = Self::of(store, key, tree, None);
+        arriving.distrusted.store(true, Ordering::Relaxed);
         for row in rows {
             if let Some((entry, _)) = EntryPath::new(row.path.clone()).ok().and_then(|path| arriving.find(&path)) {
                 let at = arriving.resumed_file(row)?;
@@ -172,7 +173,7 @@ impl Arriving {
             state: Mutex::new(state),
             work: Notify::new(),
             moved: Notify::new(),
-            distrusted: AtomicU64::new(0),
+            distrusted: AtomicBool::new(false),
         }
     }
 

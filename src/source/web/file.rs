@@ -64,12 +64,15 @@ impl Source for WebFile {
         let name = file_name(&probe.headers, &probe.url)?;
         check_encoding(&probe.headers, name.as_bytes(), &self.url)?;
         let validators = Validators::of(&probe.headers);
-        let revision = validators.pin(probe.size).unwrap_or_else(unpinned);
+        let pin = validators.pin(probe.size);
+        // Ranges of what nothing pins may be of two files.
+        let ranges = probe.ranges && pin.is_some();
+        let revision = pin.unwrap_or_else(unpinned);
         let file = File {
             locator: self.url.as_str().into(),
             size: probe.size,
             executable: false,
-            ranges: probe.ranges,
+            ranges,
             expected: Expected::default(),
         };
         let entry = Listed { path: EntryPath::root().join(&name)?, what: What::File(file) };
@@ -92,6 +95,12 @@ impl Source for WebFile {
         let reply = resolved.target.get(&self.http, &headers).await.map_err(|failure| explain(failure, &what))?;
         resolved.validators.check(reply.response.headers(), &what)?;
         wanted.accept(reply, &self.http)
+    }
+
+    async fn confirm(&self, file: &File) -> Result<()> {
+        let resolved = self.resolved()?;
+        let probe = Probe::first_byte(&resolved.target, self.authorization.as_ref(), &self.http).await;
+        resolved.validators.confirm(probe, file.size, &shown(&self.url))
     }
 }
 

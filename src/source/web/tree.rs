@@ -103,7 +103,8 @@ impl WebTree {
             locator: Locator { url, validators }.to_text().into(),
             size: probe.size,
             executable: false,
-            ranges: probe.ranges,
+            // Ranges of what nothing pins may be of two files.
+            ranges: probe.ranges && pin.is_some(),
             expected: Expected::default(),
         };
         Ok(Found::File { path, file, pin })
@@ -164,6 +165,12 @@ impl Source for WebTree {
             })?;
         validators.check(reply.response.headers(), &what)?;
         wanted.accept(reply, &self.http)
+    }
+
+    async fn confirm(&self, file: &File) -> Result<()> {
+        let Locator { url, validators } = Locator::parse(&file.locator)?;
+        let probe = Probe::head(&url, self.authorization(&url), &self.http).await;
+        validators.confirm(probe, file.size, &shown(&url))
     }
 }
 

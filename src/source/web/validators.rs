@@ -7,7 +7,8 @@ use reqwest::header::{ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED};
 
 use super::super::http::Failure;
 use super::super::source_changed;
-use crate::error::{Error, Result};
+use super::probe::Probe;
+use crate::error::{Error, Kind, Result};
 
 /// The validators of one file: see the module's page.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,6 +50,21 @@ impl Validators {
         match (&self.last_modified, &now.last_modified) {
             (Some(then), Some(now)) if then != now => Err(source_changed(what, "it was modified")),
             _ => Ok(()),
+        }
+    }
+
+    /// Whether what a server says of a file now is of the one that was listed, of `size` bytes.
+    ///
+    /// # Errors
+    /// `SOURCE_CHANGED`; why it could not be asked.
+    pub(super) fn confirm(&self, probe: Result<Probe>, size: Option<u64>, what: &str) -> Result<()> {
+        match probe {
+            Ok(probe) if probe.size.is_some() && size.is_some() && probe.size != size => {
+                Err(source_changed(what, "its size changed"))
+            }
+            Ok(probe) => self.check(&probe.headers, what),
+            Err(error) if error.kind() == Kind::NotFound => Err(source_changed(what, "it was removed")),
+            Err(error) => Err(error),
         }
     }
 

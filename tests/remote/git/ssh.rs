@@ -16,6 +16,7 @@ use crate::support::place::Place;
 use crate::support::ran::{run, wait_until};
 use crate::support::relay::{Break, Relay};
 use crate::support::server::{Server, free_port};
+use crate::support::site::{Page, Site};
 
 /// An sshd of its own keys, that lets one key in.
 struct Sshd {
@@ -199,8 +200,8 @@ fn a_password_is_not_shown_to_another_host_that_a_submodule_names() {
     assert!(!heads.iter().any(|head| head.to_ascii_lowercase().contains("authorization")), "{heads:?}");
 }
 
-#[test]
-fn large_files_of_an_ssh_repository_come_from_where_its_host_says() {
+/// A repository with a large file, which `answer` says of at the `site` where it is, once it is asked; who asked what, line by line.
+fn large_file_by_login(answer: impl FnOnce(&GitSite) -> String) -> Vec<String> {
     use std::os::unix::fs::PermissionsExt as _;
     let (site, sshd) = (GitSite::start_with_lfs(), Sshd::start());
     let work = site.work("org/model");
@@ -210,17 +211,41 @@ fn large_files_of_an_ssh_repository_come_from_where_its_host_says() {
     work.publish();
     let expected = work.expected("expected");
     fs::write(expected.join("w.bin"), &bytes).unwrap();
-    let login = sshd.place.dir("bin").join("git-lfs-authenticate");
-    let answer = format!("{{\"href\": \"{}\", \"header\": {{}}}}", site.url("org/model.git/info/lfs"));
-    fs::write(&login, format!("#!/bin/sh\necho \"$@\" >'{}'\necho '{answer}'\n", sshd.place.join("asked").display()))
-        .unwrap();
+    let (login, asked) = (sshd.place.dir("bin").join("git-lfs-authenticate"), sshd.place.join("asked"));
+    let answer = answer(&site);
+    fs::write(&login, format!("#!/bin/sh\nasked='{}'\n{answer}\necho \"$@\" >>\"$asked\"\n", asked.display())).unwrap();
     fs::set_permissions(&login, fs::Permissions::from_mode(0o755)).unwrap();
     let daemon = Daemon::start_with(&[LOOPBACK]);
     let url = sshd.url(&site.published("org/model"));
     create(&daemon, "w", &url, &["--credential", &sshd.key("user"), "--credential", &sshd.known("host")]).ok();
     assert_same_tree(&expected, &daemon.attach("job", "w"));
-    let asked = fs::read_to_string(sshd.place.join("asked")).unwrap();
-    assert_eq!(asked.trim(), format!("{} download", site.published("org/model").display()));
+    let asked = fs::read_to_string(asked).unwrap();
+    let wanted = format!("{} download", site.published("org/model").display());
+    asked.lines().for_each(|line| assert_eq!(line, wanted));
+    asked.lines().map(str::to_owned).collect()
+}
+
+/// What a login prints.
+fn told(href: &str) -> String {
+    format!("echo '{{\"href\": \"{href}\", \"header\": {{}}}}'")
+}
+
+#[test]
+fn large_files_of_an_ssh_repository_come_from_where_its_host_says() {
+    let asked = large_file_by_login(|site| told(&site.url("org/model.git/info/lfs")));
+    assert_eq!(asked.len(), 1);
+}
+
+#[test]
+fn a_login_for_large_files_that_has_run_out_is_asked_for_anew() {
+    let refusing = Site::open();
+    let old = refusing.put("/lfs", Page::Status(404));
+    refusing.put("/lfs/objects/batch", Page::Status(401));
+    let asked = large_file_by_login(|site| {
+        let (old, new) = (told(&old), told(&site.url("org/model.git/info/lfs")));
+        format!("if [ -e \"$asked\" ]; then {new}; else {old}; fi")
+    });
+    assert_eq!(asked.len(), 2);
 }
 
 #[test]

@@ -30,11 +30,13 @@ const LOGIN_BYTES: usize = 64 << 10;
 pub(in crate::source::git) struct Place {
     base: Url,
     pub(super) authorization: Option<Authorization>,
+    /// Whether what is shown there ends by itself, and is had anew by finding the place again.
+    pub(super) ends: bool,
 }
 
 impl Place {
     fn new(base: Url, authorization: Option<Authorization>) -> Self {
-        Self { base, authorization }
+        Self { base, authorization, ends: false }
     }
 
     /// The endpoint.
@@ -142,7 +144,7 @@ fn place_of(login: Login, address: &SshAddress) -> Result<Place> {
     let bad = || Error::corrupt("BAD_ANSWER", format!("{address} says where its LFS is in a way that makes no sense"));
     let base = Url::parse(&login.href).map_err(|_| bad())?;
     let authorization = stated(login.header).ok_or_else(bad)?;
-    Ok(Place::new(base, authorization))
+    Ok(Place { ends: true, ..Place::new(base, authorization) })
 }
 
 fn bracketed(host: &str) -> String {

@@ -191,8 +191,15 @@ impl Lfs {
         let objects = self.objects.iter().skip(group * GROUP).take(GROUP);
         let asked = objects.clone().map(|object| Asked { oid: object.id(), size: object.size }).collect();
         let question = Question { operation: "download", transfers: ["basic"], hash_algo: "sha256", objects: asked };
-        let place = self.endpoint.place().await?;
-        let answer = self.post(&place, &question).await.map_err(|failure| self.explain(failure, &place))?;
+        let mut place = self.endpoint.place().await?;
+        let mut answer = self.post(&place, &question).await;
+        if place.ends && answer.as_ref().is_err_and(is_refusal) {
+            // What a login gave for some minutes has run out.
+            self.endpoint.forget(&place);
+            place = self.endpoint.place().await?;
+            answer = self.post(&place, &question).await;
+        }
+        let answer = answer.map_err(explain)?;
         if answer.transfer.as_deref().is_some_and(|transfer| transfer != "basic") {
             return Err(Error::new(
                 Kind::Unsupported,
@@ -217,18 +224,19 @@ impl Lfs {
             Error::unavailable("BAD_ANSWER", format!("reading what {place} says of LFS objects")).because(error).into()
         })
     }
+}
 
-    fn explain(&self, failure: Failure, place: &Place) -> Error {
-        if matches!(failure.status().map(|status| status.as_u16()), Some(401 | 403)) {
-            // What a login gave for some minutes has run out.
-            self.endpoint.forget(place);
-        }
-        match failure {
-            Failure::Refused(answer) if answer.status == StatusCode::NOT_FOUND => answer
-                .error(Kind::NotFound, "LFS_NOT_FOUND", "there is no LFS, or it has none of the files asked for")
-                .remedy("push them with `git lfs push --all`, or check that the credentials may read them"),
-            failure => failure.into_error(),
-        }
+/// Whether what was shown is not accepted, or not any more.
+fn is_refusal(failure: &Failure) -> bool {
+    matches!(failure.status().map(|status| status.as_u16()), Some(401 | 403))
+}
+
+fn explain(failure: Failure) -> Error {
+    match failure {
+        Failure::Refused(answer) if answer.status == StatusCode::NOT_FOUND => answer
+            .error(Kind::NotFound, "LFS_NOT_FOUND", "there is no LFS, or it has none of the files asked for")
+            .remedy("push them with `git lfs push --all`, or check that the credentials may read them"),
+        failure => failure.into_error(),
     }
 }
 

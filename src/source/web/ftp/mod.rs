@@ -212,6 +212,14 @@ impl Source for FtpSource {
             Ok(reading.next().await?.map(|bytes| (bytes, reading)))
         })))
     }
+
+    async fn confirm(&self, file: &File) -> Result<()> {
+        let located = Located::parse(file)?;
+        let mut borrowed = self.server.connection().await?;
+        located.check(&mut borrowed.connection).await?;
+        self.server.give_back(borrowed);
+        Ok(())
+    }
 }
 
 /// A file as it was listed: what a locator says.
@@ -229,7 +237,8 @@ impl Located {
         };
         let path = percent_encode(&self.path, NON_ALPHANUMERIC);
         let locator = format!("{};{};{path}", fact(&self.stamp.modified), fact(&self.stamp.unique));
-        let ranges = ranges && self.size.is_some();
+        // Ranges of what nothing pins may be of two files.
+        let ranges = ranges && self.size.is_some() && self.stamp != Stamp::default();
         File { locator: locator.into(), size: self.size, executable: false, ranges, expected: Expected::default() }
     }
 

@@ -1,0 +1,114 @@
+//! A job that did not wait, and a fill that ends or stands still elsewhere than in its own flight: at a restart, behind others, by a removal.
+
+#![cfg(test)]
+
+mod support;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use support::corpus::{Random, seed};
+use support::daemon::{Daemon, LOOPBACK};
+use support::files::b3sum;
+use support::ran::{run, wait_until};
+use support::site::{Page, Site};
+use support::waiting::waiting_requests;
+
+const MIB: u64 = 1 << 20;
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Rate at which a listing comes at once and a unit takes minutes.
+const HELD: u64 = 16 << 10;
+
+fn weights(mib: usize) -> Arc<Vec<u8>> {
+    Arc::new(Random::new(seed()).bytes(mib << 20))
+}
+
+/// Creates `name` and attaches it for the job of that name without waiting; where its file is seen.
+fn attach_lazily(daemon: &Daemon, name: &str, url: &str) -> PathBuf {
+    daemon.ctl(&["create", name, "--type", "web", "--uri", url]).ok();
+    let target = daemon.place().dir(&format!("at-{name}"));
+    run(daemon.ctl_command().args(["attach", name, name, "--lazy", "--at"]).arg(&target)).ok();
+    target.join(url.rsplit('/').next().unwrap())
+}
+
+/// Reads a byte in a thread of its own.
+fn read_at(file: &Path, offset: u64) -> JoinHandle<io::Result<u8>> {
+    let open = File::open(file).unwrap();
+    thread::spawn(move || {
+        let mut byte = [0];
+        open.read_exact_at(&mut byte, offset).map(|()| byte[0])
+    })
+}
+
+fn answer(reader: JoinHandle<io::Result<u8>>) -> io::Result<u8> {
+    wait_until("the read is answered", LIMIT, || reader.is_finished());
+    reader.join().unwrap()
+}
+
+#[test]
+fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() {
+    let daemon = Daemon::start_kept(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
+    let (site, bytes) = (Site::open(), weights(64));
+    site.limit(HELD);
+    let url = site.put("/w.bin", Page::Ranged(bytes.clone()));
+    let file = attach_lazily(&daemon, "w", &url);
+    let waiting = waiting_requests(daemon.place(), &file);
+    let reader = read_at(&file, 50 * MIB);
+    wait_until("the reader waits", LIMIT, || waiting() > 0);
+    site.put("/w.bin", Page::Status(403));
+    let before = daemon.server();
+    kill(before, Signal::SIGKILL).unwrap();
+    wait_until("a successor answers", LIMIT, || {
+        let status = daemon.ctl(&["--json", "status"]);
+        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
+    });
+    daemon.wait_state("w", "failed", LIMIT);
+    for reader in [reader, read_at(&file, 20 * MIB)] {
+        assert_eq!(answer(reader).unwrap_err().raw_os_error(), Some(nix::libc::EIO));
+    }
+    site.limit(0);
+    site.put("/w.bin", Page::Ranged(bytes.clone()));
+    daemon.ctl(&["retry", "w"]).ok();
+    daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(b3sum(&file), blake3::hash(&bytes).to_hex().to_string());
+}
+
+#[test]
+fn what_a_job_reads_does_not_wait_for_what_nobody_reads() {
+    /// As many as move bytes at a time.
+    const OTHERS: usize = 8;
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let (slow, quick, bytes) = (Site::open(), Site::open(), weights(40));
+    slow.limit(HELD);
+    for other in 0..OTHERS {
+        let url = slow.put(&format!("/{other}.bin"), Page::Ranged(bytes.clone()));
+        daemon.ctl(&["create", &format!("other-{other}"), "--type", "web", "--uri", &url]).ok();
+    }
+    wait_until("the others are asked for", LIMIT, || slow.bodies() >= 4 * OTHERS as u64);
+    let file = attach_lazily(&daemon, "read", &quick.put("/w.bin", Page::Ranged(bytes.clone())));
+    assert_eq!(answer(read_at(&file, 30 * MIB)).unwrap(), bytes[30 << 20]);
+    for other in 0..OTHERS {
+        assert_eq!(daemon.json(&["get", &format!("other-{other}")])["state"], "filling");
+    }
+}
+
+#[test]
+fn a_read_that_is_left_of_a_removed_checkpoint_ends() {
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let site = Site::open();
+    site.limit(HELD);
+    let file = attach_lazily(&daemon, "w", &site.put("/w.bin", Page::Ranged(weights(64))));
+    let waiting = waiting_requests(daemon.place(), &file);
+    let reader = read_at(&file, 50 * MIB);
+    wait_until("the reader waits", LIMIT, || waiting() > 0);
+    daemon.ctl(&["release", "w"]).ok();
+    daemon.ctl(&["remove", "w", "--yes"]).ok();
+    assert!(answer(reader).is_err());
+}
