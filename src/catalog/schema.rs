@@ -386,6 +386,9 @@ mod tests {
     /// The same of version 5: charges, a file of the web that is half here, an upload that was under way.
     const VERSION_5: &str = include_str!("../../tests/fixtures/catalog-5.sql");
 
+    /// The same of version 6: a pinned checkpoint that a job has a right to, and one that failed.
+    const VERSION_6: &str = include_str!("../../tests/fixtures/catalog-6.sql");
+
     /// What an earlier ckptd wrote, as this one has it.
     fn migrated(written: &str) -> Connection {
         let mut connection = Connection::open_in_memory().unwrap();
@@ -394,6 +397,25 @@ mod tests {
         let version = connection.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0)).unwrap();
         assert_eq!(usize::try_from(version), Ok(MIGRATIONS.len()));
         connection
+    }
+
+    #[test]
+    fn a_catalog_of_version_6_is_this_one() {
+        let kept = migrated(VERSION_6);
+        let records = checkpoints::list(&kept, &checkpoints::Seen::Everything, "", false).unwrap();
+        let seen: Vec<_> = records.iter().map(|r| (r.name.as_str(), r.state, r.pinned)).collect();
+        assert_eq!(seen, [("golden", State::Ready, true), ("broken", State::Failed, false)]);
+        assert_eq!(jobs::holders(&kept, "golden-1").unwrap(), ["job-1"]);
+        assert_eq!(accounting::footprint(&kept, &records[0]).unwrap().unique_bytes, 17);
+        // Another schema is another version.
+        let mut fresh = Connection::open_in_memory().unwrap();
+        migrate(&mut fresh).unwrap();
+        assert_eq!(schema_of(&fresh), schema_of(&kept));
+    }
+
+    fn schema_of(connection: &Connection) -> Vec<String> {
+        let mut rows = connection.prepare("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY sql").unwrap();
+        rows.query_map([], |row| row.get(0)).unwrap().collect::<Result<_, _>>().unwrap()
     }
 
     #[test]

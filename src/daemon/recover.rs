@@ -23,7 +23,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
     }
     let records =
         floors.store.catalog().read(|tx| checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)).await?;
-    let mut uploads = Vec::new();
+    let (mut uploads, mut filling) = (Vec::new(), Vec::new());
     for record in records {
         match record.state {
             State::Removing => finish_removal(floors, &record).await,
@@ -33,12 +33,15 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
             State::New | State::Filling if record.origin.kind == SourceKind::Local.as_str() => {
                 floors.ingests.start_over(&record).await;
             }
-            State::New | State::Filling => floors.ingests.start(&record, Credentials::default()),
+            State::New | State::Filling => filling.push(record),
             State::Ready | State::Failed | State::Evicted => {}
         }
     }
-    // Views first: jobs wait for them, and uploads may be long to read.
+    // Views first: jobs wait for them, uploads may be long to read, and what is filled must not go over to another revision than jobs have seen.
     floors.attachments.recover().await?;
+    for record in &filling {
+        floors.ingests.start(record, Credentials::default());
+    }
     for record in floors.await_senders(uploads).await {
         finish_removal(floors, &record).await;
     }

@@ -247,7 +247,7 @@ mod tests {
             format!(r#""t{at}":{{"dtype":"U8","shape":[{TENSOR_BYTES}],"data_offsets":[{start},{end}]}}"#)
         };
         let (first, last) = (tensor(0), tensor(1));
-        let json = format!("{{{first},{:header$}{last}}}", "");
+        let json = format!("{{{first},{}{last}}}", " ".repeat(header));
         let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(json.as_bytes());
         bytes.extend((0..2 * TENSOR_BYTES).map(|at| u8::try_from(at % 253).unwrap_or(0)));

@@ -15,6 +15,7 @@
 //! [`Kind::Unavailable`](crate::error::Kind::Unavailable) is retried, everything else is final.
 
 mod archived;
+mod asking;
 mod beneath;
 mod captured;
 mod connect;

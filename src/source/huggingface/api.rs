@@ -4,12 +4,11 @@
 //! lists it, in pages joined by `Link: <..>; rel="next"`. Refusals bear `X-Error-Code`; the hub says 401 `RepoNotFound` for a private
 //! repository too, so that its existence is no news.
 
-use std::time::Duration;
-
 use reqwest::Url;
 use reqwest::header::LINK;
 use serde::Deserialize;
 
+use super::super::asking::ask_again;
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Reply, Request, read_document};
 use super::super::{Counter, Expected, File, Listed, Stated, What};
 use super::{RepositoryId, component};
@@ -23,12 +22,6 @@ const ANSWER_BYTES: usize = 64 << 20;
 
 /// Pages of one listing: at 1,000 entries each, more than a checkpoint may have.
 const PAGES: usize = 2 * limits::CHECKPOINT_ENTRIES / 1000;
-
-/// Times one page is asked for, where the hub says when; beyond that the whole listing is tried again.
-const PAGE_ATTEMPTS: u32 = 5;
-
-/// Longest wait for one page: the hub's limits are counted over five minutes.
-const PAGE_WAIT: Duration = Duration::from_secs(300);
 
 /// One repository at a hub.
 #[derive(Debug)]
@@ -91,22 +84,8 @@ impl Hub {
         Err(bad_listing(&self.id, "the listing does not end"))
     }
 
-    /// One page. Where the hub asks to wait, that is done here: a long listing must not begin anew for it.
     async fn page(&self, url: &Url) -> Result<(Vec<Item>, Option<Url>)> {
-        let mut left = PAGE_ATTEMPTS;
-        loop {
-            let error = match self.ask(url).await {
-                Ok(page) => return Ok(page),
-                Err(failure) => self.explain(failure),
-            };
-            left -= 1;
-            let asked = error.facts().iter().find(|(key, _)| key == "retry_after_s");
-            let wait = asked.and_then(|(_, seconds)| seconds.parse().ok().map(Duration::from_secs));
-            match wait.filter(|wait| left > 0 && *wait <= PAGE_WAIT) {
-                Some(wait) => tokio::time::sleep(wait).await,
-                None => return Err(error),
-            }
-        }
+        ask_again(|| async { self.ask(url).await.map_err(|failure| self.explain(failure)) }).await
     }
 
     /// Where a file of `commit` is read.

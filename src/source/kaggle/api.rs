@@ -15,6 +15,7 @@ use reqwest::Url;
 use serde::Deserialize;
 
 use super::super::Counter;
+use super::super::asking::ask_again;
 use super::super::http::{Answer, Authorization, Failure, HttpClient, Request, read_document, shown};
 use crate::digest::Digester;
 use crate::error::{Error, Kind, Result};
@@ -184,7 +185,8 @@ impl Kaggle {
         loop {
             let mut query = vec![("pageSize", PAGE_FILES.to_string())];
             query.extend((!token.is_empty()).then(|| ("pageToken", token.clone())));
-            let page = self.ask::<Page>(&self.url(&format!("competitions/data/list/{name}"), &query)?).await?;
+            let url = self.url(&format!("competitions/data/list/{name}"), &query)?;
+            let page = ask_again(|| self.ask::<Page>(&url)).await?;
             let came = page.files.len();
             rows.extend(page.files);
             counter(rows.len()).map_err(|error| error.during(format!("listing {}", self.item)))?;

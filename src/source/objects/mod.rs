@@ -28,7 +28,6 @@ mod verified;
 mod xml;
 
 use std::ops::Range;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -38,10 +37,11 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Url;
 use reqwest::header::HeaderMap;
 
+use super::asking::ask_again;
 use super::http::{Failure, Wanted};
 use super::{ByteStream, Counter, Expected, File, Listing, Opened, Source, What, source_changed};
 use crate::digest::Digester;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::limits;
 
 /// One page of a listing: 1,000 keys of 1,024 bytes, each byte written as three, with their other fields; and as much again.
@@ -49,12 +49,6 @@ const PAGE_BYTES: usize = 16 << 20;
 
 /// Pages of one listing: a store may give fewer entries a page than asked for, but not so few for ever.
 const PAGES: usize = limits::CHECKPOINT_ENTRIES / 50;
-
-/// Attempts at one page before the listing as a whole is given up to the ingest's ladder.
-const PAGE_ATTEMPTS: u32 = 3;
-
-/// Pause before the first further attempt; doubles.
-const PAGE_PAUSE: Duration = Duration::from_millis(250);
 
 /// Left as they are in keys and queries: RFC 3986's unreserved characters, as every signature wants it.
 const UNRESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -141,7 +135,7 @@ struct ObjectSource<B> {
 impl<B: Bucket> Source for ObjectSource<B> {
     async fn open(&self, counter: &Counter) -> Result<Opened> {
         let whole = self.path.is_empty() || self.path.ends_with('/');
-        let found = if whole { None } else { patiently(|| self.bucket.find(&self.path)).await? };
+        let found = if whole { None } else { ask_again(|| self.bucket.find(&self.path)).await? };
         let one_file = found.is_some();
         let (prefix, objects) = match found {
             Some(object) => (self.path.rsplit_once('/').map_or("", |(folder, _)| folder), vec![object]),
@@ -184,7 +178,7 @@ impl<B: Bucket> ObjectSource<B> {
         match files.iter().max_by_key(|file| file.size) {
             Some(largest) if largest.size > Some(limits::UNIT_BYTES) => {
                 let object = Locator::parse(&largest.locator)?;
-                patiently(|| self.bucket.answers_ranges(&object)).await
+                ask_again(|| self.bucket.answers_ranges(&object)).await
             }
             _ => Ok(true),
         }
@@ -199,7 +193,7 @@ impl<B: Bucket> ObjectSource<B> {
         let mut objects = Vec::new();
         let mut after: Option<String> = None;
         for _ in 0..PAGES {
-            let page = patiently(|| self.bucket.page(&prefix, after.as_deref())).await?;
+            let page = ask_again(|| self.bucket.page(&prefix, after.as_deref())).await?;
             objects.extend(page.objects.into_iter().filter(|object| object.key.starts_with(&prefix)));
             counter(objects.len())
                 .map_err(|error| error.during(format!("listing {}/{prefix}", self.bucket.shown())))?;
@@ -212,26 +206,6 @@ impl<B: Bucket> ObjectSource<B> {
         let message = format!("listing {}/{prefix}: the listing does not end", self.bucket.shown());
         Err(Error::corrupt("BAD_LISTING", message))
     }
-}
-
-/// Repeats what is asked while listing a few times, unless the store wants a longer pause than fits in here.
-async fn patiently<T, F: Future<Output = Result<T>>>(mut ask: impl FnMut() -> F) -> Result<T> {
-    let mut pause = PAGE_PAUSE;
-    for _ in 1..PAGE_ATTEMPTS {
-        match ask().await {
-            Err(error) if error.kind() == Kind::Unavailable && !asks_to_wait(&error) => {
-                tracing::info!(error = %error.chain(), "will ask again");
-                tokio::time::sleep(pause).await;
-                pause *= 2;
-            }
-            other => return other,
-        }
-    }
-    ask().await
-}
-
-fn asks_to_wait(error: &Error) -> bool {
-    error.facts().iter().any(|(key, _)| key == "retry_after_s")
 }
 
 /// A digest over what was listed, whatever the order.

@@ -16,13 +16,13 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use reqwest::Url;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderName, RANGE};
 
+use super::super::asking::ask_again;
 use super::super::http::{
     Authorization, Failure, HttpClient, Request, Target, Wanted, read_document, shown, without_user_information,
 };
@@ -32,7 +32,7 @@ use super::probe::{Probe, check_encoding};
 use super::validators::{Validators, explain, text_of};
 use super::{LISTING_BYTES, unpinned};
 use crate::digest::Digester;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::limits;
 use crate::names::EntryPath;
 
@@ -45,13 +45,6 @@ const HEADS_AT_A_TIME: usize = 16;
 
 /// What index pages are asked to be: JSON where the server can, for it is exact.
 const INDEX_TYPES: &str = "application/json, text/html;q=0.9, application/xhtml+xml;q=0.9, text/xml;q=0.8";
-
-/// Attempts at one request of a listing, and the first pause between them, which doubles.
-const ATTEMPTS: u32 = 3;
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-
-/// Longest `Retry-After` that is waited for inside a listing; beyond, the whole is begun anew later.
-const LONGEST_PAUSE: Duration = Duration::from_secs(20);
 
 /// A directory at a URL.
 #[derive(Debug)]
@@ -92,7 +85,7 @@ impl WebTree {
 
     /// The file at `url`; a directory if that is what it turns out to be.
     async fn file(&self, path: EntryPath, url: Url) -> Result<Found> {
-        let probe = again(|| Probe::head(&url, self.authorization(&url), &self.http)).await?;
+        let probe = ask_again(|| Probe::head(&url, self.authorization(&url), &self.http)).await?;
         if probe.url.origin() == url.origin() && probe.url.path().strip_suffix('/') == Some(url.path()) {
             return Ok(Found::Directory(Link { path, url: probe.url, directory: true }));
         }
@@ -119,7 +112,7 @@ impl WebTree {
         };
         let url = Locator::parse(&largest.locator)?.url;
         let target = Target::new(url.clone(), self.authorization(&url).cloned());
-        let probe = again(|| Probe::first_byte(&target, self.authorization(&url), &self.http)).await?;
+        let probe = ask_again(|| Probe::first_byte(&target, self.authorization(&url), &self.http)).await?;
         files.iter_mut().for_each(|(_, file, _)| file.ranges &= probe.ranges);
         Ok(())
     }
@@ -199,7 +192,7 @@ impl Walk<'_> {
         while !pages.is_empty() || !unprobed.is_empty() {
             let mut below = Vec::new();
             let mut indexes = stream::iter(std::mem::take(&mut pages))
-                .map(|page| async move { again(|| tree.index(&page.url)).await.map(|index| (page.path, index)) })
+                .map(|page| async move { ask_again(|| tree.index(&page.url)).await.map(|index| (page.path, index)) })
                 .buffer_unordered(PAGES_AT_A_TIME);
             while let Some((path, index)) = indexes.try_next().await? {
                 self.admit(&path, index, &mut below)?;
@@ -269,26 +262,6 @@ fn revision(files: &[(EntryPath, File, Option<String>)], directories: &[EntryPat
         add(pin.as_bytes());
     }
     format!("index:{}", digester.finish())
-}
-
-/// Repeats one request of a listing while its failure may pass.
-async fn again<T, F: Future<Output = Result<T>>>(mut work: impl FnMut() -> F) -> Result<T> {
-    let mut pause = FIRST_PAUSE;
-    for _ in 1..ATTEMPTS {
-        match work().await {
-            Err(error) if error.kind() == Kind::Unavailable => {
-                let asked = error.facts().iter().find(|(key, _)| key == "retry_after_s");
-                let asked = asked.and_then(|(_, seconds)| seconds.parse().ok()).map(Duration::from_secs);
-                if asked.is_some_and(|asked| asked > LONGEST_PAUSE) {
-                    return Err(error);
-                }
-                tokio::time::sleep(asked.unwrap_or(pause)).await;
-                pause *= 2;
-            }
-            done => return done,
-        }
-    }
-    work().await
 }
 
 /// How a file is found again: its URL and validators, as lines of text; neither can hold a line break.

@@ -34,6 +34,7 @@ use reqwest::header::{ETAG, HeaderMap, HeaderName, IF_MATCH, RANGE};
 use reqwest::{Method, StatusCode, Url};
 
 use self::sign::{Keys, Signer};
+use super::super::asking::ask_again;
 use super::super::connect::{SourceContext, parse_http};
 use super::super::http::{
     Answer, Authorization, ContentRange, Failure, HttpClient, Reply, Request, Wanted, announced_length, read_document,
@@ -45,8 +46,8 @@ use super::super::{
 use super::verified::verified;
 use super::xml::{Document, Fields};
 use super::{
-    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded_key, header, patiently,
-    shown_key, url_below,
+    Bucket, Locator, Object, ObjectSource, PAGE_BYTES, Page, Pin, changed_by, decoded, encoded_key, header, shown_key,
+    url_below,
 };
 use crate::error::{Error, Result};
 use crate::limits;
@@ -237,8 +238,9 @@ impl S3 {
         match self.ask(Method::HEAD, Some(key), &[], &headers).await {
             Ok(reply) => Ok(Some(Head::of(reply.response.headers(), announced_length(reply.response.headers())))),
             Err(failure) if failure.status() == Some(StatusCode::NOT_FOUND) => Ok(None),
-            Err(Failure::Refused(_)) => self.first_byte(key).await,
-            Err(Failure::Failed(error)) => Err(error),
+            // A refusal of this moment says nothing of the object; an empty one has no first byte to ask for.
+            Err(Failure::Refused(answer)) if !is_of_a_moment(answer.status) => self.first_byte(key).await,
+            Err(failure) => Err(explain(failure)),
         }
     }
 
@@ -260,7 +262,7 @@ impl S3 {
         let object = Locator::parse(&file.locator)?;
         let what = self.shown_object(object.key);
         let gone = || source_changed(&what, "it is gone");
-        let head = patiently(|| self.head(object.key)).await?.ok_or_else(gone)?;
+        let head = ask_again(|| self.head(object.key)).await?.ok_or_else(gone)?;
         if Some(head.size) != file.size || !same_etag(&head.pin.etag, &object.pin.etag) {
             return Err(source_changed(&what, "it was replaced"));
         }
@@ -448,6 +450,10 @@ impl Head {
         };
         stated.into()
     }
+}
+
+fn is_of_a_moment(status: StatusCode) -> bool {
+    status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
 }
 
 fn explain(failure: Failure) -> Error {
