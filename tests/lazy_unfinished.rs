@@ -58,10 +58,14 @@ fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() 
     let (site, bytes) = (Site::open(), weights(64));
     site.limit(HELD);
     let url = site.put("/w.bin", Page::Ranged(bytes.clone()));
-    let file = attach_lazily(&daemon, "w", &url);
-    let waiting = waiting_requests(daemon.place(), &file);
-    let reader = read_at(&file, 50 * MIB);
-    wait_until("the reader waits", LIMIT, || waiting() > 0);
+    // Two of the same bytes: neither may leave it to the other to say so.
+    let files = ["w", "too"].map(|name| attach_lazily(&daemon, name, &url));
+    let readers = files.each_ref().map(|file| {
+        let waiting = waiting_requests(daemon.place(), file);
+        let reader = read_at(file, 50 * MIB);
+        wait_until("the reader waits", LIMIT, || waiting() > 0);
+        reader
+    });
     site.put("/w.bin", Page::Status(403));
     let before = daemon.server();
     kill(before, Signal::SIGKILL).unwrap();
@@ -69,15 +73,15 @@ fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() 
         let status = daemon.ctl(&["--json", "status"]);
         status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
     });
-    daemon.wait_state("w", "failed", LIMIT);
-    for reader in [reader, read_at(&file, 20 * MIB)] {
+    ["w", "too"].iter().for_each(|name| daemon.wait_state(name, "failed", LIMIT));
+    for reader in readers.into_iter().chain(files.each_ref().map(|file| read_at(file, 20 * MIB))) {
         assert_eq!(answer(reader).unwrap_err().raw_os_error(), Some(nix::libc::EIO));
     }
     site.limit(0);
     site.put("/w.bin", Page::Ranged(bytes.clone()));
     daemon.ctl(&["retry", "w"]).ok();
     daemon.wait_state("w", "ready", LIMIT);
-    assert_eq!(b3sum(&file), blake3::hash(&bytes).to_hex().to_string());
+    assert_eq!(b3sum(&files[0]), blake3::hash(&bytes).to_hex().to_string());
 }
 
 #[test]

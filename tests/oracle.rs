@@ -186,8 +186,8 @@ fn an_owner_is_shown_and_told_the_same_whatever_another_has() {
     assert!(differences.is_empty() && alone.len() == with_another.len(), "{differences:#?}");
     // What is compared is there: bytes, refusals, figures.
     let whole = fs::metadata(corpus.place.join("base")).unwrap().len();
-    // And one byte to see whether the source has ranges.
-    let fetched = format!("{} bytes fetched", whole + 1);
+    // And one byte to see whether the source has ranges, and one to see that it has not changed meanwhile.
+    let fetched = format!("{} bytes fetched", whole + 2);
     for words in [
         fetched.as_str(),
         "may keep 40.00 MiB",

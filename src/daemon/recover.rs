@@ -33,11 +33,16 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
             State::New | State::Filling if record.origin.kind == SourceKind::Local.as_str() => {
                 floors.ingests.start_over(&record).await;
             }
+            // What a job sees of it is what it goes on with.
+            State::New | State::Filling if floors.ingests.is_shown(&record).await => {
+                floors.ingests.start(&record, Credentials::default());
+            }
             State::New | State::Filling => filling.push(record),
             State::Ready | State::Failed | State::Evicted => {}
         }
     }
-    // Views first: jobs wait for them, uploads may be long to read, and what is filled must not go over to another revision than jobs have seen.
+    // Views first: jobs wait for them, uploads may be long to read, and what is filled must not go over to another revision than jobs have
+    // seen, and will see again.
     floors.attachments.recover().await?;
     for record in &filling {
         floors.ingests.start(record, Credentials::default());

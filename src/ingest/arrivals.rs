@@ -49,7 +49,10 @@ impl Arrivals {
     pub(super) fn begin(&self, store: &Store, key: &str, listing: &Listing, is_local: bool) -> Result<Arc<Arriving>> {
         let fresh = Arriving::new(store.clone(), key.to_owned(), listing, is_local)?;
         match self.of_key(key) {
-            Some(read) if read.tree() == fresh.tree() => Ok(read),
+            Some(read) if read.tree() == fresh.tree() => {
+                read.hope();
+                Ok(read)
+            }
             Some(read) if read.is_read() => Err(moved_on()),
             _ => Ok(self.keep(key, Arc::new(fresh))),
         }
@@ -117,7 +120,7 @@ impl Ingests {
         let id = record.id.clone();
         let now = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &id)).await?;
         if let Some(failure) = now.filter(|now| now.state == State::Failed).and_then(|now| now.failure) {
-            kept.fail(&failure.to_error());
+            self.0.end_reading(&record.id, &failure.to_error()).await;
         }
         Ok(Some(kept))
     }

@@ -32,9 +32,6 @@ impl Shared {
             Err(error) => Err(error),
         };
         let result = result.map_err(|error| with_remedy(record, error));
-        if let Err(error) = &result {
-            self.end_reading(&record.id, error).await;
-        }
         self.arrivals.forget(&record.id);
         if let Err(error) = &result {
             tracing::warn!(checkpoint = record.id, error = %error.report(), "the checkpoint failed");
@@ -45,6 +42,8 @@ impl Shared {
                 tracing::error!(checkpoint = record.id, error = %second.report(), "recording the failure failed");
                 tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             }
+            // Only now: of several that fail together the last one tells.
+            self.end_reading(&record.id, error).await;
         }
         let _ = self.changes.send(record.id.clone());
         result

@@ -37,6 +37,9 @@ use crate::units::now_unix_ms;
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
+/// Times that a source is asked whether a file is still what was listed.
+const CONFIRM_ATTEMPTS: u32 = 3;
+
 /// What a flight's fetchers share.
 pub(super) struct Flying {
     pub(super) shared: Arc<Shared>,
@@ -186,15 +189,15 @@ pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Resul
             seal::digest_small(&whole, &work.path, &work.file.expected, write)
         });
         if is_corrupt(&digested) {
-            // To be put aside.
-            disk.write_filling_with(&flight.key, work.number, size, |write| whole.each_window(write))?;
+            // To be put aside, if there is room.
+            let _ = disk.write_filling_with(&flight.key, work.number, size, |write| whole.each_window(write));
         }
         digested
     })
     .await;
     drop((permits, core));
     if is_corrupt(&digested) {
-        put_aside(&bringing, &file, None).await?;
+        put_aside(&bringing, &file, None).await;
     }
     let digested = digested?;
     if file.file.size.is_some() {
@@ -301,7 +304,12 @@ async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, 
     };
     let filler = async {
         arriving.filled(&filling).await;
-        confirm(flying, &file.file).await?;
+        if let Err(error) = confirm(flying, &file.file).await {
+            // Some of it may be of one file and some of another: none of it is gone on with, whatever the source has next.
+            arriving.distrust(entry);
+            put_aside(bringing, file, Some(size)).await;
+            return Err(error);
+        }
         let filling = filling.clone();
         blocking(move || filling.flush().map(|_| ())).await
     };
@@ -310,30 +318,44 @@ async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, 
         Err(error) => {
             if error.kind() == Kind::Corrupt {
                 arriving.distrust(entry);
-                put_aside(bringing, file, Some(size)).await?;
+                put_aside(bringing, file, Some(size)).await;
             }
             Err(error)
         }
     }
 }
 
-/// Asks whether what has come is still what was listed.
+/// Asks whether what has come is still what was listed. Only that it is not is an error: what cannot be asked any more, for the address has run out
+/// or the server is gone, has come all the same.
 pub(super) async fn confirm(flying: &Flying, file: &File) -> Result<()> {
-    let confirmed = until_it_works(flying.shared.settings.attempts, || flying.source.confirm(file)).await;
-    confirmed.map_err(|error| error.during("looking whether what came is still what was listed"))
+    match until_it_works(CONFIRM_ATTEMPTS, || flying.source.confirm(file)).await {
+        Err(error) if error.reason() == SOURCE_CHANGED => Err(error),
+        Err(error) => {
+            tracing::info!(error = %error.chain(), "whether what came is still what was listed cannot be asked");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
 }
 
 fn is_corrupt(digested: &Result<Digested>) -> bool {
     digested.as_ref().is_err_and(|error| error.kind() == Kind::Corrupt)
 }
 
-/// Puts wrong bytes aside to be looked at, and says so; none of them is resumed from, where some of its `size` could be.
-async fn put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) -> Result<()> {
+/// Puts wrong bytes aside to be looked at, and says so; none of them is resumed from, where some of its `size` could be. What keeps it from doing so
+/// is logged: why they are wrong is what counts.
+async fn put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) {
+    if let Err(error) = try_to_put_aside(bringing, file, size).await {
+        tracing::warn!(path = %file.path, error = %error.report(), "wrong bytes could not be put aside");
+    }
+}
+
+async fn try_to_put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) -> Result<()> {
     let flying = &bringing.flying;
     let (key, path, number) = (flying.key.clone(), file.path.clone(), file.number);
     let aside = flying.shared.store.disk().quarantine_filling(&flying.key, file.number)?;
     let message =
-        format!("`{}` arrived with other bytes than its source states; they are at {}", file.path, aside.display());
+        format!("`{}` arrived with other bytes than its source has; they are at {}", file.path, aside.display());
     let event = NewEvent { kind: "FILE_QUARANTINED", message, ..Default::default() };
     let units = size.map(|size| (size, UnitMap::new(size).to_bytes()));
     flying
@@ -486,7 +508,7 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
     })
     .await;
     if is_corrupt(&digested) {
-        put_aside(bringing, file, None).await?;
+        put_aside(bringing, file, None).await;
     }
     filled(bringing, file, entry, size, digested?, true).await
 }

@@ -218,6 +218,11 @@ impl Ingests {
         &self.0.settings.quotas
     }
 
+    /// Whether jobs read what there is of a checkpoint that fills.
+    pub async fn is_shown(&self, record: &Record) -> bool {
+        self.0.is_shown(record).await
+    }
+
     /// Tells watchers that a record changed.
     pub fn note_change(&self, id: &str) {
         let _ = self.0.changes.send(id.to_owned());

@@ -13,7 +13,7 @@ const ATTEMPTS: u32 = 5;
 /// The first pause where the other side names none; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 
-/// Longest pause that is waited for here: the longest that services are known to count over.
+/// What is waited for one request here, in all, where it is asked for: the longest that services are known to count over.
 const LONGEST_ASKED: Duration = Duration::from_secs(300);
 
 /// What `ask` gives, asked a few times while it is unavailable.
@@ -21,12 +21,13 @@ const LONGEST_ASKED: Duration = Duration::from_secs(300);
 /// # Errors
 /// The last one; at once where it will not pass, or not soon.
 pub(super) async fn ask_again<T, F: Future<Output = Result<T>>>(mut ask: impl FnMut() -> F) -> Result<T> {
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut waited) = (FIRST_PAUSE, Duration::ZERO);
     for _ in 1..ATTEMPTS {
         match ask().await {
             Err(error) if error.kind() == Kind::Unavailable => {
                 let asked = asked_to_wait(&error);
-                if asked.is_some_and(|asked| asked > LONGEST_ASKED) {
+                waited += asked.unwrap_or_default();
+                if waited > LONGEST_ASKED {
                     return Err(error);
                 }
                 tracing::info!(error = %error.chain(), "will ask again");

@@ -265,7 +265,9 @@ fn what_is_written_over_while_all_of_it_is_being_sent_is_never_mixed() {
         let weights = tree.join("weights.bin");
         random_file(&weights, seed(), 96 << 20);
         let written = File::options().write(true).open(&weights).unwrap();
-        written.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+        let then = SystemTime::now() - Duration::from_secs(60);
+        written.set_modified(then).unwrap();
+        let before = fs::read(&weights).unwrap();
         other_file(&place.join("other.bin"), 96 << 20);
         let faults = Faults::before(server.port);
         faults.slow_down(4 << 20);
@@ -275,6 +277,9 @@ fn what_is_written_over_while_all_of_it_is_being_sent_is_never_mixed() {
         faults.slow_down(0);
         daemon.wait_state(name, "failed", PATIENCE);
         assert_eq!(daemon.json(&["get", name])["error"]["reason"], "SOURCE_CHANGED");
+        // What had come is of both, also when the source has again what it had.
+        written.write_all_at(&before, 0).unwrap();
+        written.set_modified(then).unwrap();
         daemon.ctl(&["retry", name, "--wait"]).ok();
         assert_same_file(&weights, &daemon.attach(name, name).join("weights.bin"));
     }

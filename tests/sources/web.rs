@@ -37,7 +37,8 @@ async fn a_revision_is_met_again_only_where_the_server_vouches_for_it() {
 #[tokio::test]
 async fn servers_without_ranges_are_read_from_the_start() {
     let standin = Standin::start();
-    for path in ["/no-ranges", "/head-only"] {
+    // Ranges of what nothing pins could be of two files.
+    for path in ["/no-ranges", "/head-only", "/unpinned"] {
         let source = standin.web(path);
         let (_, file) = only(&list(&source).await.unwrap());
         assert_eq!((file.size, file.ranges), (Some(200_000), false), "{path}");

@@ -26,6 +26,11 @@ impl Arriving {
         run(waiting.into_values().flatten().map(|waiting| (waiting.resume, Err(error.share()))).collect());
     }
 
+    /// Takes back that it failed: another flight will bring it.
+    pub(in crate::ingest) fn hope(&self) {
+        self.lock().failed = None;
+    }
+
     /// Begins a run of the flight: what `plan` says is sealed is, the rest is to be fetched. `learned` is the order of an earlier reader.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use reqwest::header::{ETAG, HeaderMap, HeaderName, IF_MATCH, LAST_MODIFIED};
 use super::super::http::Failure;
 use super::super::source_changed;
 use super::probe::Probe;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 
 /// The validators of one file: see the module's page.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,7 +63,7 @@ impl Validators {
                 Err(source_changed(what, "its size changed"))
             }
             Ok(probe) => self.check(&probe.headers, what),
-            Err(error) if error.kind() == Kind::NotFound => Err(source_changed(what, "it was removed")),
+            // Also that it is gone: what was being sent went on.
             Err(error) => Err(error),
         }
     }

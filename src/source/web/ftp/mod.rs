@@ -238,7 +238,7 @@ impl Located {
         let path = percent_encode(&self.path, NON_ALPHANUMERIC);
         let locator = format!("{};{};{path}", fact(&self.stamp.modified), fact(&self.stamp.unique));
         // Ranges of what nothing pins may be of two files.
-        let ranges = ranges && self.size.is_some() && self.stamp != Stamp::default();
+        let ranges = ranges && self.size.is_some() && self.stamp.modified.is_some();
         File { locator: locator.into(), size: self.size, executable: false, ranges, expected: Expected::default() }
     }
 
