@@ -13,6 +13,7 @@ use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::Duration;
 
 /// Result with the crate's error.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -128,6 +129,9 @@ pub const CUT_SHORT: &str = "retry; if it stays so, ask whoever serves it to che
 
 /// What to do about a source with more entries than a checkpoint may have.
 pub const TOO_MANY: &str = "bring it in by parts: what is below one of its directories, or an archive of it";
+
+/// The fact that says how many seconds the other side asked to wait.
+pub const RETRY_AFTER_FACT: &str = "retry_after_s";
 
 /// Whether an error of this reason has figures that are not for owners.
 pub fn tells_of_the_host(reason: &str) -> bool {
@@ -269,6 +273,12 @@ impl Error {
     /// Names and figures for programs.
     pub fn facts(&self) -> &[(String, String)] {
         &self.0.facts
+    }
+
+    /// How long the other side asked to wait before the next attempt (`Retry-After`), if it did.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let (_, seconds) = self.facts().iter().find(|(key, _)| key == RETRY_AFTER_FACT)?;
+        seconds.parse().ok().map(Duration::from_secs)
     }
 
     /// The message and its causes, without the remedy.

@@ -50,7 +50,7 @@ impl Arrivals {
         let fresh = Arriving::new(store.clone(), key.to_owned(), listing, is_local)?;
         match self.of_key(key) {
             Some(read) if read.tree() == fresh.tree() => {
-                read.hope();
+                read.clear_failure();
                 Ok(read)
             }
             Some(read) if read.is_read() => Err(moved_on()),

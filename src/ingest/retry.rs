@@ -22,16 +22,11 @@ pub fn delay(failed: u32, attempts: u32, error: &Error, jitter: f64) -> Option<D
     if error.kind() != Kind::Unavailable || failed >= attempts {
         return None;
     }
-    if let Some(asked) = retry_after(error) {
+    if let Some(asked) = error.retry_after() {
         return (asked <= LONGEST_ASKED).then_some(asked);
     }
     let full = FIRST.saturating_mul(1 << failed.saturating_sub(1).min(16)).min(LONGEST);
     Some(full.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 2.0))
-}
-
-fn retry_after(error: &Error) -> Option<Duration> {
-    let (_, seconds) = error.facts().iter().find(|(key, _)| key == "retry_after_s")?;
-    seconds.parse().ok().map(Duration::from_secs)
 }
 
 /// Counts failures in a row; progress begins anew.

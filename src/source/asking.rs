@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 
 /// Times that one request is made.
 const ATTEMPTS: u32 = 5;
@@ -25,7 +25,7 @@ pub(super) async fn ask_again<T, F: Future<Output = Result<T>>>(mut ask: impl Fn
     for _ in 1..ATTEMPTS {
         match ask().await {
             Err(error) if error.kind() == Kind::Unavailable => {
-                let asked = asked_to_wait(&error);
+                let asked = error.retry_after();
                 waited += asked.unwrap_or_default();
                 if waited > LONGEST_ASKED {
                     return Err(error);
@@ -40,17 +40,12 @@ pub(super) async fn ask_again<T, F: Future<Output = Result<T>>>(mut ask: impl Fn
     ask().await
 }
 
-/// What a `Retry-After` said.
-fn asked_to_wait(error: &Error) -> Option<Duration> {
-    let (_, seconds) = error.facts().iter().find(|(key, _)| key == "retry_after_s")?;
-    seconds.parse().ok().map(Duration::from_secs)
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
+    use crate::error::Error;
 
     /// How often `error` is asked for before it is believed, and how long that takes.
     async fn asked(error: fn() -> Error) -> (u32, Duration) {

@@ -3,8 +3,9 @@
 //! Pages that were left by writing are small; mapped reads of large ones are two to three times as fast. So what is clean and not mapped
 //! is dropped first, and then read in order under a large read-ahead, which brings large pages in. Without POSIX_FADV_SEQUENTIAL: it doubles the
 //! read-ahead, and the pages that came were smaller (mapped reads at 85 GB/s against 110 to 140, on ext4). The first reads are short: the kernel's
-//! pages grow with each of its read-aheads, whose first is as long as what is asked for first, or a little longer (1.5 GiB are mapped by 781 faults so, by 1018 where the first
-//! read is of a MiB, and 768 would be the fewest). What is brought in is charged to the daemon's control group, not to the job's. Memory that is not available is left alone: the rest stays on disk.
+//! pages grow with each of its read-aheads, whose first is as long as what is asked for first, or a little longer (1.5 GiB are mapped by 781
+//! faults so, by 1018 where the first read is of a MiB, and 768 would be the fewest). What is brought in is charged to the daemon's control group,
+//! not to the job's. Memory that is not available is left alone: the rest stays on disk.
 
 use std::fs::File;
 use std::os::fd::AsFd as _;

@@ -13,6 +13,7 @@ use crate::support::files::{assert_mounted, assert_same_file, assert_same_tree, 
 use crate::support::place::Place;
 use crate::support::ran::{LIMIT, run, run_for, wait_until};
 use crate::support::relay::{Break, Relay};
+use crate::support::server::Server;
 use crate::support::webserver::{apache, caddy, certificates, nginx, nginx_tls, python};
 
 /// Short enough that a stall is over soon.
@@ -230,6 +231,15 @@ fn twenty_thousand_files_are_listed_and_fetched_in_reasonable_time() {
     assert_eq!(regular_files(&daemon.attach("job", "w")).len(), 20_000);
 }
 
+/// Creates `name` of what is at `path`, some of which is here then; the rest comes slowly until the way is widened.
+fn half_fetched(daemon: &Daemon, server: &Server, name: &str, path: &str) -> Faults {
+    let faults = Faults::before(server.port);
+    faults.slow_down(4 << 20);
+    daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
+    wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+    faults
+}
+
 #[test]
 fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
     let place = Place::new();
@@ -240,10 +250,7 @@ fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
         // More than what is asked for at once: nginx goes on sending the file that it has open.
         random_file(&tree.join("weights.bin"), seed(), 192 << 20);
         other_file(&place.join("other.bin"), 192 << 20);
-        let faults = Faults::before(server.port);
-        faults.slow_down(4 << 20);
-        daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
-        wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+        let faults = half_fetched(&daemon, &server, name, path);
         fs::rename(place.join("other.bin"), tree.join("weights.bin")).unwrap();
         faults.slow_down(0);
         daemon.wait_state(name, "failed", PATIENCE);
@@ -269,10 +276,7 @@ fn what_is_written_over_while_all_of_it_is_being_sent_is_never_mixed() {
         written.set_modified(then).unwrap();
         let before = fs::read(&weights).unwrap();
         other_file(&place.join("other.bin"), 96 << 20);
-        let faults = Faults::before(server.port);
-        faults.slow_down(4 << 20);
-        daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
-        wait_until("some is here", PATIENCE, || daemon.bytes_done(name) > 8 << 20);
+        let faults = half_fetched(&daemon, &server, name, path);
         written.write_all_at(&fs::read(place.join("other.bin")).unwrap(), 0).unwrap();
         faults.slow_down(0);
         daemon.wait_state(name, "failed", PATIENCE);

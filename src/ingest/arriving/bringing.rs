@@ -27,7 +27,7 @@ impl Arriving {
     }
 
     /// Takes back that it failed: another flight will bring it.
-    pub(in crate::ingest) fn hope(&self) {
+    pub(in crate::ingest) fn clear_failure(&self) {
         self.lock().failed = None;
     }
 

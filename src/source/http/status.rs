@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use reqwest::StatusCode;
 use reqwest::header::{HeaderMap, RETRY_AFTER};
 
-use crate::error::{Error, Kind, LATER};
+use crate::error::{Error, Kind, LATER, RETRY_AFTER_FACT};
 
 /// Longest wait believed of a server: beyond a day an operator should look.
 const RETRY_AFTER_MAX_S: u64 = 24 * 60 * 60;
@@ -69,7 +69,7 @@ impl Answer {
         let error = Error::new(kind, reason, format!("fetching {}: {why} (HTTP {})", self.shown, self.status.as_u16()))
             .fact("http_status", self.status.as_u16());
         match self.retry_after_s() {
-            Some(seconds) if kind == Kind::Unavailable => error.fact("retry_after_s", seconds),
+            Some(seconds) if kind == Kind::Unavailable => error.fact(RETRY_AFTER_FACT, seconds),
             _ => error,
         }
     }
