@@ -46,6 +46,11 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Whether the same may succeed later although nobody corrects the request.
+    pub const fn may_pass(self) -> bool {
+        matches!(self, Self::NoSpace | Self::Unavailable | Self::Cancelled)
+    }
+
     /// The exit code of `ckptctl` and `ckptd`.
     pub const fn exit_code(self) -> u8 {
         match self {

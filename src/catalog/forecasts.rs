@@ -27,14 +27,21 @@ pub struct Estimated {
     pub took_ms: Option<u64>,
 }
 
-/// Keeps the order in which an owner's tree of `shape` was first read: entries and fill units. A later one changes nothing.
+/// Keeps the order in which an owner's tree of `shape` was first read: entries and fill units. A later one changes nothing, unless
+/// the one that is kept is of opens alone.
 ///
 /// # Errors
 /// Those of the catalog.
 pub fn keep_order(tx: &Connection, owner: &str, shape: &Digest, order: &[(u32, u32)], now_ms: i64) -> Result<()> {
+    // What the kernel read itself tells of opens alone: an order that knows more takes its place.
+    let known = self::order(tx, owner, shape)?;
+    let known_tells = known.iter().any(|(_, unit)| *unit > 0);
+    if known_tells || !known.is_empty() && order.iter().all(|(_, unit)| *unit == 0) {
+        return Ok(());
+    }
     let encoded: Vec<u8> =
         order.iter().flat_map(|(entry, unit)| entry.to_le_bytes().into_iter().chain(unit.to_le_bytes())).collect();
-    tx.prepare_cached("INSERT OR IGNORE INTO orders (shape, read, at_ms) VALUES (?, ?, ?)")
+    tx.prepare_cached("INSERT OR REPLACE INTO orders (shape, read, at_ms) VALUES (?, ?, ?)")
         .and_then(|mut insert| insert.execute(params![of_owner(owner, shape).as_bytes(), encoded, now_ms]))
         .map_err(catalog_error)?;
     drop_oldest(tx, "orders")
@@ -159,6 +166,13 @@ mod tests {
         keep_order(&tx, "a", &shape, &[(3, 7), (1, 0)], 5).unwrap();
         keep_order(&tx, "a", &shape, &[(9, 9)], 6).unwrap();
         assert_eq!(order(&tx, "a", &shape).unwrap(), [(3, 7), (1, 0)]);
+        let opened = Digest::of(b"opened");
+        for (read, kept) in
+            [([(3, 0), (1, 0)], (3, 0)), ([(5, 0), (6, 0)], (3, 0)), ([(1, 0), (1, 4)], (1, 0)), ([(9, 9); 2], (1, 0))]
+        {
+            keep_order(&tx, "a", &opened, &read, 7).unwrap();
+            assert_eq!(order(&tx, "a", &opened).unwrap()[0], kept, "{read:?}");
+        }
         assert!(order(&tx, "a", &Digest::of(b"y")).unwrap().is_empty());
         for other in ["b", ""] {
             assert!(order(&tx, other, &shape).unwrap().is_empty(), "what a's jobs read first is known to `{other}`");

@@ -375,12 +375,19 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<()> {
 mod tests {
     use super::*;
     use crate::catalog::checkpoints::{self, State};
-    use crate::catalog::{accounting, blobs, events, fills, jobs, quotas, retention, uploads};
+    use crate::catalog::{accounting, blobs, events, fills, forecasts, jobs, placements, quotas, retention, uploads};
+    use crate::digest::Digest;
 
     /// What ckptd wrote when the schema was at version 1, as `sqlite3 .dump` shows it. Never edited.
     const VERSION_1: &str = include_str!("../../tests/fixtures/catalog-1.sql");
 
-    /// The same of version 4: a file that borrows and was hydrated, a datastore's, a pin, rights with and without an end.
+    /// The schema of version 2 with rows as it wrote them: a datastore's checkpoint, and one that was being looked at there.
+    const VERSION_2: &str = include_str!("../../tests/fixtures/catalog-2.sql");
+
+    /// The same of version 3: besides, one that was read while it filled, with what was learned and expected.
+    const VERSION_3: &str = include_str!("../../tests/fixtures/catalog-3.sql");
+
+    /// What ckptd wrote at version 4: a file that borrows and was hydrated, a datastore's, a pin, rights with and without an end.
     const VERSION_4: &str = include_str!("../../tests/fixtures/catalog-4.sql");
 
     /// The same of version 5: charges, a file of the web that is half here, an upload that was under way.
@@ -434,6 +441,40 @@ mod tests {
         let tree = checkpoints::delete(&connection, &records[0].id).unwrap().unwrap();
         let lost = retention::unlink(&connection, &tree, 9, 99).unwrap().unwrap();
         assert_eq!(blobs::condemn(&connection, &lost).unwrap().doomed.len(), 3);
+    }
+
+    #[test]
+    fn a_catalog_of_version_2_keeps_what_was_seen_in_place() {
+        let connection = migrated(VERSION_2);
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
+        let (there, seen) = (&records[2], &records[3]);
+        assert_eq!(
+            (there.name.as_str(), there.state, there.in_place.as_ref().unwrap().datastore.as_str()),
+            ("there", State::Ready, "models")
+        );
+        let placed = placements::of_checkpoint(&connection, &there.id).unwrap();
+        let stamp = placed[b"x.bin".as_slice()];
+        let flight = checkpoints::flight_of(&connection, &seen.id).unwrap();
+        let sightings = placements::still_true(&connection, &flight, &[(b"x.bin".to_vec(), stamp)].into()).unwrap();
+        assert_eq!(sightings.len(), 1);
+    }
+
+    #[test]
+    fn a_catalog_of_version_3_shows_what_was_read_while_it_filled() {
+        let connection = migrated(VERSION_3);
+        let records = checkpoints::list(&connection, &checkpoints::Seen::Everything, "", false).unwrap();
+        let slow = &records[3];
+        assert_eq!((slow.name.as_str(), slow.state), ("slow", State::Filling));
+        let flight = checkpoints::flight_of(&connection, &slow.id).unwrap();
+        let shown = fills::listing(&connection, &flight).unwrap().unwrap();
+        assert_eq!(shown.entries().iter().map(|entry| entry.path.as_bytes()).collect::<Vec<_>>(), [b"w.bin"]);
+        let begun = fills::of_flight(&connection, &flight).unwrap();
+        assert_eq!((begun[0].size, begun[0].units.as_slice()), (20 << 20, &[7][..]));
+        let shape = Digest::from_bytes(std::array::from_fn(|at| u8::try_from(at).unwrap()));
+        let learned = forecasts::order(&connection, "", &shape).unwrap();
+        assert_eq!(learned, [(0, 4), (0, 0)]);
+        assert_eq!(forecasts::rate(&connection, "", "web 127.0.0.1").unwrap(), Some(100_000_000));
+        assert_eq!(forecasts::estimates(&connection, 9).unwrap()[0].expected_ms, 210);
     }
 
     #[test]

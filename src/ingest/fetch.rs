@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -37,6 +38,9 @@ use crate::units::now_unix_ms;
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
+/// A source that pauses this long has what came of it written, and holds no memory of what others wait for.
+const LULL: Duration = Duration::from_millis(500);
+
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
 
@@ -55,6 +59,8 @@ pub(super) struct Flying {
     /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
     /// not hold those of others.
     cores: Arc<Semaphore>,
+    /// Memory in KiB for what its readers wait for, of that of all.
+    wanted: Arc<Semaphore>,
 }
 
 impl Flying {
@@ -68,7 +74,15 @@ impl Flying {
         let (owner, place) = (record.owner.clone(), estimate::place_of(&record.origin));
         let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
         let growth = Growth::new(&shared, &key);
-        Self { shared, source, owner, place, growth, key, progress, cores }
+        let wanted = Arc::new(Semaphore::new(shared.bounds.wanted_of_one_kib() as usize));
+        Self { shared, source, owner, place, growth, key, progress, cores, wanted }
+    }
+
+    /// Claims memory for what a reader waits for, once it comes: a source that is silent holds none, and one flight a quarter at most.
+    async fn claim_wanted(&self, bytes: u64) -> Result<Memory> {
+        let kib = kib_of(bytes).min(self.shared.bounds.wanted_of_one_kib());
+        let own = self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())?;
+        Ok((Some(own), self.shared.bounds.claim_wanted(bytes).await?))
     }
 
     pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
@@ -97,8 +111,11 @@ fn cores() -> Arc<Semaphore> {
     Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
 }
 
-/// For a stream, unless a reader waits for it, and for its memory.
-type Permits = (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit);
+/// For memory: of what one flight's readers may have, where one waits, and of all.
+type Memory = (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit);
+
+/// For a stream, unless a reader waits for it, and for memory, unless nothing of it has come.
+type Permits = (Option<OwnedSemaphorePermit>, Option<Memory>);
 
 /// What bounds all fetchers of the daemon.
 pub(super) struct Bounds {
@@ -127,13 +144,17 @@ impl Bounds {
 
     /// Claims memory before it is used; more than the whole budget counts as the whole.
     pub(super) async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib - self.budget_kib / 4);
+        let kib = kib_of(bytes).min(self.budget_kib - self.budget_kib / 4);
         self.memory.clone().acquire_many_owned(kib).await.map_err(|_| closed())
     }
 
-    /// [`Bounds::claim`] for what a reader waits for.
-    pub(super) async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX).min(self.budget_kib / 4);
+    /// What readers of one flight may have of it.
+    fn wanted_of_one_kib(&self) -> u32 {
+        (self.budget_kib / 16).max(kib_of(2 * WRITE_BYTES as u64))
+    }
+
+    async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
+        let kib = kib_of(bytes).min(self.budget_kib / 4);
         self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())
     }
 
@@ -144,13 +165,12 @@ impl Bounds {
     /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
     /// keep the others from being read.
     async fn large(&self) -> Result<Permits> {
-        Ok((Some(self.stream().await?), self.claim(2 * WRITE_BYTES as u64).await?))
+        Ok((Some(self.stream().await?), Some((None, self.claim(2 * WRITE_BYTES as u64).await?))))
     }
+}
 
-    /// [`Bounds::large`] for what a reader waits for.
-    async fn wanted(&self) -> Result<Permits> {
-        Ok((None, self.claim_wanted(2 * WRITE_BYTES as u64).await?))
-    }
+fn kib_of(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
 
 fn closed() -> Error {
@@ -172,7 +192,7 @@ pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Resul
     let (bytes, permits, core) = if flying.source.is_local() {
         // Memory last: what waits for a disk must not hold it.
         let core = flying.core().await?;
-        (None, (None, flying.shared.bounds.claim(size).await?), core)
+        (None, (None, Some((None, flying.shared.bounds.claim(size).await?))), core)
     } else {
         // The stream's permit is kept until the bytes are written: what comes faster than it is digested waits at the source, not in memory.
         let (bytes, permits) = small_from_stream(&bringing, &file, size, wanted).await?;
@@ -231,10 +251,12 @@ async fn small_from_stream(bringing: &Bringing, file: &ToFill, size: u64, wanted
     let bounds = &flying.shared.bounds;
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     loop {
-        let fetched = {
-            let stream = if wanted { None } else { Some(bounds.stream().await?) };
-            let memory = if wanted { bounds.claim_wanted(size * 2).await? } else { bounds.claim(size * 2).await? };
-            small_once(flying, file, size).await.map(|bytes| (bytes, (stream, memory)))
+        let fetched = if wanted {
+            small_once(flying, file, size, (None, None)).await
+        } else {
+            let stream = bounds.stream().await?;
+            let memory = bounds.claim(size * 2).await?;
+            small_once(flying, file, size, (Some(stream), Some((None, memory)))).await
         };
         match fetched {
             Ok(fetched) => return Ok(fetched),
@@ -246,10 +268,19 @@ async fn small_from_stream(bringing: &Bringing, file: &ToFill, size: u64, wanted
     }
 }
 
-async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Whole> {
+/// One request, under `permits`; without memory it is a reader's, and claims it when something comes.
+async fn small_once(
+    flying: &Arc<Flying>,
+    file: &ToFill,
+    size: u64,
+    (permit, mut memory): Permits,
+) -> Result<(Whole, Permits)> {
     let mut stream = flying.source.read(&file.file, 0..size).await?;
     let mut bytes = Pieces::default();
     while let Some(piece) = stream.try_next().await? {
+        if memory.is_none() {
+            memory = Some(flying.claim_wanted(size * 2).await?);
+        }
         if (bytes.len() + piece.len()) as u64 > size {
             return Err(too_long(size));
         }
@@ -258,7 +289,7 @@ async fn small_once(flying: &Arc<Flying>, file: &ToFill, size: u64) -> Result<Wh
     if (bytes.len() as u64) < size {
         return Err(too_short(bytes.len() as u64, size));
     }
-    Ok(bytes.whole())
+    Ok((bytes.whole(), (permit, memory)))
 }
 
 fn too_short(got: u64, size: u64) -> Error {
@@ -382,8 +413,7 @@ pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
     loop {
         let before = next;
         let fetched = {
-            let bounds = &flying.shared.bounds;
-            let _permits = if step.step.wanted { bounds.wanted().await? } else { bounds.large().await? };
+            let _permits = if step.step.wanted { None } else { Some(flying.shared.bounds.large().await?) };
             if !arriving.go_on(&step.step, next).await {
                 return Ok(());
             }
@@ -431,20 +461,28 @@ async fn fetch_units(
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
     let mut gathered = Pieces::default();
+    let mut memory = None;
     loop {
-        let piece = stream.next().await;
-        if let Some(Ok(piece)) = &piece {
+        let piece = match tokio::time::timeout(LULL, stream.next()).await {
+            Err(_) if gathered.len() == 0 => continue,
+            came => came,
+        };
+        if let Ok(Some(Ok(piece))) = &piece {
+            if step.wanted && memory.is_none() {
+                memory = Some(flying.claim_wanted(2 * WRITE_BYTES as u64).await?);
+            }
             gathered.push(piece.clone());
         }
         let until = at + gathered.len() as u64;
         if until > range.end {
             return Err(too_long(range.end - range.start));
         }
-        let ended = !matches!(piece, Some(Ok(_)));
-        if until > at && (ended || gathered.len() >= WRITE_BYTES || until == range.end) {
+        let pauses = !matches!(piece, Ok(Some(Ok(_))));
+        if until > at && (pauses || gathered.len() >= WRITE_BYTES || until == range.end) {
             let whole = *next..(*next..end).find(|unit| map.range(*unit).end > until).unwrap_or(end);
             let came = write(filling, gathered.take(), at, whole.clone()).await?;
             flying.progress.arrived(came);
+            memory = None;
             at = until;
             *next = whole.end;
             let moved = !whole.is_empty();
@@ -455,10 +493,10 @@ async fn fetch_units(
             arriving.make_way(step).await;
         }
         match piece {
-            Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(error),
-            None if at < range.end => return Err(too_short(at - range.start, range.end - range.start)),
-            None => return Ok(()),
+            Err(_) | Ok(Some(Ok(_))) => {}
+            Ok(Some(Err(error))) => return Err(error),
+            Ok(None) if at < range.end => return Err(too_short(at - range.start, range.end - range.start)),
+            Ok(None) => return Ok(()),
         }
     }
 }

@@ -26,6 +26,7 @@ mod arrivals;
 pub mod arriving;
 mod conclude;
 mod copy;
+mod early;
 mod ending;
 mod entries;
 pub mod estimate;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Settings;
+use super::early::Early;
 use crate::catalog::fills::FillRow;
 use crate::catalog::retention::Standing;
 use crate::digest::Digest;
@@ -155,6 +156,8 @@ pub fn plan(listing: Listing, rows: Vec<FillRow>, mut next_number: impl FnMut() 
         let units = row.and_then(|row| file.size.map(|size| UnitMap::from_bytes(size, &row.units)));
         plan.add(ToFill { path: listed.path, file, number, units });
     }
+    // What says what to do with the others comes before them; they stay in the order of the listing.
+    plan.large.sort_by_key(|file| Early::of(&file.path, file.file.size) != Early::Whole);
     plan
 }
 

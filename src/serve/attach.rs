@@ -423,6 +423,16 @@ mod tests {
 
     use super::*;
 
+    /// As the catalog has it. Never edited: another shape is another version of the catalog.
+    const GOLDEN: &str = r#"{"target":"/opt/ml/checkpoint","pid":7,"namespace":4026531841,"mount_id":52,"unique_id":4294967348,"device":{"major":0,"minor":57}}"#;
+
+    #[test]
+    fn what_a_catalog_says_of_a_view_is_read_and_written_as_ever() {
+        let mounted: Mounted = serde_json::from_str(GOLDEN).unwrap();
+        assert_eq!((mounted.pid, mounted.device), (Some(7), Device { major: 0, minor: 57 }));
+        assert_eq!(serde_json::to_string(&mounted).unwrap(), GOLDEN);
+    }
+
     /// A detached view whose directory `a` is still to be filled at `name`, as kernels before 6.15 leave it.
     fn half_built(name: &CStr) -> Built {
         let root = directory_mount(1).unwrap();

@@ -37,6 +37,11 @@ pub trait Content: Send + Sync + 'static {
     /// How the bytes of `file` are here now.
     fn state(&self, file: &FileNode) -> FileState;
 
+    /// Whether bytes are given out that may turn out to be wrong: what still arrives is unverified until it is whole.
+    fn is_unverified(&self) -> bool {
+        false
+    }
+
     /// Digest of the bytes of `file`; `None` while it is not known.
     fn digest(&self, file: &FileNode) -> Option<Digest> {
         Some(file.digest)

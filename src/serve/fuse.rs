@@ -271,7 +271,7 @@ impl Filesystem for Adapter {
         let handle = FileHandle(ino.0);
         guarded("open", ino, || match self.opened(ino.0, flags) {
             Ok(Mode::Daemon) => {
-                let kept = self.open_file(ino.0).is_ok_and(|file| file.kept_pages_are_right());
+                let kept = self.open_file(ino.0).is_ok_and(|file| self.open.believes_pages(file.as_ref()));
                 let keep = if kept { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
                 reply.opened(handle, keep | FopenFlags::FOPEN_NOFLUSH);
             }

@@ -60,9 +60,7 @@ pub(super) fn begin(
         taking.through(device, &session)?;
         Ok(session)
     });
-    begun.map_err(|error| {
-        Error::new(Kind::Unavailable, "FUSE_HANDSHAKE", "agreeing on the FUSE protocol with the kernel").because(error)
-    })
+    begun.map_err(|error| failed("agreeing on the FUSE protocol with the kernel", error))
 }
 
 /// A `fuser` session that goes on with the connection `device`, whose `init` was answered by a predecessor.
@@ -80,9 +78,13 @@ pub(super) fn resume(
         taking.through(device, &session)?;
         Ok(session)
     });
-    resumed.map_err(|error| {
-        Error::new(Kind::Unavailable, "FUSE_HANDSHAKE", "taking over a FUSE connection").because(error)
-    })
+    resumed.map_err(|error| failed("taking over a FUSE connection", error))
+}
+
+/// What a system call refuses may pass; what the protocol does not allow stays so.
+fn failed(doing: &str, error: io::Error) -> Error {
+    let kind = if error.raw_os_error().is_some() { Kind::Unavailable } else { Kind::Unsupported };
+    Error::new(kind, "FUSE_HANDSHAKE", doing).because(error)
 }
 
 /// Has the kernel hand out again what a predecessor had taken and not answered.

@@ -11,7 +11,7 @@
 //! 4064   digest of the bytes before it
 //! 4096   u64 for each inode from 0: mode in the two highest bits (0 closed, 1 daemon, 2 passthrough), handles in the next 30,
 //!        number of the backing file in the lowest 32; of inode 0, which there is not: 3 in the two highest bits where inodes may be open
-//!        through the daemon that are noted as closed
+//!        through the daemon that are noted as closed, and 1 in the lowest where pages that the kernel keeps may be wrong
 //! ```
 //! Integers are little-endian. The head is complete before the file has its name and never changes. A slot is eight aligned
 //! bytes and written by one `pwrite`, which a kill cannot tear; a file system without space is an error of that write (a mapped
@@ -25,6 +25,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -47,7 +48,8 @@ const PASSTHROUGH: u32 = 1;
 const MODE_DAEMON: u64 = 1;
 const MODE_PASSTHROUGH: u64 = 2;
 /// Of inode 0.
-const MODE_SILENCE: u64 = 3;
+const SILENT: u64 = 3 << 62;
+const DOUBTED: u64 = 1;
 const HANDLES_MAX: u32 = (1 << 30) - 1;
 
 /// Bytes of slots read at a time.
@@ -78,6 +80,8 @@ pub(super) struct LedgerFile {
     file: File,
     path: PathBuf,
     inodes: u64,
+    /// What the slot of inode 0 says, so that one of its marks is changed without the other.
+    marks: Mutex<u64>,
 }
 
 impl LedgerFile {
@@ -100,7 +104,7 @@ impl LedgerFile {
             Ok(file)
         };
         let file = write().map_err(|error| Error::io("writing the ledger of a session", path, error))?;
-        Ok(Self { file, path: path.to_owned(), inodes: head.inodes })
+        Ok(Self { file, path: path.to_owned(), inodes: head.inodes, marks: Mutex::default() })
     }
 
     /// Opens what a predecessor has left.
@@ -114,7 +118,10 @@ impl LedgerFile {
         file.read_exact_at(&mut bytes, 0).map_err(failed)?;
         let head = decode(&bytes).map_err(|error| error.during(format!("taking over by {}", path.display())))?;
         let inodes = head.inodes;
-        Ok((head, Self { file, path: path.to_owned(), inodes }))
+        let mut slot = [0; 8];
+        // What cannot be told is as bad as it can be.
+        let marks = file.read_exact_at(&mut slot, slot_at(0)).map_or(SILENT | DOUBTED, |()| u64::from_le_bytes(slot));
+        Ok((head, Self { file, path: path.to_owned(), inodes, marks: Mutex::new(marks) }))
     }
 
     /// What was open when the predecessor ended.
@@ -143,8 +150,34 @@ impl LedgerFile {
 
     /// Whether inodes may be open through the daemon that are noted as closed; so it is where that cannot be told.
     pub(super) fn is_silent(&self) -> bool {
-        let mut slot = [0; 8];
-        self.file.read_exact_at(&mut slot, slot_at(0)).is_err() || u64::from_le_bytes(slot) >> 62 == MODE_SILENCE
+        *self.lock() & SILENT == SILENT
+    }
+
+    /// Whether pages that the kernel keeps of its files may be wrong; so it is where that cannot be told.
+    pub(super) fn is_doubted(&self) -> bool {
+        *self.lock() & DOUBTED != 0
+    }
+
+    /// Notes whether pages that the kernel keeps may be wrong.
+    ///
+    /// # Errors
+    /// The I/O error; what was noted before stands then.
+    pub(super) fn doubt(&self, doubted: bool) -> Result<()> {
+        self.mark(|marks| if doubted { marks | DOUBTED } else { marks & !DOUBTED })
+    }
+
+    fn mark(&self, change: impl FnOnce(u64) -> u64) -> Result<()> {
+        let mut noted = self.lock();
+        let marks = change(*noted);
+        self.file
+            .write_all_at(&marks.to_le_bytes(), slot_at(0))
+            .map_err(|error| Error::io("noting how files are open in", &self.path, error))?;
+        *noted = marks;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, u64> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the kernel may have been given files through this session that somebody has open still; so it is where that cannot be told.
@@ -178,9 +211,7 @@ impl Ledger for LedgerFile {
     }
 
     fn note_silence(&self) -> Result<()> {
-        self.file
-            .write_all_at(&(MODE_SILENCE << 62).to_le_bytes(), slot_at(0))
-            .map_err(|error| Error::io("noting that files are open without a note in", &self.path, error))
+        self.mark(|marks| marks | SILENT)
     }
 }
 
@@ -329,6 +360,22 @@ mod tests {
         assert_eq!(found, head());
         assert!(ledger.is_silent());
         assert_eq!(ledger.held().unwrap(), [(2, Held::Daemon { handles: 1 }), (999_999, far)]);
+    }
+
+    #[test]
+    fn doubt_and_silence_are_noted_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("session.x.1");
+        let ledger = LedgerFile::create(&path, &head()).unwrap();
+        let found = || LedgerFile::open(&path).map(|(_, ledger)| (ledger.is_doubted(), ledger.is_silent())).unwrap();
+        assert_eq!(found(), (false, false));
+        ledger.doubt(true).unwrap();
+        assert_eq!(found(), (true, false));
+        ledger.note_silence().unwrap();
+        assert_eq!(found(), (true, true));
+        ledger.doubt(false).unwrap();
+        assert_eq!(found(), (false, true));
+        assert_eq!(ledger.held().unwrap(), []);
     }
 
     #[test]

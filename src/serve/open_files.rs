@@ -131,6 +131,8 @@ pub struct OpenFiles {
     backings: Box<dyn Backings>,
     ledger: Arc<dyn Ledger>,
     inodes: Mutex<HashMap<u64, OpenInode>>,
+    /// Pages that the kernel keeps may be wrong.
+    doubted: AtomicBool,
     /// What was read first.
     pub(super) order: ReadOrder,
 }
@@ -143,6 +145,7 @@ impl OpenFiles {
             backings,
             ledger,
             inodes: Mutex::default(),
+            doubted: AtomicBool::new(false),
             order: ReadOrder::default(),
         }
     }
@@ -150,6 +153,16 @@ impl OpenFiles {
     /// Gives the kernel no more files.
     pub fn end_passthrough(&self) {
         self.passthrough.store(false, Ordering::Relaxed);
+    }
+
+    /// Has no page believed that the kernel keeps from an earlier open: some may be of bytes that turned out to be wrong.
+    pub fn doubt_pages(&self) {
+        self.doubted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether pages that the kernel keeps of `file` are right.
+    pub fn believes_pages(&self, file: &dyn OpenFile) -> bool {
+        !self.doubted.load(Ordering::Relaxed) && file.kept_pages_are_right()
     }
 
     /// What a predecessor had open, before the first request is answered; `open` gets the bytes of what the kernel reads itself, so that

@@ -61,6 +61,10 @@ impl Content for PartialContent {
         }
     }
 
+    fn is_unverified(&self) -> bool {
+        true
+    }
+
     fn digest(&self, file: &FileNode) -> Option<Digest> {
         self.arriving.digest(entry_of(file))
     }

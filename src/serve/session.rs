@@ -173,6 +173,9 @@ impl Session {
             kept.iter().for_each(Kept::let_go);
             error
         };
+        if let Some(kept) = kept.as_ref().filter(|_| content.is_unverified()) {
+            kept.ledger.doubt(true).map_err(undo)?;
+        }
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, kept.as_ref());
         let taking = Taking::of(config.resend && features.resend);
         let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
@@ -188,12 +191,15 @@ impl Session {
     /// Goes on with `orphan`, which shows `tree`. Nothing that was mounted or open changes.
     ///
     /// # Errors
-    /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; the orphan is gone then, and its connection with it.
+    /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; the orphan is gone then, and its connection with it. What may pass (no descriptors, no threads, a
+    /// ledger that cannot be read) leaves it with whoever holds it.
     pub fn adopt(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>, orphan: Orphan) -> Result<Self> {
         keep_large_buffers_unbacked();
         let Orphan { device, head, kept } = orphan;
-        let undo = |error| {
-            kept.let_go();
+        let undo = |error: Error| {
+            if !error.kind().may_pass() {
+                kept.let_go();
+            }
             error
         };
         if tree.manifest().shape() != head.shape {
@@ -202,9 +208,14 @@ impl Session {
         }
         let features = Features::from_init(&head.init).ok_or_else(features::unreadable_init).map_err(undo)?;
         let held = kept.ledger.held().map_err(undo)?;
+        // What still arrives is doubted by the file and while it is so; what is whole by now was read when it was not.
+        let doubts = !content.is_unverified() && kept.ledger.is_doubted();
         let (view, bytes) = (View::new(tree.clone(), content.clone(), ""), content.clone());
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, Some(&kept));
         open.order.give_up();
+        if doubts {
+            open.doubt_pages();
+        }
         open.restore(held, |inode| {
             let node = view.file(inode).map_err(|_| Error::internal("a ledger names an inode that is no file"))?;
             bytes.open(&node)
@@ -272,6 +283,13 @@ impl Session {
     /// The kernel's INIT request, for a successor.
     pub fn init_request(&self) -> &[u8] {
         &self.init
+    }
+
+    /// Notes that what was given out while it arrived has turned out to be right: a successor may believe the kernel's pages.
+    pub fn note_verified(&self) {
+        if let Some(Err(error)) = self.kept.as_ref().map(|kept| kept.ledger.doubt(false)) {
+            tracing::debug!(error = %error.report(), "a successor will not believe the kernel's pages");
+        }
     }
 
     /// What a view of it is made of.

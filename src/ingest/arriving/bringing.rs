@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Arriving, At, Queue, Step, Wanted, run};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
+use crate::ingest::early::Early;
 use crate::ingest::plan::{Plan, ToFill};
 use crate::limits::UNIT_BYTES;
 use crate::manifest::{Entry, EntryKind, Manifest};
@@ -59,7 +60,8 @@ impl Arriving {
                 here = filling.units();
                 found.insert(entry, Arc::new(filling));
             }
-            queue.add(entry, here.units(), file.file.ranges, |unit| here.contains(unit));
+            let early = Early::of(&file.path, file.file.size);
+            queue.add(entry, here.units(), file.file.ranges, early, |unit| here.contains(unit));
             fills.insert(entry, Arc::new(file));
         }
         queue.learn(learned);

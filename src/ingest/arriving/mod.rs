@@ -70,6 +70,8 @@ pub struct Arriving {
     /// Something may have been sealed or filled.
     moved: Notify,
     distrusted: AtomicBool,
+    /// The tree was read from the catalog just now.
+    is_from_catalog: AtomicBool,
 }
 
 #[derive(Default)]
@@ -142,6 +144,7 @@ impl Arriving {
         store.disk().begin_flight(&key)?;
         let arriving = Self::of(store, key, tree, None);
         arriving.distrusted.store(true, Ordering::Relaxed);
+        arriving.is_from_catalog.store(true, Ordering::Relaxed);
         for row in rows {
             if let Some((entry, _)) = EntryPath::new(row.path.clone()).ok().and_then(|path| arriving.find(&path)) {
                 let at = arriving.resumed_file(row)?;
@@ -174,6 +177,7 @@ impl Arriving {
             work: Notify::new(),
             moved: Notify::new(),
             distrusted: AtomicBool::new(false),
+            is_from_catalog: AtomicBool::new(false),
         }
     }
 

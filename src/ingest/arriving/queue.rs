@@ -4,18 +4,18 @@
 //! taken away from a stream that would come to them only later, or that rests after a failure. One that its stream comes to next stays
 //! there (unless it has not begun yet or rests), and makes it *urgent*: it does not pause, whatever else is wanted. Everything else is the *background*: units of files that have been
 //! started, in file order, several streams at a time. Once somebody reads ([`Queue::set_read`]), the background makes way: it begins nothing while
-//! something is wanted, stands still unless it is urgent, begins with the
-//! first unit of every file (headers), follows the order that an earlier job read in, then readers that go straight on, and
+//! something is wanted, stands still unless it is urgent, begins with what a loader reads first of every file ([`Early`]: indexes, headers), follows the order that an earlier job read in, then readers that go straight on, and
 //! takes short ranges in few streams, so that a wanted unit never queues behind much.
 //!
 //! A unit is missing, claimed by one step, or here. A step may lose units it has not come to; it asks before each ([`Queue::go_on`]).
 //!
-//! What may be next is kept in order (files that were started, files whose first unit is missing), so that a step costs the same however many files
+//! What may be next is kept in order (files that were started, what is missing of what is read first), so that a step costs the same however many files
 //! wait to be started.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
+use crate::ingest::early::Early;
 use crate::limits;
 
 /// Units asked for in one range while nobody reads: few requests, yet several in flight for one file.
@@ -57,6 +57,7 @@ enum Unit {
 struct Queued {
     entry: u32,
     units: Vec<Unit>,
+    early: Early,
     /// Whether units can be asked for singly.
     ranges: bool,
     started: bool,
@@ -129,8 +130,8 @@ pub(in crate::ingest) struct Queue {
     follows: VecDeque<Follow>,
     /// Files that were started and may have something missing: the background's, in its order.
     open: BTreeSet<usize>,
-    /// Files with ranges whose first unit is missing.
-    headers: BTreeSet<usize>,
+    /// Missing units, by file, of files with ranges, that a loader reads first.
+    early: BTreeSet<(usize, u64)>,
 }
 
 impl Queue {
@@ -142,14 +143,22 @@ impl Queue {
     }
 
     /// Adds a file of units, of which those in `here` need not come. Background order is the order of adding.
-    pub(in crate::ingest) fn add(&mut self, entry: u32, units: u64, ranges: bool, here: impl Fn(u64) -> bool) {
-        let units: Vec<_> = (0..units).map(|unit| if here(unit) { Unit::Here } else { Unit::Missing }).collect();
+    pub(in crate::ingest) fn add(
+        &mut self,
+        entry: u32,
+        units: u64,
+        ranges: bool,
+        early: Early,
+        here: impl Fn(u64) -> bool,
+    ) {
         let at = self.files.len();
-        if ranges && units.first() == Some(&Unit::Missing) {
-            self.headers.insert(at);
+        if ranges {
+            self.early
+                .extend((0..units).filter(|unit| early.contains(*unit, units) && !here(*unit)).map(|unit| (at, unit)));
         }
+        let units = (0..units).map(|unit| if here(unit) { Unit::Here } else { Unit::Missing }).collect();
         self.rank.insert(entry, at);
-        self.files.push(Queued { entry, units, ranges, started: false, streams: 0, cursor: 0 });
+        self.files.push(Queued { entry, units, early, ranges, started: false, streams: 0, cursor: 0 });
     }
 
     /// The order in which an earlier job read: entries and units.
@@ -215,11 +224,13 @@ impl Queue {
         let file = &mut self.files[at];
         let Some(present) = index(unit).and_then(|unit| file.units.get_mut(unit)) else { return };
         *present = state;
-        match state {
-            Unit::Missing if unit == 0 && file.ranges => drop(self.headers.insert(at)),
-            Unit::Claimed(_) | Unit::Here if unit == 0 => drop(self.headers.remove(&at)),
-            _ => {}
+        if !file.ranges || !file.early.contains(unit, file.units.len() as u64) {
+            return;
         }
+        match state {
+            Unit::Missing => self.early.insert((at, unit)),
+            Unit::Claimed(_) | Unit::Here => self.early.remove(&(at, unit)),
+        };
     }
 
     fn follow(&mut self, at: usize, units: &Range<u64>) {
@@ -325,8 +336,8 @@ impl Queue {
 
     /// What readers will want soon: headers, what was learned, what comes next.
     fn next_for_readers(&mut self) -> Option<Step> {
-        if let Some(at) = self.headers.first().copied() {
-            return Some(self.claim(at, 0..1, false));
+        if let Some((at, unit)) = self.early.first().copied() {
+            return Some(self.claim(at, unit..unit + 1, false));
         }
         while let Some((entry, unit)) = self.learned.pop_front() {
             if let Some(&at) = self.rank.get(&entry)

@@ -22,6 +22,10 @@ impl Arriving {
     /// # Errors
     /// Those of the catalog.
     pub async fn keep_listing(&self) -> Result<()> {
+        // Taking over writes nothing: a full disk must not keep a session from going on.
+        if self.is_from_catalog.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
         let (key, tree) = (self.key.clone(), self.tree.clone());
         self.store.catalog().write(move |tx| fills::put_listing(tx, &key, &tree)).await
     }

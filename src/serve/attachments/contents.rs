@@ -107,14 +107,27 @@ impl Attachments {
                 let asked = id.clone();
                 let record = attachments.0.store.catalog().read(move |tx| checkpoints::get(tx, &asked)).await;
                 if let Ok(Some(digest)) = record.map(|record| record.and_then(|record| record.ready_manifest())) {
-                    if let Some(reader) = arriving.upgrade().and_then(|arriving| arriving.reader()) {
-                        attachments.hydrate(id, digest, reader);
+                    if let Some(arriving) = arriving.upgrade() {
+                        if !arriving.is_distrusted() {
+                            attachments.note_verified(&id);
+                        }
+                        if let Some(reader) = arriving.reader() {
+                            attachments.hydrate(id, digest, reader);
+                        }
                     }
                     return;
                 }
                 let _ = tokio::time::timeout(READY_AGAIN_AFTER, changes.recv()).await;
             }
         });
+    }
+
+    fn note_verified(&self, checkpoint: &str) {
+        let served = super::lock(&self.0.live).get(checkpoint).cloned();
+        let Some(served) = served else { return };
+        if let Some(session) = super::lock(&served.session).as_ref() {
+            session.note_verified();
+        }
     }
 
     /// Remembers what was read first of a checkpoint, for its owner's next fill of the same tree.

@@ -3,7 +3,8 @@
 //! | found | then |
 //! |---|---|
 //! | a held descriptor with its ledger, of a checkpoint that is known | the session goes on; views of it stand as they are |
-//! | a held descriptor that cannot be taken over | let go: the kernel ends its connection, and goes on reading what it was given ([`strays`](super::super::strays)) |
+//! | one that cannot be taken over now: no descriptors, no threads, an I/O error | the start fails and its readers wait: whoever holds the descriptor holds it for the next start |
+//! | one that cannot be taken over at all | let go: the kernel ends its connection, and goes on reading what it was given ([`strays`](super::super::strays)) |
 //! | a view whose sessions all go on | left exactly as it is |
 //! | another view of a known job | unmounted and made again, with an event: what the job had open is lost to it |
 //! | a view that cannot be made (its process is gone, something is in the way) | the job is `lost`, with an event |
@@ -90,7 +91,8 @@ impl Attachments {
     /// Goes on with the sessions that a predecessor has left; readers of them are answered from now on.
     ///
     /// # Errors
-    /// Those of the catalog. A session that cannot go on is let go, and is no error.
+    /// Those of the catalog, and whatever keeps a session from going on that may pass ([`Kind::may_pass`](crate::error::Kind::may_pass)): nothing
+    /// is let go then. A session that cannot go on at all is let go, and is no error.
     pub async fn adopt(&self) -> Result<()> {
         let orphans = std::mem::take(&mut *lock(&self.0.orphans));
         if orphans.is_empty() {
@@ -103,6 +105,11 @@ impl Attachments {
             let (checkpoint, has_given) = (orphan.checkpoint().to_owned(), orphan.may_have_given());
             match self.adopt_one(orphan, &rows).await {
                 Ok(()) => adopted += 1,
+                Err(error) if error.kind().may_pass() => {
+                    return Err(error
+                        .during(format!("taking over the session of {checkpoint}"))
+                        .remedy("see what keeps it from going on; its jobs wait, and lose nothing"));
+                }
                 Err(error) => {
                     if has_given {
                         self.keep_strays();
@@ -128,6 +135,7 @@ impl Attachments {
         };
         let (record, (tree, content, reader)) = match found {
             Ok(found) => found,
+            Err(error) if error.kind().may_pass() => return Err(error),
             Err(error) => {
                 let mountpoint = self.0.sessions_dir.join(&id);
                 if orphan.may_have_given() {
@@ -143,7 +151,10 @@ impl Attachments {
         let seen_by: BTreeSet<String> = rows.iter().filter(|row| sees(row, &id)).map(|row| row.job.clone()).collect();
         if !session.is_mounted() || seen_by.is_empty() {
             // Its jobs are gone; what they still have open is answered until they close it.
-            return blocking(move || session.stop(Duration::ZERO)).await.map(drop);
+            if let Err(error) = blocking(move || session.stop(Duration::ZERO)).await {
+                tracing::warn!(checkpoint = id, error = %error.report(), "a session that nobody sees stays mounted");
+            }
+            return Ok(());
         }
         let served = self.serve(&record, session, reader, seen_by);
         lock(&self.0.live).insert(id, served);

@@ -5,7 +5,7 @@ use super::*;
 fn queue(files: &[u64]) -> Queue {
     let mut queue = Queue::default();
     for (entry, units) in (0..).zip(files) {
-        queue.add(entry, *units, true, |_| false);
+        queue.add(entry, *units, true, Early::Beginning, |_| false);
         queue.start(entry);
     }
     queue
@@ -24,8 +24,11 @@ fn by_looking(queue: &Queue) -> Option<(u32, Range<u64>)> {
     Some((file.entry, queue.run(at, file.first_missing() as u64, queue.background_units())))
 }
 
-fn headers_by_looking(queue: &Queue) -> Option<usize> {
-    (0..queue.files.len()).find(|at| queue.files[*at].ranges && queue.missing(*at, 0))
+fn early_by_looking(queue: &Queue) -> Option<(usize, u64)> {
+    (0..queue.files.len()).filter(|at| queue.files[*at].ranges).find_map(|at| {
+        let (early, units) = (queue.files[at].early, queue.files[at].units.len() as u64);
+        Some((at, (0..units).find(|unit| early.contains(*unit, units) && queue.missing(at, *unit))?))
+    })
 }
 
 /// Whatever happens, the order is that of looking at every file in turn.
@@ -42,7 +45,8 @@ fn the_order_is_that_of_looking_at_every_file() {
         let mut queue = Queue::default();
         for entry in 0..30 {
             let here = random(3);
-            queue.add(entry, 1 + random(20), random(5) > 0, |unit| unit % 3 == here);
+            let early = [Early::Beginning, Early::BothEnds, Early::Whole][usize::try_from(random(3)).unwrap()];
+            queue.add(entry, 1 + random(20), random(5) > 0, early, |unit| unit % 3 == here);
         }
         let mut steps: Vec<Step> = Vec::new();
         for _ in 0..600 {
@@ -78,7 +82,7 @@ fn the_order_is_that_of_looking_at_every_file() {
                     steps.extend(step);
                 }
             }
-            assert_eq!(queue.headers.first().copied(), headers_by_looking(&queue));
+            assert_eq!(queue.early.first().copied(), early_by_looking(&queue));
         }
     }
 }
@@ -86,7 +90,7 @@ fn the_order_is_that_of_looking_at_every_file() {
 #[test]
 fn files_that_are_not_started_cost_nothing() {
     let mut queue = queue(&[]);
-    (0..200_000).for_each(|entry| queue.add(entry, 4, true, |_| false));
+    (0..200_000).for_each(|entry| queue.add(entry, 4, true, Early::Beginning, |_| false));
     queue.start(199_999);
     let begun = std::time::Instant::now();
     for _ in 0..20_000 {
@@ -109,7 +113,7 @@ fn the_background_goes_in_file_order_and_long_ranges() {
 #[test]
 fn what_is_here_is_not_asked_for_and_what_was_not_started_waits() {
     let mut queue = Queue::default();
-    queue.add(7, 4, true, |unit| unit == 1);
+    queue.add(7, 4, true, Early::Beginning, |unit| unit == 1);
     assert_eq!(background(&mut queue), None);
     queue.start(7);
     assert_eq!(background(&mut queue), Some((7, 0..1)));
@@ -245,6 +249,24 @@ fn readers_get_headers_first_then_what_was_learned_and_few_short_streams() {
 }
 
 #[test]
+fn readers_get_indexes_and_directories_with_the_headers() {
+    let mut queue = Queue::default();
+    for (entry, early) in (0..).zip([Early::Whole, Early::BothEnds, Early::Beginning]) {
+        queue.add(entry, 3, true, early, |_| false);
+        queue.start(entry);
+    }
+    queue.set_read(true);
+    let mut shown = Vec::new();
+    while let Some(step) = queue.next_background() {
+        shown.push((step.entry, step.units.clone()));
+        step.units.clone().for_each(|unit| queue.here(step.entry, unit));
+        queue.end(&step);
+    }
+    let expected = [(0, 0..1), (0, 1..2), (0, 2..3), (1, 0..1), (1, 2..3), (2, 0..1), (1, 1..2), (2, 1..3)];
+    assert_eq!(shown, expected);
+}
+
+#[test]
 fn long_ranges_end_early_once_somebody_reads() {
     let mut queue = queue(&[20]);
     let stream = queue.next_background().unwrap();
@@ -284,7 +306,7 @@ fn small_files_are_taken_once_and_wanted_ones_first() {
 #[test]
 fn a_file_without_ranges_is_one_stream() {
     let mut queue = Queue::default();
-    queue.add(0, 30, false, |unit| unit < 3);
+    queue.add(0, 30, false, Early::Beginning, |unit| unit < 3);
     queue.start(0);
     assert_eq!(background(&mut queue), Some((0, 0..30)));
     queue.want(0, 20..21);
