@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -13,9 +13,10 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use support::corpus::{Random, seed};
 use support::daemon::{Daemon, LOOPBACK};
-use support::files::b3sum;
+use support::files::{b3sum, walk};
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
 use support::waiting::waiting_requests;
@@ -52,6 +53,62 @@ fn answer(reader: JoinHandle<io::Result<u8>>) -> io::Result<u8> {
     reader.join().unwrap()
 }
 
+/// Kills the daemon; which it was.
+fn killed(daemon: &Daemon) -> Pid {
+    let before = daemon.server();
+    kill(before, Signal::SIGKILL).unwrap();
+    before
+}
+
+fn wait_for_successor(daemon: &Daemon, before: Pid) {
+    wait_until("a successor answers", LIMIT, || {
+        let status = daemon.ctl(&["--json", "status"]);
+        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
+    });
+}
+
+/// Whether some units of what fills are durable.
+fn something_is_durable(daemon: &Daemon) -> bool {
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    let catalog = rusqlite::Connection::open_with_flags(daemon.state().join("catalog.db"), flags).unwrap();
+    let units: rusqlite::Result<Vec<u8>> =
+        catalog.query_row("SELECT units FROM fills WHERE units NOT NULL", [], |row| row.get(0));
+    units.is_ok_and(|units| units.iter().any(|byte| *byte != 0))
+}
+
+#[test]
+fn what_cannot_be_taken_over_now_is_taken_over_later_and_its_readers_wait() {
+    let daemon = Daemon::start_kept(&[LOOPBACK]);
+    let (site, bytes) = (Site::open(), weights(64));
+    site.limit(8 * MIB);
+    let file = attach_lazily(&daemon, "w", &site.put("/w.bin", Page::Ranged(bytes.clone())));
+    wait_until("some of it is durable", LIMIT, || something_is_durable(&daemon));
+    site.limit(HELD);
+    let waiting = waiting_requests(daemon.place(), &file);
+    let reader = read_at(&file, 50 * MIB);
+    wait_until("the reader waits", LIMIT, || waiting() > 0);
+    // A directory in the place of what fills: an I/O error for whoever opens it.
+    let fill = walk(&daemon.state()).into_iter().map(|path| daemon.state().join(path));
+    let fill = fill
+        .into_iter()
+        .find(|path| fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == 64 * MIB))
+        .unwrap();
+    let aside = daemon.place().join("aside");
+    fs::rename(&fill, &aside).unwrap();
+    fs::create_dir(&fill).unwrap();
+    let before = killed(&daemon);
+    wait_until("two starts have failed", LIMIT, || daemon.stderr().matches("whose jobs wait").count() >= 2);
+    assert!(!reader.is_finished(), "the reader was let go: {:?}", reader.join());
+    fs::remove_dir(&fill).unwrap();
+    fs::rename(&aside, &fill).unwrap();
+    wait_for_successor(&daemon, before);
+    site.limit(0);
+    assert_eq!(answer(reader).unwrap(), bytes[50 << 20]);
+    daemon.wait_state("w", "ready", LIMIT);
+    assert_eq!(b3sum(&file), blake3::hash(&bytes).to_hex().to_string());
+    assert!(daemon.ctl(&["events"]).ok().stdout.contains("1 sessions went on; 1 views were left as they were"));
+}
+
 #[test]
 fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() {
     let daemon = Daemon::start_kept(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "1")]);
@@ -67,12 +124,8 @@ fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() 
         reader
     });
     site.put("/w.bin", Page::Status(403));
-    let before = daemon.server();
-    kill(before, Signal::SIGKILL).unwrap();
-    wait_until("a successor answers", LIMIT, || {
-        let status = daemon.ctl(&["--json", "status"]);
-        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-    });
+    let before = killed(&daemon);
+    wait_for_successor(&daemon, before);
     ["w", "too"].iter().for_each(|name| daemon.wait_state(name, "failed", LIMIT));
     for reader in readers.into_iter().chain(files.each_ref().map(|file| read_at(file, 20 * MIB))) {
         assert_eq!(answer(reader).unwrap_err().raw_os_error(), Some(nix::libc::EIO));

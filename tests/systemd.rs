@@ -13,7 +13,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use support::container::Container;
+use support::container::{Container, NEWER_VERSION};
 use support::corpus::{Random, seed};
 use support::daemon::CKPTD;
 use support::place::Place;
@@ -198,7 +198,9 @@ fn notice_nothing(edit: &str, state: &str) {
         readers.go_on(what);
         assert_eq!(container.json(&["jobs"]), jobs, "after {what}");
         assert_eq!(mount_line(&container), mount, "after {what}");
-        let restarts = container.json(&["status"])["restarts"].as_u64().unwrap();
+        let status = container.json(&["status"]);
+        assert_eq!(status["version"] == NEWER_VERSION, before >= UPGRADE, "{status} after {what}");
+        let restarts = status["restarts"].as_u64().unwrap();
         let last = last_restart(&container);
         if before < LAST_ORDERLY {
             assert_eq!(restarts, before + 1, "after {what}");
@@ -210,6 +212,9 @@ fn notice_nothing(edit: &str, state: &str) {
         eprintln!("{state}, {what}: {:?} was the longest so far without an answer", readers.longest());
     }
 }
+
+/// Disturbances before the upgrade.
+const UPGRADE: u64 = 3;
 
 /// Disturbances before the one that makes starts fail.
 const LAST_ORDERLY: u64 = 5;

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -40,6 +40,9 @@ pub(super) const WRITE_BYTES: usize = 1 << 20;
 
 /// A source that pauses this long has what came of it written, and holds no memory of what others wait for.
 const LULL: Duration = Duration::from_millis(500);
+
+/// A small file that comes for longer than this may be written over meanwhile, as a large one may: the source is asked once more then.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
@@ -276,6 +279,7 @@ async fn small_once(
     (permit, mut memory): Permits,
 ) -> Result<(Whole, Permits)> {
     let mut stream = flying.source.read(&file.file, 0..size).await?;
+    let began = Instant::now();
     let mut bytes = Pieces::default();
     while let Some(piece) = stream.try_next().await? {
         if memory.is_none() {
@@ -288,6 +292,9 @@ async fn small_once(
     }
     if (bytes.len() as u64) < size {
         return Err(too_short(bytes.len() as u64, size));
+    }
+    if began.elapsed() > SOON {
+        confirm(flying, &file.file).await?;
     }
     Ok((bytes.whole(), (permit, memory)))
 }

@@ -290,6 +290,31 @@ fn what_is_written_over_while_all_of_it_is_being_sent_is_never_mixed() {
 }
 
 #[test]
+fn a_small_file_that_is_written_over_while_it_comes_slowly_is_never_mixed() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    let server = nginx(&place, &tree, "");
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    let small = tree.join("small.bin");
+    random_file(&small, seed(), 3 << 20);
+    let written = File::options().write(true).open(&small).unwrap();
+    written.set_modified(SystemTime::now() - Duration::from_secs(60)).unwrap();
+    other_file(&place.join("other.bin"), 3 << 20);
+    let faults = Faults::before(server.port);
+    faults.slow_down(1 << 20);
+    daemon.ctl(&["create", "w", "--type", "web", "--uri", &faults.url("/small.bin")]).ok();
+    let is_asked_for =
+        || faults.heads().iter().any(|head| head.starts_with("GET /small.bin ") && !head.contains("bytes=0-0"));
+    wait_until("it is asked for", PATIENCE, is_asked_for);
+    written.write_all_at(&fs::read(place.join("other.bin")).unwrap(), 0).unwrap();
+    daemon.wait_state("w", "failed", PATIENCE);
+    assert_eq!(daemon.json(&["get", "w"])["error"]["reason"], "SOURCE_CHANGED");
+    faults.slow_down(0);
+    daemon.ctl(&["retry", "w", "--wait"]).ok();
+    assert_same_file(&small, &daemon.attach("w", "w").join("small.bin"));
+}
+
+#[test]
 fn what_cannot_be_a_tree_says_why() {
     let place = Place::new();
     let tree = odd_tree(&place);

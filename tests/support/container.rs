@@ -6,7 +6,7 @@
 //! seen from here through `/proc/PID/root`.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -19,6 +19,11 @@ use super::place::Place;
 use super::ran::{Ran, run, wait_for, wait_until};
 
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// As long, and no version of any crate.
+pub(crate) const NEWER_VERSION: &str = "9.9.9";
 
 /// Where the hierarchies of cgroups may be.
 const HIERARCHIES: &[&str] = &["/sys/fs/cgroup", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified"];
@@ -127,11 +132,21 @@ impl Container {
         self.systemctl(&["daemon-reload"]).ok();
     }
 
-    /// Installs the daemon's program anew, as an upgrade does: a new file takes the place of the old one.
+    /// Installs a daemon of a newer version, as an upgrade does: a new file takes the place of the old one. It is this one but for what it says
+    /// that its version is.
     pub(crate) fn upgrade(&self) {
         let programs = self.place.join("root/opt/ckptd");
-        fs::copy(CKPTD, programs.join("ckptd.new")).unwrap();
-        fs::rename(programs.join("ckptd.new"), programs.join("ckptd")).unwrap();
+        let mut program = fs::read(CKPTD).unwrap();
+        assert_eq!(VERSION.len(), NEWER_VERSION.len());
+        let said = |at: &usize| program[*at..].starts_with(VERSION.as_bytes());
+        let said: Vec<_> = (0..program.len()).filter(said).collect();
+        for at in said {
+            program[at..at + VERSION.len()].copy_from_slice(NEWER_VERSION.as_bytes());
+        }
+        let new = programs.join("ckptd.new");
+        fs::write(&new, program).unwrap();
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(new, programs.join("ckptd")).unwrap();
     }
 
     /// A command inside, still without its program.

@@ -106,9 +106,7 @@ impl Attachments {
             match self.adopt_one(orphan, &rows).await {
                 Ok(()) => adopted += 1,
                 Err(error) if error.kind().may_pass() => {
-                    return Err(error
-                        .during(format!("taking over the session of {checkpoint}"))
-                        .remedy("see what keeps it from going on; its jobs wait, and lose nothing"));
+                    return Err(error.during(format!("taking over the session of {checkpoint}, whose jobs wait")));
                 }
                 Err(error) => {
                     if has_given {
