@@ -35,6 +35,7 @@ use super::refusal::Refusal;
 use super::view::{Asked, Attributes, NodeKind, STATFS_UNIT_BYTES, View};
 use super::waits::{Asker, Turn, Waits};
 use crate::error::Result;
+use crate::limits::UNIT_BYTES;
 
 /// How long the kernel may believe a name or attribute: ten years.
 const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -159,6 +160,19 @@ fn guarded(operation: &'static str, inode: INodeNo, work: impl FnOnce()) {
     }
 }
 
+/// Whether a fill unit of what is asked for is here. What the kernel asks for a reader alone is never of two: pages, however large, are aligned.
+fn is_partly_here(file: &dyn OpenFile, offset: u64, length: usize) -> bool {
+    let end = offset.saturating_add(length as u64);
+    let mut parts = std::iter::successors(Some(offset), |at| {
+        let next = (at / UNIT_BYTES + 1) * UNIT_BYTES;
+        (next < end).then_some(next)
+    });
+    parts.any(|at| {
+        let until = ((at / UNIT_BYTES + 1) * UNIT_BYTES).min(end);
+        file.here(at, usize::try_from(until - at).unwrap_or(usize::MAX))
+    })
+}
+
 /// Reads `length` bytes, which are here, and answers.
 fn answer_read(buffers: &ReadBuffers, file: &dyn OpenFile, inode: u64, offset: u64, length: u32, reply: ReplyData) {
     buffers.lend(length, |buffer| match fill(file, buffer, offset) {
@@ -271,7 +285,7 @@ impl Filesystem for Adapter {
         let handle = FileHandle(ino.0);
         guarded("open", ino, || match self.opened(ino.0, flags) {
             Ok(Mode::Daemon) => {
-                let kept = self.open_file(ino.0).is_ok_and(|file| self.open.believes_pages(file.as_ref()));
+                let kept = self.open_file(ino.0).is_ok_and(|file| self.open.believes_pages(ino.0, file.as_ref()));
                 let keep = if kept { FopenFlags::FOPEN_KEEP_CACHE } else { FopenFlags::empty() };
                 reply.opened(handle, keep | FopenFlags::FOPEN_NOFLUSH);
             }
@@ -308,7 +322,9 @@ impl Filesystem for Adapter {
             if file.here(offset, bytes) {
                 return answer_read(&self.buffers, file.as_ref(), ino.0, offset, length, reply);
             }
-            let asker = Asker { thread: req.pid(), direct: flags.0 & libc::O_DIRECT != 0 };
+            let direct = flags.0 & libc::O_DIRECT != 0;
+            let read_ahead = !direct && is_partly_here(file.as_ref(), offset, bytes);
+            let asker = Asker { thread: req.pid(), direct, read_ahead };
             let turn = self.waits.begin(asker, reply);
             let id = turn.id();
             let (buffers, waited) = (self.buffers.clone(), file.clone());

@@ -13,6 +13,9 @@
 //! * one that is gone or going, if its read was `O_DIRECT`, once its whole program is: a thread may hand reads to the kernel (`io_submit`) and
 //!   leave them to others of its program.
 //!
+//! **Read-ahead that is partly here** is answered with that error too when it is looked at first: the kernel then asks again for the page that
+//! somebody reads, alone, and what is here is not kept waiting by what is next to it. Before that it is left to come, which it mostly does.
+//!
 //! At most [`LOOKS`] reads are looked at in a tick, the others in the next ones. One thread does it for all sessions; it is started by the first
 //! read that waits and ends when none has for [`IDLE`]. Readers that this process cannot see in `/proc` wait as before.
 
@@ -50,6 +53,8 @@ pub(super) struct Asker {
     pub(super) thread: u32,
     /// Whether it reads past the page cache.
     pub(super) direct: bool,
+    /// Whether the kernel has asked for more than anybody reads, and part of it is here.
+    pub(super) read_ahead: bool,
 }
 
 /// The reads that wait, with what answers them.
@@ -198,6 +203,10 @@ impl<R> Shared<R> {
         let mut threads = HashMap::new();
         let mut programs = HashMap::new();
         for (id, asker, mut program) in due {
+            if asker.read_ahead {
+                self.give_up(id);
+                continue;
+            }
             let seen = *threads.entry(asker.thread).or_insert_with(|| thread_state(asker.thread));
             if asker.direct && program.is_none() && seen != Seen::Leaving {
                 program = program_of(asker.thread);
@@ -220,7 +229,7 @@ impl<R> Shared<R> {
 
     fn give_up(&self, id: u64) {
         let Some(waiting) = self.lock().waiting.remove(&id) else { return };
-        tracing::debug!(thread = waiting.asker.thread, "a reader went away while it waited");
+        tracing::debug!(asker = ?waiting.asker, "a read that waited is given up");
         (self.interrupt)(waiting.reply);
         if let Some(given_up) = waiting.given_up {
             given_up();
@@ -232,7 +241,8 @@ impl<R> Table<R> {
     /// The next reads to look at, round and round: those that were begun before `now` less [`GRACE`].
     fn due(&mut self, now: Instant) -> Vec<(u64, Asker, Option<u32>)> {
         let long = |(_, waiting): &(&u64, &Waiting<R>)| {
-            waiting.asker.thread != 0 && now.saturating_duration_since(waiting.since) >= GRACE
+            let is_of_use = waiting.asker.thread != 0 || waiting.asker.read_ahead;
+            is_of_use && now.saturating_duration_since(waiting.since) >= GRACE
         };
         let behind = self.waiting.range((Bound::Excluded(self.looked), Bound::Unbounded));
         let around: Vec<_> = behind.chain(self.waiting.range(..=self.looked)).take(LOOKS).collect();
@@ -319,11 +329,23 @@ mod tests {
     }
 
     fn asker(child: &Child, direct: bool) -> Asker {
-        Asker { thread: child.id(), direct }
+        Asker { thread: child.id(), direct, read_ahead: false }
     }
 
     fn later() -> Instant {
         Instant::now() + GRACE
+    }
+
+    #[test]
+    fn read_ahead_that_is_partly_here_is_asked_for_again_by_the_page() {
+        let (waits, say, said) = waits();
+        let ahead = |thread| Asker { thread, direct: false, read_ahead: true };
+        let _turns =
+            [waits.begin(ahead(std::process::id()), Answer(1, say.clone())), waits.begin(ahead(0), Answer(2, say))];
+        waits.0.look(Instant::now());
+        assert!(said.try_recv().is_err(), "it may come soon");
+        waits.0.look(later());
+        assert_eq!((said.try_recv(), said.try_recv()), (Ok(1), Ok(2)));
     }
 
     #[test]
@@ -370,7 +392,7 @@ mod tests {
     #[test]
     fn all_are_looked_at_in_turn() {
         let (waits, say, _said) = waits();
-        let me = Asker { thread: std::process::id(), direct: true };
+        let me = Asker { thread: std::process::id(), direct: true, read_ahead: false };
         let number = |n: usize| i32::try_from(n).unwrap();
         let turns: Vec<_> = (1..=LOOKS * 2 + 10).map(|n| waits.begin(me, Answer(number(n), say.clone()))).collect();
         let mut seen: Vec<u64> = Vec::new();
