@@ -181,9 +181,13 @@ pub(crate) fn catalog_error(error: rusqlite::Error) -> Error {
     let (kind, reason) = match error.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => (Kind::NoSpace, "DISK_FULL"),
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => (Kind::Corrupt, "CATALOG_DAMAGED"),
-        Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::DatabaseBusy) => {
-            (Kind::Unavailable, "CATALOG_IO_ERROR")
-        }
+        Some(
+            ErrorCode::SystemIoFailure
+            | ErrorCode::CannotOpen
+            | ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::OutOfMemory,
+        ) => (Kind::Unavailable, "CATALOG_IO_ERROR"),
         Some(ErrorCode::PermissionDenied | ErrorCode::ReadOnly) => (Kind::Denied, "CATALOG_NOT_WRITABLE"),
         _ => (Kind::Internal, "CATALOG_ERROR"),
     };

@@ -15,6 +15,7 @@
 //!
 //! **After a restart** what somebody has held goes on as it was, and what is dead is made again: [`recover`].
 
+mod adopt;
 mod contents;
 mod expiry;
 mod leases;
@@ -104,7 +105,7 @@ struct Shared {
     session_gates: Gates,
     outlive: Option<Outlive>,
     /// What a predecessor has left, until it is adopted.
-    orphans: Mutex<Vec<Orphan>>,
+    orphans: Mutex<Vec<Arc<Orphan>>>,
     strays: Strays,
     reconciled: Mutex<Reconciled>,
     /// Told when a right has been given another end.
@@ -160,7 +161,7 @@ impl Attachments {
             job_gates: Gates::default(),
             session_gates: Gates::default(),
             outlive,
-            orphans: Mutex::new(orphans),
+            orphans: Mutex::new(orphans.into_iter().map(Arc::new).collect()),
             strays,
             reconciled: Mutex::new(reconciled),
             ends_changed: Notify::new(),
@@ -426,6 +427,9 @@ impl Attachments {
         if let Some(served) = lock(&self.0.live).get(&record.id) {
             lock(&served.jobs).insert(job.to_owned());
             return Ok(served.clone());
+        }
+        if let Some(served) = self.adopt_for(record, job).await? {
+            return Ok(served);
         }
         let served = self.start_session(record, job).await?;
         lock(&self.0.live).insert(record.id.clone(), served.clone());

@@ -70,6 +70,7 @@ pub struct Outlive {
 }
 
 /// A session's descriptor with its ledger, kept.
+#[derive(Clone)]
 pub(super) struct Kept {
     name: String,
     keeper: Arc<dyn Keeper>,
@@ -145,14 +146,14 @@ pub(super) struct Inheritance {
 /// Matches descriptors with ledgers, and clears away what has no counterpart.
 ///
 /// # Errors
-/// `LEDGER_TOO_NEW`: nothing has been touched then.
+/// `LEDGER_TOO_NEW`, and what may pass: nothing has been touched then.
 pub(super) fn inherit(handed: Vec<HandedOver>, outlive: &Outlive, strays: &Strays) -> Result<Inheritance> {
     let mut found = Inheritance::default();
     let mut useless = Vec::new();
     for HandedOver { name, descriptor } in handed.into_iter().filter(|one| one.name.starts_with(SESSION)) {
         let ledger = LedgerFile::open(&outlive.ledgers.join(&name));
         match ledger {
-            Err(error) if error.reason() == "LEDGER_TOO_NEW" => return Err(error),
+            Err(error) if error.reason() == "LEDGER_TOO_NEW" || error.kind().may_pass() => return Err(error),
             Ok((head, ledger)) if is_connected(&descriptor) => {
                 let kept = Kept { name, keeper: outlive.keeper.clone(), ledger: Arc::new(ledger) };
                 found.orphans.push(Orphan { device: descriptor, head, kept });
@@ -195,7 +196,8 @@ fn is_connected(device: &OwnedFd) -> bool {
     let mut asked = [PollFd::new(device.as_fd(), PollFlags::empty())];
     match poll(&mut asked, PollTimeout::ZERO) {
         Ok(_) => !asked[0].revents().is_some_and(|found| found.contains(PollFlags::POLLERR)),
-        Err(_) => false,
+        // Nothing is known to have ended.
+        Err(_) => true,
     }
 }
 

@@ -23,6 +23,7 @@
 //! A head of a newer version is refused with an error of its own, so that whoever starts can leave everything alone.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -115,7 +116,8 @@ impl LedgerFile {
         let failed = |error| Error::io("reading the ledger of a session", path, error);
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
         let mut bytes = vec![0; HEAD_BYTES];
-        file.read_exact_at(&mut bytes, 0).map_err(failed)?;
+        file.read_exact_at(&mut bytes, 0)
+            .map_err(|error| if error.kind() == ErrorKind::UnexpectedEof { damaged() } else { failed(error) })?;
         let head = decode(&bytes).map_err(|error| error.during(format!("taking over by {}", path.display())))?;
         let inodes = head.inodes;
         let mut slot = [0; 8];

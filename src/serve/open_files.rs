@@ -16,7 +16,7 @@
 //!
 //! The `Arc<dyn OpenFile>` is held from first open to last release: that is the store's sign not to punch (law 7).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -131,8 +131,8 @@ pub struct OpenFiles {
     backings: Box<dyn Backings>,
     ledger: Arc<dyn Ledger>,
     inodes: Mutex<HashMap<u64, OpenInode>>,
-    /// Pages that the kernel keeps may be wrong.
-    doubted: AtomicBool,
+    /// Where pages that the kernel keeps may be wrong: whose were given up since.
+    doubted: Mutex<Option<HashSet<u64>>>,
     /// What was read first.
     pub(super) order: ReadOrder,
 }
@@ -145,7 +145,7 @@ impl OpenFiles {
             backings,
             ledger,
             inodes: Mutex::default(),
-            doubted: AtomicBool::new(false),
+            doubted: Mutex::default(),
             order: ReadOrder::default(),
         }
     }
@@ -155,14 +155,16 @@ impl OpenFiles {
         self.passthrough.store(false, Ordering::Relaxed);
     }
 
-    /// Has no page believed that the kernel keeps from an earlier open: some may be of bytes that turned out to be wrong.
+    /// Has no page believed that the kernel has now: some may be of bytes that turned out to be wrong. The next open of each inode gives its pages
+    /// up; what is read then is right.
     pub fn doubt_pages(&self) {
-        self.doubted.store(true, Ordering::Relaxed);
+        *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = Some(HashSet::new());
     }
 
-    /// Whether pages that the kernel keeps of `file` are right.
-    pub fn believes_pages(&self, file: &dyn OpenFile) -> bool {
-        !self.doubted.load(Ordering::Relaxed) && file.kept_pages_are_right()
+    /// Whether pages that the kernel keeps of `inode`, whose bytes are `file`, are right. It is asked at an open, which gives them up otherwise.
+    pub fn believes_pages(&self, inode: u64, file: &dyn OpenFile) -> bool {
+        let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);
+        !doubted.as_mut().is_some_and(|given_up| given_up.insert(inode)) && file.kept_pages_are_right()
     }
 
     /// What a predecessor had open, before the first request is answered; `open` gets the bytes of what the kernel reads itself, so that

@@ -191,25 +191,24 @@ impl Session {
     /// Goes on with `orphan`, which shows `tree`. Nothing that was mounted or open changes.
     ///
     /// # Errors
-    /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; the orphan is gone then, and its connection with it. What may pass (no descriptors, no threads, a
-    /// ledger that cannot be read) leaves it with whoever holds it.
-    pub fn adopt(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>, orphan: Orphan) -> Result<Self> {
+    /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; no descriptors, no threads, a ledger that cannot be read. The orphan is as it was then.
+    pub fn adopt(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>, orphan: &Orphan) -> Result<Self> {
         keep_large_buffers_unbacked();
         let Orphan { device, head, kept } = orphan;
-        let undo = |error: Error| {
-            if !error.kind().may_pass() {
-                kept.let_go();
-            }
-            error
-        };
+        let (head, kept) = (head.clone(), kept.clone());
+        let device =
+            device.try_clone().map_err(|error| Error::io("taking over the session at", &config.mountpoint, error))?;
         if tree.manifest().shape() != head.shape {
             let message = format!("the session of `{}` shows another tree than the checkpoint has", head.checkpoint);
-            return Err(undo(Error::wrong_state("TREE_CHANGED", message)));
+            return Err(Error::wrong_state("TREE_CHANGED", message));
         }
-        let features = Features::from_init(&head.init).ok_or_else(features::unreadable_init).map_err(undo)?;
-        let held = kept.ledger.held().map_err(undo)?;
+        let features = Features::from_init(&head.init).ok_or_else(features::unreadable_init)?;
+        let held = kept.ledger.held()?;
         // What still arrives is doubted by the file and while it is so; what is whole by now was read when it was not.
         let doubts = !content.is_unverified() && kept.ledger.is_doubted();
+        if content.is_unverified() {
+            kept.ledger.doubt(true)?;
+        }
         let (view, bytes) = (View::new(tree.clone(), content.clone(), ""), content.clone());
         let (adapter, open, device) = assemble(&config, tree, content, &head, features, device, Some(&kept));
         open.order.give_up();
@@ -224,8 +223,8 @@ impl Session {
             open.end_passthrough();
         }
         let taking = Taking::of(config.resend && features.resend);
-        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
-        let ended = run(fuse).map_err(undo)?;
+        let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking)?;
+        let ended = run(fuse)?;
         // Also where this process takes through a clone: its predecessor may have been configured otherwise.
         if features.resend
             && let Err(error) = handshake::resend(&device)

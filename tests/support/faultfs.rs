@@ -36,6 +36,7 @@ pub(crate) struct FaultFs {
 struct Shared {
     files: Vec<(String, Vec<u8>)>,
     hung: Mutex<HashSet<u64>>,
+    shut: Mutex<HashSet<u64>>,
     let_go: Condvar,
     /// Errno and how often, by inode.
     errors: Mutex<HashMap<u64, (i32, u32)>>,
@@ -78,6 +79,11 @@ impl FaultFs {
     /// The next `times` reads of `name` fail; 0 ends it.
     pub(crate) fn fail(&self, name: &str, errno: i32, times: u32) {
         self.shared.errors.lock().unwrap().insert(self.shared.inode(name).unwrap(), (errno, times));
+    }
+
+    /// Whoever opens `name` fails with EIO from now on.
+    pub(crate) fn shut(&self, name: &str) {
+        self.shared.shut.lock().unwrap().insert(self.shared.inode(name).unwrap());
     }
 
     /// Every read takes so long, one after the other.
@@ -180,6 +186,9 @@ impl Filesystem for Faulty {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        if self.0.shut.lock().unwrap().contains(&ino.0) {
+            return reply.error(Errno::from_i32(libc::EIO));
+        }
         reply.opened(FileHandle(ino.0), FopenFlags::FOPEN_DIRECT_IO);
     }
 

@@ -108,9 +108,7 @@ impl Attachments {
                 let record = attachments.0.store.catalog().read(move |tx| checkpoints::get(tx, &asked)).await;
                 if let Ok(Some(digest)) = record.map(|record| record.and_then(|record| record.ready_manifest())) {
                     if let Some(arriving) = arriving.upgrade() {
-                        if !arriving.is_distrusted() {
-                            attachments.note_verified(&id);
-                        }
+                        attachments.note_ready(&id, !arriving.is_distrusted()).await;
                         if let Some(reader) = arriving.reader() {
                             attachments.hydrate(id, digest, reader);
                         }
@@ -122,11 +120,18 @@ impl Attachments {
         });
     }
 
-    fn note_verified(&self, checkpoint: &str) {
+    /// What was read while it arrived is right, if it is `verified`; and in which order it was read is known for as far as that matters.
+    async fn note_ready(&self, checkpoint: &str, verified: bool) {
         let served = super::lock(&self.0.live).get(checkpoint).cloned();
         let Some(served) = served else { return };
-        if let Some(session) = super::lock(&served.session).as_ref() {
-            session.note_verified();
+        let order = super::lock(&served.session).as_ref().map(|session| {
+            if verified {
+                session.note_verified();
+            }
+            session.read_order()
+        });
+        if let Some(order) = order {
+            self.keep_order(checkpoint, order).await;
         }
     }
 

@@ -3,7 +3,7 @@
 //! | found | then |
 //! |---|---|
 //! | a held descriptor with its ledger, of a checkpoint that is known | the session goes on; views of it stand as they are |
-//! | one that cannot be taken over now: no descriptors, no threads, an I/O error | the start fails and its readers wait: whoever holds the descriptor holds it for the next start |
+//! | one that cannot be taken over now: no descriptors, no threads, an I/O error | its readers wait, and it is tried again; views of it stand as they are |
 //! | one that cannot be taken over at all | let go: the kernel ends its connection, and goes on reading what it was given ([`strays`](super::super::strays)) |
 //! | a view whose sessions all go on | left exactly as it is |
 //! | another view of a known job | unmounted and made again, with an event: what the job had open is lost to it |
@@ -11,10 +11,10 @@
 //! | a ledger without a descriptor, a directory without a session, a dead mount of ours | removed |
 //! | anybody else's mount | never touched |
 //!
-//! Readers wait from the death of a daemon until [`Attachments::adopt`] has run, so it comes before anything that may take
+//! Readers wait from the death of a daemon until [`Attachments::adopt`](super::adopt) has run, so it comes before anything that may take
 //! long and asks nothing but the catalog and the disk. [`Attachments::recover`] comes after it and has time.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -25,7 +25,7 @@ use crate::catalog::jobs::{self, JobRow, JobState};
 use crate::error::{Error, Result};
 use crate::serve::keeping::{self, Keeping, Orphan, Outlive};
 use crate::serve::strays::Strays;
-use crate::serve::{Device, Mounted, Session, SessionConfig};
+use crate::serve::{Device, Mounted, SessionConfig};
 use crate::units::now_unix_ms;
 
 /// What a start found and did.
@@ -88,79 +88,8 @@ impl Attachments {
         *lock(&self.0.reconciled)
     }
 
-    /// Goes on with the sessions that a predecessor has left; readers of them are answered from now on.
-    ///
-    /// # Errors
-    /// Those of the catalog, and whatever keeps a session from going on that may pass ([`Kind::may_pass`](crate::error::Kind::may_pass)): nothing
-    /// is let go then. A session that cannot go on at all is let go, and is no error.
-    pub async fn adopt(&self) -> Result<()> {
-        let orphans = std::mem::take(&mut *lock(&self.0.orphans));
-        if orphans.is_empty() {
-            return Ok(());
-        }
-        let rows = self.0.store.catalog().read(jobs::list).await?;
-        let found = orphans.len();
-        let mut adopted = 0;
-        for orphan in orphans {
-            let (checkpoint, has_given) = (orphan.checkpoint().to_owned(), orphan.may_have_given());
-            match self.adopt_one(orphan, &rows).await {
-                Ok(()) => adopted += 1,
-                Err(error) if error.kind().may_pass() => {
-                    return Err(error.during(format!("taking over the session of {checkpoint}, whose jobs wait")));
-                }
-                Err(error) => {
-                    if has_given {
-                        self.keep_strays();
-                    }
-                    tracing::warn!(checkpoint, error = %error.report(), "a session could not go on");
-                }
-            }
-        }
-        let mut reconciled = lock(&self.0.reconciled);
-        reconciled.adopted = adopted;
-        reconciled.dropped += found - adopted;
-        Ok(())
-    }
-
-    async fn adopt_one(&self, orphan: Orphan, rows: &[JobRow]) -> Result<()> {
-        let id = orphan.checkpoint().to_owned();
-        let wanted = id.clone();
-        let record = self.0.store.catalog().read(move |tx| checkpoints::get(tx, &wanted)).await;
-        let found = match record {
-            Ok(Some(record)) => self.content_of(&record).await.map(|content| (record, content)),
-            Ok(None) => Err(Error::not_found("NO_SUCH_CHECKPOINT", format!("there is no checkpoint `{id}`"))),
-            Err(error) => Err(error),
-        };
-        let (record, (tree, content, reader)) = match found {
-            Ok(found) => found,
-            Err(error) if error.kind().may_pass() => return Err(error),
-            Err(error) => {
-                let mountpoint = self.0.sessions_dir.join(&id);
-                if orphan.may_have_given() {
-                    self.keep_strays();
-                }
-                blocking(move || let_go(orphan, &mountpoint)).await?;
-                return Err(error);
-            }
-        };
-        let config = self.session_config(&record);
-        let session = blocking(move || Session::adopt(config, tree, content, orphan)).await?;
-        // Who was about to see it has it made again: it may have been given up in the middle of its beginning.
-        let seen_by: BTreeSet<String> = rows.iter().filter(|row| sees(row, &id)).map(|row| row.job.clone()).collect();
-        if !session.is_mounted() || seen_by.is_empty() {
-            // Its jobs are gone; what they still have open is answered until they close it.
-            if let Err(error) = blocking(move || session.stop(Duration::ZERO)).await {
-                tracing::warn!(checkpoint = id, error = %error.report(), "a session that nobody sees stays mounted");
-            }
-            return Ok(());
-        }
-        let served = self.serve(&record, session, reader, seen_by);
-        lock(&self.0.live).insert(id, served);
-        Ok(())
-    }
-
     /// Has nothing punched any more: the kernel may read any blob that is here for somebody of whom nothing tells.
-    fn keep_strays(&self) {
+    pub(super) fn keep_strays(&self) {
         self.0.strays.note();
         self.0.store.punch_nothing();
     }
@@ -213,13 +142,15 @@ impl Attachments {
         Ok(done)
     }
 
-    /// File systems of the live sessions, by checkpoint.
+    /// File systems of the live sessions and of those that are still to be taken over, by checkpoint.
     fn numbers(&self) -> HashMap<String, Device> {
+        let waiting: Vec<_> =
+            lock(&self.0.orphans).iter().map(|one| (one.checkpoint().to_owned(), one.number())).collect();
         let live = lock(&self.0.live);
         let number = |(id, served): (&String, &std::sync::Arc<super::Served>)| {
             Some((id.clone(), lock(&served.session).as_ref()?.number()))
         };
-        live.iter().filter_map(number).collect()
+        waiting.into_iter().chain(live.iter().filter_map(number)).collect()
     }
 
     async fn make_again(&self, row: &JobRow, alive: &HashMap<String, Device>) -> Result<()> {
@@ -271,11 +202,6 @@ impl Attachments {
     }
 }
 
-/// Whether a job sees a checkpoint.
-fn sees(row: &JobRow, checkpoint: &str) -> bool {
-    row.state == JobState::Attached && row.leases.iter().any(|lease| lease.checkpoint == checkpoint)
-}
-
 fn mounted(row: &JobRow) -> Option<Mounted> {
     row.mounted.as_deref().and_then(|text| serde_json::from_str(text).ok())
 }
@@ -302,12 +228,6 @@ fn records_of(tx: &rusqlite::Connection, leases: Vec<jobs::Lease>) -> Result<Vec
         Ok((record, lease.subdir))
     };
     leases.into_iter().map(record).collect()
-}
-
-/// Lets a session go that nobody can serve, and unmounts it.
-fn let_go(orphan: Orphan, mountpoint: &Path) -> Result<()> {
-    orphan.let_go();
-    crate::serve::unmount_stale(mountpoint).map(drop)
 }
 
 /// Removes directories of sessions that are gone; says how many.
