@@ -67,6 +67,14 @@ pub const FETCHES_PER_SOURCE: usize = 8;
 /// Streams from sources that all ingests together have open: several ranges of several files.
 pub const STREAMS: usize = FETCHES_PER_SOURCE * 4;
 
+/// Files that are followed while they fill, of all ingests together: each takes a thread, of which tokio has 512 for all blocking work, and waits in it for
+/// its source.
+pub const SEALERS: usize = 256;
+
+/// Requests for what readers wait for, of all ingests together: sources that are silent may have those of thirty-two before others wait. Each has
+/// some hundred KiB of the connection's buffers at most before its memory is claimed.
+pub const STREAMS_FOR_READERS: usize = FETCHES_PER_SOURCE * 32;
+
 /// Listings of one datastore, of one process or of one captured path at a time: what a server that does not answer can hold up in threads, which are gone until it does.
 pub const LISTINGS_PER_DATASTORE: usize = 4;
 

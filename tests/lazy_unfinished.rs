@@ -12,10 +12,12 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::corpus::{Random, seed};
 use support::daemon::{Daemon, LOOPBACK};
+use support::faultfs::FaultFs;
 use support::files::{b3sum, walk};
 use support::ran::{run, wait_until};
 use support::site::{Page, Site};
@@ -77,36 +79,61 @@ fn something_is_durable(daemon: &Daemon) -> bool {
 }
 
 #[test]
-fn what_cannot_be_taken_over_now_is_taken_over_later_and_its_readers_wait() {
+fn a_session_that_cannot_be_taken_over_now_waits_alone_and_is_taken_over_later() {
     let daemon = Daemon::start_kept(&[LOOPBACK]);
     let (site, bytes) = (Site::open(), weights(64));
     site.limit(8 * MIB);
     let file = attach_lazily(&daemon, "w", &site.put("/w.bin", Page::Ranged(bytes.clone())));
     wait_until("some of it is durable", LIMIT, || something_is_durable(&daemon));
     site.limit(HELD);
-    let waiting = waiting_requests(daemon.place(), &file);
-    let reader = read_at(&file, 50 * MIB);
-    wait_until("the reader waits", LIMIT, || waiting() > 0);
-    // A directory in the place of what fills: an I/O error for whoever opens it.
-    let fill = walk(&daemon.state()).into_iter().map(|path| daemon.state().join(path));
-    let fill = fill
-        .into_iter()
-        .find(|path| fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == 64 * MIB))
-        .unwrap();
-    let aside = daemon.place().join("aside");
-    fs::rename(&fill, &aside).unwrap();
-    fs::create_dir(&fill).unwrap();
+    let source = daemon.place().dir("source");
+    fs::write(source.join("well"), "well").unwrap();
+    daemon.capture("well", &source);
+    let well = File::open(daemon.attach("another", "well").join("well")).unwrap();
+    let jobs = daemon.json(&["jobs"]);
+    // Something that cannot be opened in the place of what fills.
+    let fill = walk(daemon.state()).into_iter().map(|path| daemon.state().join(path));
+    let is_fill = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() == 64 * MIB);
+    let fill = fill.into_iter().find(is_fill).unwrap();
+    let faulty = FaultFs::mount(vec![("fill".to_owned(), vec![0; 64 << 20])]);
+    faulty.shut("fill");
+    let bound = Bound::over(&faulty.root().join("fill"), &fill);
     let before = killed(&daemon);
-    wait_until("two starts have failed", LIMIT, || daemon.stderr().matches("whose jobs wait").count() >= 2);
-    assert!(!reader.is_finished(), "the reader was let go: {:?}", reader.join());
-    fs::remove_dir(&fill).unwrap();
-    fs::rename(&aside, &fill).unwrap();
     wait_for_successor(&daemon, before);
+    assert!(has_event(&daemon, "SESSION_WAITS"));
+    let mut found = [0; 4];
+    well.read_exact_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"well");
+    assert_eq!(daemon.json(&["jobs"]), jobs, "an attachment has changed");
+    drop(bound);
+    wait_until("it is taken over", LIMIT, || has_event(&daemon, "SESSION_WENT_ON"));
     site.limit(0);
-    assert_eq!(answer(reader).unwrap(), bytes[50 << 20]);
+    // What fills met the same fault.
+    if daemon.json(&["get", "w"])["state"] == "failed" {
+        daemon.ctl(&["retry", "w"]).ok();
+    }
     daemon.wait_state("w", "ready", LIMIT);
     assert_eq!(b3sum(&file), blake3::hash(&bytes).to_hex().to_string());
-    assert!(daemon.ctl(&["events"]).ok().stdout.contains("1 sessions went on; 1 views were left as they were"));
+}
+
+/// A file mounted over another, until it is dropped.
+struct Bound(PathBuf);
+
+impl Bound {
+    fn over(file: &Path, other: &Path) -> Self {
+        mount(Some(file), other, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        Self(other.to_owned())
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn has_event(daemon: &Daemon, kind: &str) -> bool {
+    daemon.ctl(&["events"]).ok().stdout.contains(kind)
 }
 
 #[test]
@@ -138,6 +165,34 @@ fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() 
 }
 
 #[test]
+fn what_is_here_is_read_up_to_its_edge_while_the_rest_stands_still() {
+    const UNIT: usize = 4 << 20;
+    let daemon = Daemon::start_with(&[LOOPBACK]);
+    let (site, bytes) = (Site::open(), weights(8));
+    site.narrow();
+    site.limit(2 * MIB);
+    let file = attach_lazily(&daemon, "w", &site.put("/w.bin", Page::Ranged(bytes.clone())));
+    wait_until("its first unit is here", LIMIT, || daemon.bytes_done("w") >= UNIT as u64);
+    site.limit(HELD);
+    let open = File::open(&file).unwrap();
+    let reader = thread::spawn(move || {
+        for piece in [4096, 128 << 10, 1 << 20] {
+            let mut found = vec![0; piece];
+            for at in (0..UNIT).step_by(piece) {
+                open.read_exact_at(&mut found, at as u64).unwrap();
+                assert!(found == bytes[at..at + piece], "wrong bytes at {at}");
+            }
+        }
+        // SAFETY: nothing changes a file of a checkpoint.
+        let map = unsafe { memmap2::Mmap::map(&open) }.unwrap();
+        assert_eq!(map[UNIT - 5000..UNIT], bytes[UNIT - 5000..UNIT]);
+    });
+    wait_until("all that is here is read", LIMIT, || reader.is_finished());
+    reader.join().unwrap();
+    assert!(daemon.bytes_done("w") < 2 * UNIT as u64, "the rest has come meanwhile");
+}
+
+#[test]
 fn what_a_job_reads_does_not_wait_for_what_nobody_reads() {
     /// As many as move bytes at a time.
     const OTHERS: usize = 8;
@@ -151,6 +206,9 @@ fn what_a_job_reads_does_not_wait_for_what_nobody_reads() {
     wait_until("the others are asked for", LIMIT, || slow.bodies() >= 4 * OTHERS as u64);
     let file = attach_lazily(&daemon, "read", &quick.put("/w.bin", Page::Ranged(bytes.clone())));
     assert_eq!(answer(read_at(&file, 30 * MIB)).unwrap(), bytes[30 << 20]);
+    let small = Arc::new(bytes[..2000].to_vec());
+    let file = attach_lazily(&daemon, "small", &quick.put("/config.json", Page::Ranged(small)));
+    assert_eq!(answer(read_at(&file, 1999)).unwrap(), bytes[1999]);
     for other in 0..OTHERS {
         assert_eq!(daemon.json(&["get", &format!("other-{other}")])["state"], "filling");
     }

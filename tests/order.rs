@@ -42,8 +42,11 @@ fn what_nobody_waits_for_comes_in_the_order_of_its_use() {
     let (daemon, site) = (Daemon::start_with(&[LOOPBACK]), Site::open());
     // Their names are the last, and one takes seconds.
     let small: Vec<String> = (0..STREAMS + 8).map(|number| format!("z{number:02}.json")).collect();
-    let weights: Vec<String> = (0..WEIGHTS).map(|number| format!("w{number:02}.bin")).collect();
-    let pages = small.iter().map(|name| (name, 60 << 10)).chain(weights.iter().map(|name| (name, UNIT + (64 << 10))));
+    let weights: Vec<String> = (0..WEIGHTS).map(|number| format!("w{number:02}.safetensors")).collect();
+    // As large as weights, and read before them.
+    let tokenizer = "y-tokenizer.json".to_owned();
+    let large = weights.iter().chain([&tokenizer]).map(|name| (name, UNIT + (64 << 10)));
+    let pages = small.iter().map(|name| (name, 60 << 10)).chain(large);
     let mut index = "<html><title>Directory listing for /</title>".to_owned();
     for (name, bytes) in pages {
         let bytes = Random::new(seed()).bytes(usize::try_from(bytes).unwrap());
@@ -73,6 +76,10 @@ fn what_nobody_waits_for_comes_in_the_order_of_its_use() {
     let number = |is_header: bool| -> Vec<usize> {
         of_weights.iter().filter(|(_, from)| (*from == 0) == is_header).map(|(file, _)| *file).collect()
     };
+    let place = |of: &dyn Fn(&str, u64) -> bool| asked().iter().position(|(name, from)| of(name, *from)).unwrap();
+    let whole = place(&|name, _| name == tokenizer);
+    let weight = place(&|name, from| weights.iter().any(|weight| weight == name) && from > 0);
+    assert!(whole < weight, "what tells of the weights comes before them: {:?}", asked());
     // Those that were begun before anybody could read were asked for whole.
     assert_in_order(&number(true), FILES_AT_A_TIME, "headers");
     assert_eq!(number(true).len(), WEIGHTS);

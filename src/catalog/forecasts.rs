@@ -28,7 +28,7 @@ pub struct Estimated {
 }
 
 /// Keeps the order in which an owner's tree of `shape` was first read: entries and fill units. A later one changes nothing, unless
-/// the one that is kept is of opens alone.
+/// the one that is kept is of opens alone or the beginning of the other.
 ///
 /// # Errors
 /// Those of the catalog.
@@ -36,7 +36,10 @@ pub fn keep_order(tx: &Connection, owner: &str, shape: &Digest, order: &[(u32, u
     // What the kernel read itself tells of opens alone: an order that knows more takes its place.
     let known = self::order(tx, owner, shape)?;
     let known_tells = known.iter().any(|(_, unit)| *unit > 0);
-    if known_tells || !known.is_empty() && order.iter().all(|(_, unit)| *unit == 0) {
+    let tells_more = order.iter().any(|(_, unit)| *unit > 0) && order.len() >= known.len();
+    let goes_on = order.len() > known.len()
+        && order.iter().zip(&known).all(|((entry, unit), before)| (*entry, u64::from(*unit)) == *before);
+    if !known.is_empty() && !goes_on && (known_tells || !tells_more) {
         return Ok(());
     }
     let encoded: Vec<u8> =

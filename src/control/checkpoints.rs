@@ -98,7 +98,7 @@ impl Service {
         made: Option<Arc<dyn Source>>,
         caller: &Caller,
     ) -> Result<wire::Checkpoint> {
-        let (floors, seen, secrets_given) = (self.floors.clone(), caller.sees(), !credentials.is_empty());
+        let (floors, seen) = (self.floors.clone(), caller.sees());
         let record = tokio::spawn(async move {
             let (id, asking) = (record.id.clone(), seen.clone());
             // A repeated call is answered by the record, whatever would be said of it by now.
@@ -111,7 +111,7 @@ impl Service {
             if matches!(record.state, State::New | State::Filling) && floors.ingests.progress(&record.id).is_none() {
                 match source {
                     // What it holds already (the root of a process) may be gone by a second time.
-                    Some(source) => floors.ingests.start_from(&record, source, secrets_given),
+                    Some(source) => floors.ingests.start_from(&record, source, credentials),
                     None => floors.start_unless_sent(&record, credentials),
                 }
             }

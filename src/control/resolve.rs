@@ -7,6 +7,7 @@ use super::caller::Caller;
 use crate::catalog::checkpoints::{self, Record, Seen, State};
 use crate::error::{Error, Kind, NO_ROOM, Result, tells_of_the_host};
 use crate::ingest::Arrival;
+use crate::source::SourceKind;
 
 /// The one visible checkpoint that `reference` (id, or a name borne by one) means.
 ///
@@ -135,7 +136,10 @@ impl Floors {
                 (Some(record), Some(Arrival::NotBefore(why))) if record.state == State::Filling => {
                     return Ok((self.until_ready(id).await?, Some(why)));
                 }
-                (Some(record), _) if matches!(record.state, State::New | State::Filling) => {}
+                (Some(record), None) if is_open(&record) && is_sent(&record) => {
+                    return Ok((self.until_ready(id).await?, Some("it is being sent".to_owned())));
+                }
+                (Some(record), _) if is_open(&record) => {}
                 (Some(record), _) if record.state == State::Evicted => {
                     self.bring_back(&record).await?;
                     continue;
@@ -145,6 +149,15 @@ impl Floors {
             self.wait_for(&mut changes, id).await?;
         }
     }
+}
+
+fn is_open(record: &Record) -> bool {
+    matches!(record.state, State::New | State::Filling)
+}
+
+/// Whether somebody sends the bytes.
+fn is_sent(record: &Record) -> bool {
+    [SourceKind::Upload, SourceKind::Local].iter().any(|kind| record.origin.kind == kind.as_str())
 }
 
 /// Why a failed checkpoint cannot be used.

@@ -23,6 +23,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use super::keeper::STEADY;
 use super::notify;
+use super::secrets::Secrets;
 use super::starts::Starts;
 use crate::catalog::{CATALOG_STOPPED, Catalog};
 use crate::error::{Error, Result};
@@ -84,6 +85,12 @@ impl Inherited {
         holder.restarts = starts.restarts();
         holder.ended = starts.ended().map(str::to_owned);
         holder.starts = Some(Arc::new(starts));
+    }
+
+    /// The part that concerns secrets of requests.
+    pub(super) fn secrets(&mut self) -> Secrets {
+        let keeper = self.holder.notifier.clone().map(|notifier| notifier as Arc<dyn Keeper>);
+        Secrets::of(keeper, &mut self.handed_over)
     }
 
     /// The part that concerns sessions.

@@ -14,6 +14,7 @@ pub mod logging;
 mod notify;
 pub mod quickstart;
 mod recover;
+mod secrets;
 mod starts;
 
 use std::path::PathBuf;
@@ -45,6 +46,9 @@ use holder::{Holder, Inherited};
 
 /// File of the secret that tokens of local transfers are derived from.
 const TRANSFER_KEY: &str = "transfer.key";
+
+/// Pause before a listener is tried again.
+const BIND_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// How long calls under way may go on after a stop was asked for.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
@@ -84,23 +88,26 @@ impl Instance {
         .await?;
         std::fs::create_dir_all(&runtime_dir).map_err(|error| Error::io("creating", &runtime_dir, error))?;
         let socket = runtime_dir.join("ckptd.sock");
-        let tcp = listen_by_tcp(config).await?;
         let (listener, bound) = match inherited.listener.take() {
             Some(listener) => (control::take_listener(listener)?, false),
             None => (control::bind(&socket, config.roles.name_others()).await?, true),
         };
-        let holder = inherited.holder.clone();
+        let (holder, secrets) = (inherited.holder.clone(), Arc::new(inherited.secrets()));
         let composed = async {
-            let (web, tokens) = listen_for_transfers(config, &store).await?;
-            let floors = compose(config, store, tokens, started, inherited).await?;
-            Ok((floors, web))
+            let mut floors = compose(config, store, secrets.clone(), started, inherited).await?;
+            // Whoever has a port of ours must not keep readers waiting.
+            let serves = floors.attachments.sessions() > 0;
+            let tcp = until_bound(serves, || listen_by_tcp(config)).await?;
+            let (web, tokens) = until_bound(serves, || listen_for_transfers(config, &floors.store)).await?;
+            floors.tokens = tokens;
+            Ok((floors, tcp, web))
         };
-        let (floors, web): (Floors, Option<TcpListener>) = composed.await.inspect_err(|_: &Error| {
+        let (floors, tcp, web): (Floors, _, Option<TcpListener>) = composed.await.inspect_err(|_: &Error| {
             if bound {
                 let _ = std::fs::remove_file(&socket);
             }
         })?;
-        recover::recover(&floors, &holder).await?;
+        recover::recover(&floors, &holder, &secrets).await?;
         let web = web.zip(floors.tokens.clone()).map(|(web, tokens)| {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
@@ -168,6 +175,19 @@ impl Instance {
     }
 }
 
+/// What `bind` gives; where jobs are served already it is asked again until it does, for they would wait for the next start.
+async fn until_bound<T, F: Future<Output = Result<T>>>(serves: bool, mut bind: impl FnMut() -> F) -> Result<T> {
+    loop {
+        match bind().await {
+            Err(error) if serves && error.kind().may_pass() => {
+                tracing::warn!(error = %error.report(), "a listener is tried again; jobs are served meanwhile");
+                tokio::time::sleep(BIND_AGAIN_AFTER).await;
+            }
+            bound => return bound,
+        }
+    }
+}
+
 /// The gRPC listeners by TCP, if any are configured, with their certificates.
 async fn listen_by_tcp(config: &Config) -> Result<Vec<(TcpListener, Arc<Certificates>)>> {
     if config.tls_listen.is_empty() {
@@ -199,7 +219,7 @@ async fn listen_for_transfers(config: &Config, store: &Store) -> Result<(Option<
 async fn compose(
     config: &Config,
     store: Store,
-    tokens: Option<Arc<Tokens>>,
+    secrets: Arc<secrets::Secrets>,
     started: Instant,
     mut inherited: Inherited,
 ) -> Result<Floors> {
@@ -230,6 +250,7 @@ async fn compose(
             checkpoint_bytes: config.checkpoint_bytes,
             attempts: config.attempts,
             quotas: Arc::new(config.quotas.clone()),
+            secrets,
         },
     );
     let (filling, told) = (ingests.clone(), ingests.clone());
@@ -248,7 +269,7 @@ async fn compose(
         restarts: inherited.holder.restarts(),
     });
     let uploads = Arc::new(Uploads::new(config.upload_idle));
-    Ok(Floors { store, ingests, retention, scrubber, attachments, uploads, tokens, facts })
+    Ok(Floors { store, ingests, retention, scrubber, attachments, uploads, tokens: None, facts })
 }
 
 /// Sources as the configuration allows them, with the secrets of their request or of the credentials directory. Directories of this host come from

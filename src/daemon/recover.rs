@@ -3,20 +3,23 @@
 //! | record | then |
 //! |---|---|
 //! | `removing` | the removal is finished: the record at once, its bytes in the background |
-//! | `new`, `filling` | the ingest begins again and resumes; an upload waits for its sender with what is durable of it, and is removed where that is told of none; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
+//! | `new`, `filling` | the ingest begins again and resumes, with the secrets of its request where somebody has held them; an upload waits for its sender with what is durable of it, and is removed where that is told of none; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
 //! | `ready`, `failed`, `evicted` | nothing |
 //!
 //! Publishes were mended when the store was opened, what removals left is given back in the background; views are made again by `serve::attachments`.
 
+use std::sync::Arc;
+
 use super::holder::Holder;
+use super::secrets::Secrets;
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::control::Floors;
 use crate::error::Result;
-use crate::source::{Credentials, SourceKind};
+use crate::source::SourceKind;
 use crate::units::now_unix_ms;
 
-pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
+pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secrets>) -> Result<()> {
     // A full disk takes no event, and who is to make room on it needs a daemon to ask.
     if let Err(error) = note_restart(floors, holder).await {
         tracing::warn!(error = %error.report(), "the restart could not be noted");
@@ -35,7 +38,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
             }
             // What a job sees of it is what it goes on with.
             State::New | State::Filling if floors.ingests.is_shown(&record).await => {
-                floors.ingests.start(&record, Credentials::default());
+                floors.ingests.start(&record, secrets.of_predecessor(&record.id));
             }
             State::New | State::Filling => filling.push(record),
             State::Ready | State::Failed | State::Evicted => {}
@@ -45,8 +48,11 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder) -> Result<()> {
     // seen, and will see again.
     floors.attachments.recover().await?;
     for record in &filling {
-        floors.ingests.start(record, Credentials::default());
+        floors.ingests.start(record, secrets.of_predecessor(&record.id));
     }
+    let secrets = secrets.clone();
+    // Nobody waits for it.
+    drop(tokio::task::spawn_blocking(move || secrets.let_go_of_the_rest()));
     for record in floors.await_senders(uploads).await {
         finish_removal(floors, &record).await;
     }

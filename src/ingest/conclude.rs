@@ -64,6 +64,7 @@ impl Shared {
             .remedy("report it, then retry the checkpoint");
         // What it failed with is in the record.
         let _ = self.conclude(record, Err(error)).await;
+        self.let_go_of_secrets(&record.id).await;
     }
 
     async fn make_ready(

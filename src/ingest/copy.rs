@@ -3,7 +3,8 @@
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 
-use super::fetch::{Bringing, WRITE_BYTES, blocking, changed, filled, join_fill};
+use super::fetch::{WRITE_BYTES, blocking, changed, filled, join_fill};
+use super::flying::Bringing;
 use super::plan::ToFill;
 use super::progress::Progress;
 use super::publish::GiveUp;

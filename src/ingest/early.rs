@@ -14,6 +14,26 @@ const TELLING: [&[u8]; 10] = [b"jinja", b"json", b"md", b"model", b"py", b"spm",
 /// Longer ones are data, whatever they are called.
 const TELLING_BYTES: u64 = 128 << 20;
 
+/// What is fetched whole of one checkpoint: a model has so much at most, a set of data may have any number of such files.
+const WHOLE_BYTES: u64 = 2 * TELLING_BYTES;
+
+/// The early parts of one checkpoint's files.
+#[derive(Debug, Default)]
+pub(super) struct Earlies {
+    whole_bytes: u64,
+}
+
+impl Earlies {
+    /// Of the next file.
+    pub(super) fn of(&mut self, path: &EntryPath, size: Option<u64>) -> Early {
+        let early = Early::of(path, size);
+        if early == Early::Whole {
+            self.whole_bytes = self.whole_bytes.saturating_add(size.unwrap_or(0));
+        }
+        if early == Early::Whole && self.whole_bytes > WHOLE_BYTES { Early::Beginning } else { early }
+    }
+}
+
 /// Which part of a file is fetched before the rest of the large ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Early {
@@ -61,6 +81,9 @@ mod tests {
         assert_eq!(early("unet/diffusion_pytorch_model.bin", 5 << 30), Early::BothEnds);
         assert_eq!(early("model-00001-of-00002.safetensors", 5 << 30), Early::Beginning);
         assert_eq!(early("weights", 5 << 30), Early::Beginning);
+        let mut earlies = Earlies::default();
+        let of_many = [(); 4].map(|()| earlies.of(&EntryPath::new(b"part.json".to_vec()).unwrap(), Some(100 << 20)));
+        assert_eq!(of_many, [Early::Whole, Early::Whole, Early::Beginning, Early::Beginning]);
         let units = |early: Early| (0..4).filter(|unit| early.contains(*unit, 4)).collect::<Vec<_>>();
         assert_eq!(
             [Early::Beginning, Early::BothEnds, Early::Whole].map(units),

@@ -27,7 +27,8 @@ use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
 
-use super::fetch::{self, Flying};
+use super::fetch;
+use super::flying::Flying;
 use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};

@@ -1,7 +1,6 @@
-//! Getting one file's bytes here and sealed.
+//! Getting one large file's bytes here and sealed ([`small`](super::small) does the others).
 //!
-//! Small files (one fill unit or less) are held in memory, digested there and written once. Large files are filled in units, from
-//! ranges of several units in parallel where the source has ranges, else from the beginning in one stream, in the order that
+//! They are filled in units, from ranges of several units in parallel where the source has ranges, else from the beginning in one stream, in the order that
 //! [`arriving`](super::arriving) decides; a sealer follows on a blocking thread. Files of this host are copied by the kernel, or share extents with the store where the filesystem can.
 //!
 //! Durable units are recorded while a large file fills (flush, then row), at most every second and every 64 MiB: that is what `kill -9`
@@ -9,176 +8,36 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
-use super::Shared;
 use super::arriving::{Arriving, Step};
 use super::copy;
-use super::estimate;
+use super::flying::{Bringing, Flying};
 use super::plan::ToFill;
-use super::progress::Progress;
 use super::publish::{Filled, GiveUp, publish};
-use super::quota::Growth;
 use super::retry::{Ladder, until_it_works};
 use super::seal::{self, Digested};
-use crate::catalog::checkpoints::Record;
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
-use crate::limits::{self, UNIT_BYTES};
-use crate::pieces::{Pieces, Whole};
-use crate::source::{File, SOURCE_CHANGED, Source};
+use crate::limits::UNIT_BYTES;
+use crate::pieces::Pieces;
+use crate::source::{File, SOURCE_CHANGED};
 use crate::store::filling::{Filling, UnitMap};
 use crate::units::now_unix_ms;
 
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
-/// A source that pauses this long has what came of it written, and holds no memory of what others wait for.
+/// What came for a reader is written after this time at the latest: a slow source must not hold memory of what others wait for.
 const LULL: Duration = Duration::from_millis(500);
-
-/// A small file that comes for longer than this may be written over meanwhile, as a large one may: the source is asked once more then.
-const SOON: Duration = Duration::from_secs(1);
 
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
-
-/// What a flight's fetchers share.
-pub(super) struct Flying {
-    pub(super) shared: Arc<Shared>,
-    pub(super) source: Arc<dyn Source>,
-    /// Whose it is.
-    pub(super) owner: String,
-    /// Where its bytes come from, as rates are kept by.
-    pub(super) place: String,
-    /// Of how many bytes it is known by now that they come.
-    pub(super) growth: Growth,
-    pub(super) key: String,
-    pub(super) progress: Arc<Progress>,
-    /// Blocking work that uses a core. A flight of its own host has its own permits: a file system that does not answer must
-    /// not hold those of others.
-    cores: Arc<Semaphore>,
-    /// Memory in KiB for what its readers wait for, of that of all.
-    wanted: Arc<Semaphore>,
-}
-
-impl Flying {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        source: Arc<dyn Source>,
-        record: &Record,
-        key: String,
-        progress: Arc<Progress>,
-    ) -> Self {
-        let (owner, place) = (record.owner.clone(), estimate::place_of(&record.origin));
-        let cores = if source.is_local() { cores() } else { shared.bounds.cores.clone() };
-        let growth = Growth::new(&shared, &key);
-        let wanted = Arc::new(Semaphore::new(shared.bounds.wanted_of_one_kib() as usize));
-        Self { shared, source, owner, place, growth, key, progress, cores, wanted }
-    }
-
-    /// Claims memory for what a reader waits for, once it comes: a source that is silent holds none, and one flight a quarter at most.
-    async fn claim_wanted(&self, bytes: u64) -> Result<Memory> {
-        let kib = kib_of(bytes).min(self.shared.bounds.wanted_of_one_kib());
-        let own = self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())?;
-        Ok((Some(own), self.shared.bounds.claim_wanted(bytes).await?))
-    }
-
-    pub(super) async fn core(&self) -> Result<OwnedSemaphorePermit> {
-        self.cores.clone().acquire_owned().await.map_err(|_| closed())
-    }
-
-    /// The file itself where it is on this host; does not wait for its disk on a thread of the runtime.
-    async fn open_local(&self, file: &File) -> Result<Option<std::fs::File>> {
-        if !self.source.is_local() {
-            return Ok(None);
-        }
-        let (source, file) = (self.source.clone(), file.clone());
-        blocking(move || source.open_local(&file)).await
-    }
-}
-
-/// A flight under way and what its readers see of it; cheap to clone.
-#[derive(Clone)]
-pub(super) struct Bringing {
-    pub(super) flying: Arc<Flying>,
-    pub(super) arriving: Arc<Arriving>,
-}
-
-/// Permits for blocking work that uses a core: some of it waits for the disk.
-fn cores() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from) * 2))
-}
-
-/// For memory: of what one flight's readers may have, where one waits, and of all.
-type Memory = (Option<OwnedSemaphorePermit>, OwnedSemaphorePermit);
-
-/// For a stream, unless a reader waits for it, and for memory, unless nothing of it has come.
-type Permits = (Option<OwnedSemaphorePermit>, Option<Memory>);
-
-/// What bounds all fetchers of the daemon.
-pub(super) struct Bounds {
-    /// Memory in KiB.
-    memory: Arc<Semaphore>,
-    /// Memory in KiB for what readers wait for: a quarter of all, so that they never wait for the background.
-    wanted: Arc<Semaphore>,
-    /// Streams from sources.
-    streams: Arc<Semaphore>,
-    /// Blocking work that uses a core.
-    cores: Arc<Semaphore>,
-    budget_kib: u32,
-}
-
-impl Bounds {
-    pub(super) fn new(memory_budget_bytes: u64) -> Self {
-        let budget_kib = u32::try_from(memory_budget_bytes >> 10).unwrap_or(u32::MAX >> 4).max(16 << 10);
-        Self {
-            memory: Arc::new(Semaphore::new((budget_kib - budget_kib / 4) as usize)),
-            wanted: Arc::new(Semaphore::new((budget_kib / 4) as usize)),
-            streams: Arc::new(Semaphore::new(limits::STREAMS)),
-            cores: cores(),
-            budget_kib,
-        }
-    }
-
-    /// Claims memory before it is used; more than the whole budget counts as the whole.
-    pub(super) async fn claim(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = kib_of(bytes).min(self.budget_kib - self.budget_kib / 4);
-        self.memory.clone().acquire_many_owned(kib).await.map_err(|_| closed())
-    }
-
-    /// What readers of one flight may have of it.
-    fn wanted_of_one_kib(&self) -> u32 {
-        (self.budget_kib / 16).max(kib_of(2 * WRITE_BYTES as u64))
-    }
-
-    async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {
-        let kib = kib_of(bytes).min(self.budget_kib / 4);
-        self.wanted.clone().acquire_many_owned(kib).await.map_err(|_| closed())
-    }
-
-    pub(super) async fn stream(&self) -> Result<OwnedSemaphorePermit> {
-        self.streams.clone().acquire_owned().await.map_err(|_| closed())
-    }
-
-    /// What one stream of a large file needs. Always in this order, and never while waiting to try again: a source that is down must not
-    /// keep the others from being read.
-    async fn large(&self) -> Result<Permits> {
-        Ok((Some(self.stream().await?), Some((None, self.claim(2 * WRITE_BYTES as u64).await?))))
-    }
-}
-
-fn kib_of(bytes: u64) -> u32 {
-    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
-}
-
-fn closed() -> Error {
-    Error::new(Kind::Cancelled, "STOPPING", "ckptd is stopping")
-}
 
 /// Runs blocking work on a thread of its own.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -187,123 +46,16 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
         .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
-/// Fetches and seals a file of at most one fill unit; `wanted` if a reader waits for it.
-pub(super) async fn small(bringing: Bringing, entry: u32, wanted: bool) -> Result<()> {
-    let Bringing { flying, arriving } = &bringing;
-    let file = arriving.to_fill(entry)?;
-    let size = file.file.size.unwrap_or(0);
-    let (bytes, permits, core) = if flying.source.is_local() {
-        // Memory last: what waits for a disk must not hold it.
-        let core = flying.core().await?;
-        (None, (None, Some((None, flying.shared.bounds.claim(size).await?))), core)
-    } else {
-        // The stream's permit is kept until the bytes are written: what comes faster than it is digested waits at the source, not in memory.
-        let (bytes, permits) = small_from_stream(&bringing, &file, size, wanted).await?;
-        (Some(bytes), permits, flying.core().await?)
-    };
-    let (work, flight) = (file.clone(), flying.clone());
-    let digested = blocking(move || {
-        let whole = match bytes {
-            Some(bytes) => bytes,
-            None => small_from_here(flight.source.as_ref(), &work.file, size)?.into(),
-        };
-        let disk = flight.shared.store.disk();
-        let digested = disk.write_filling_with(&flight.key, work.number, size, |write| {
-            seal::digest_small(&whole, &work.path, &work.file.expected, write)
-        });
-        if is_corrupt(&digested) {
-            // To be put aside, if there is room.
-            let _ = disk.write_filling_with(&flight.key, work.number, size, |write| whole.each_window(write));
-        }
-        digested
-    })
-    .await;
-    drop((permits, core));
-    if is_corrupt(&digested) {
-        put_aside(&bringing, &file, None).await;
-    }
-    let digested = digested?;
-    if file.file.size.is_some() {
-        flying.progress.arrived(size);
-    }
-    filled(&bringing, &file, entry, size, digested, false).await
-}
-
-fn small_from_here(source: &dyn Source, file: &File, size: u64) -> Result<Vec<u8>> {
-    use std::io::Read as _;
-    let opened = source
-        .open_local(file)?
-        .ok_or_else(|| Error::internal("a file of this host cannot be opened as one any more"))?;
-    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0));
-    (&opened).take(size + 1).read_to_end(&mut bytes).map_err(|error| Error::io("reading", &*file.locator, error))?;
-    source.check_unchanged(file, &opened)?;
-    if bytes.len() as u64 != size {
-        return Err(changed(&file.locator));
-    }
-    Ok(bytes)
-}
-
 pub(super) fn changed(what: &str) -> Error {
     Error::wrong_state(SOURCE_CHANGED, format!("`{what}` changed while it was read"))
         .remedy("let it come to rest, then retry")
 }
 
-/// The bytes, and the permits for their stream and the memory they are in.
-async fn small_from_stream(bringing: &Bringing, file: &ToFill, size: u64, wanted: bool) -> Result<(Whole, Permits)> {
-    let Bringing { flying, arriving } = bringing;
-    let bounds = &flying.shared.bounds;
-    let mut ladder = Ladder::new(flying.shared.settings.attempts);
-    loop {
-        let fetched = if wanted {
-            small_once(flying, file, size, (None, None)).await
-        } else {
-            let stream = bounds.stream().await?;
-            let memory = bounds.claim(size * 2).await?;
-            small_once(flying, file, size, (Some(stream), Some((None, memory)))).await
-        };
-        match fetched {
-            Ok(fetched) => return Ok(fetched),
-            Err(error) => {
-                let _rests = wanted.then(|| arriving.rest_with_small());
-                ladder.wait(error.during(format!("fetching `{}`", file.path))).await?;
-            }
-        }
-    }
-}
-
-/// One request, under `permits`; without memory it is a reader's, and claims it when something comes.
-async fn small_once(
-    flying: &Arc<Flying>,
-    file: &ToFill,
-    size: u64,
-    (permit, mut memory): Permits,
-) -> Result<(Whole, Permits)> {
-    let mut stream = flying.source.read(&file.file, 0..size).await?;
-    let began = Instant::now();
-    let mut bytes = Pieces::default();
-    while let Some(piece) = stream.try_next().await? {
-        if memory.is_none() {
-            memory = Some(flying.claim_wanted(size * 2).await?);
-        }
-        if (bytes.len() + piece.len()) as u64 > size {
-            return Err(too_long(size));
-        }
-        bytes.push(piece);
-    }
-    if (bytes.len() as u64) < size {
-        return Err(too_short(bytes.len() as u64, size));
-    }
-    if began.elapsed() > SOON {
-        confirm(flying, &file.file).await?;
-    }
-    Ok((bytes.whole(), (permit, memory)))
-}
-
-fn too_short(got: u64, size: u64) -> Error {
+pub(super) fn too_short(got: u64, size: u64) -> Error {
     Error::unavailable("BODY_TOO_SHORT", format!("the source sent {got} of {size} bytes announced")).remedy(CUT_SHORT)
 }
 
-fn too_long(size: u64) -> Error {
+pub(super) fn too_long(size: u64) -> Error {
     Error::corrupt("BODY_TOO_LONG", format!("the source sends more than the {size} bytes announced"))
 }
 
@@ -335,6 +87,8 @@ async fn large_from_ranges(bringing: &Bringing, file: &Arc<ToFill>, entry: u32, 
     let filling = arriving.filling(file, entry)?;
     flying.progress.take_back(believed.saturating_sub(filling.here_bytes()));
     let _give_up = GiveUp(filling.clone());
+    // What readers wait for comes without it.
+    let _sealer = flying.shared.bounds.sealer().await?;
     arriving.start(entry);
     let sealer = {
         let (filling, path, expected) = (filling.clone(), file.path.clone(), file.file.expected.clone());
@@ -376,13 +130,13 @@ pub(super) async fn confirm(flying: &Flying, file: &File) -> Result<()> {
     }
 }
 
-fn is_corrupt(digested: &Result<Digested>) -> bool {
+pub(super) fn is_corrupt(digested: &Result<Digested>) -> bool {
     digested.as_ref().is_err_and(|error| error.kind() == Kind::Corrupt)
 }
 
 /// Puts wrong bytes aside to be looked at, and says so; none of them is resumed from, where some of its `size` could be. What keeps it from doing so
 /// is logged: why they are wrong is what counts.
-async fn put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) {
+pub(super) async fn put_aside(bringing: &Bringing, file: &ToFill, size: Option<u64>) {
     if let Err(error) = try_to_put_aside(bringing, file, size).await {
         tracing::warn!(path = %file.path, error = %error.report(), "wrong bytes could not be put aside");
     }
@@ -420,7 +174,12 @@ pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
     loop {
         let before = next;
         let fetched = {
-            let _permits = if step.step.wanted { None } else { Some(flying.shared.bounds.large().await?) };
+            let bounds = &flying.shared.bounds;
+            let _permits = if step.step.wanted {
+                bounds.request().await?
+            } else {
+                bounds.background(2 * WRITE_BYTES as u64).await?
+            };
             if !arriving.go_on(&step.step, next).await {
                 return Ok(());
             }
@@ -468,15 +227,17 @@ async fn fetch_units(
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
     let mut gathered = Pieces::default();
+    // A reader's: claimed when something comes, given back when it is written.
     let mut memory = None;
     loop {
-        let piece = match tokio::time::timeout(LULL, stream.next()).await {
-            Err(_) if gathered.len() == 0 => continue,
-            came => came,
+        let piece = match &memory {
+            Some((_, until)) => tokio::time::timeout_at(*until, stream.next()).await,
+            None => Ok(stream.next().await),
         };
         if let Ok(Some(Ok(piece))) = &piece {
             if step.wanted && memory.is_none() {
-                memory = Some(flying.claim_wanted(2 * WRITE_BYTES as u64).await?);
+                let claimed = flying.claim_wanted(2 * WRITE_BYTES as u64).await?;
+                memory = Some((claimed, Instant::now() + LULL));
             }
             gathered.push(piece.clone());
         }
@@ -531,7 +292,8 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let size = loop {
         let fetched = {
-            let _permits = flying.shared.bounds.large().await.map_err(|error| error.during("fetching"))?;
+            let permits = flying.shared.bounds.background(2 * WRITE_BYTES as u64);
+            let _permits = permits.await.map_err(|error| error.during("fetching"))?;
             fetch_unsized(flying, file, &filling).await
         };
         match fetched {

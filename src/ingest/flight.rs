@@ -12,9 +12,11 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use super::arriving::{Arriving, Wanted};
-use super::fetch::{self, Bringing, Flying};
+use super::fetch;
+use super::flying::{Bringing, Flying};
 use super::plan;
 use super::progress::Progress;
+use super::small::{self, For};
 use crate::catalog::checkpoints::Record;
 use crate::catalog::{fills, forecasts};
 use crate::digest::Digester;
@@ -160,8 +162,12 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
 /// Fetches what the queue gives until every file is sealed.
 async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
     let arriving = &bringing.arriving;
-    let small = futures_util::stream::iter(std::iter::from_fn(|| arriving.next_small()))
-        .map(|entry| fetch::small(bringing.clone(), entry, false))
+    let turns = futures_util::stream::unfold(arriving.clone(), |arriving| async move {
+        let turn = arriving.next_small().await?;
+        Some((turn, arriving))
+    });
+    let small = turns
+        .map(|turn| small::small(bringing.clone(), For::Background(turn)))
         .buffer_unordered(limits::PUBLISH_BATCH_FILES)
         .try_collect::<()>();
     let large = futures_util::stream::iter(large)
@@ -178,7 +184,7 @@ async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
     let wanted = (0..limits::FETCHES_PER_SOURCE).map(|_| async {
         loop {
             match arriving.next_wanted().await {
-                Wanted::Small(entry) => fetch::small(bringing.clone(), entry, true).await?,
+                Wanted::Small(entry) => small::small(bringing.clone(), For::Reader(entry)).await?,
                 Wanted::Units(step) => fetch::range(bringing, step).await?,
             }
         }

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 
-use super::fetch::{Flying, blocking, changed};
+use super::fetch::{blocking, changed};
+use super::flying::Flying;
 use super::plan;
 use super::{rest, retry};
 use crate::catalog::placements::{self, Sighting};

@@ -33,6 +33,7 @@ pub mod estimate;
 mod extract;
 mod fetch;
 mod flight;
+mod flying;
 mod healing;
 mod in_place;
 pub mod plan;
@@ -42,7 +43,9 @@ pub mod quota;
 mod rest;
 pub mod retry;
 mod seal;
+pub mod secrets;
 mod sending;
+mod small;
 mod stream;
 mod taker;
 mod tasks;
@@ -74,6 +77,7 @@ use flight::Flight;
 use progress::{Progress, Reading};
 use quota::Quotas;
 use rest::Rest;
+use secrets::{NoHolder, SecretsHolder};
 pub use sending::{Announced, Kept, Survives};
 pub use tasks::draining;
 use tasks::{AtPause, Task};
@@ -100,6 +104,8 @@ pub struct Settings {
     pub attempts: u32,
     /// How much owners may keep here.
     pub quotas: Arc<Quotas>,
+    /// Who holds the secrets of requests beyond the process.
+    pub secrets: Arc<dyn SecretsHolder>,
 }
 
 impl Default for Settings {
@@ -110,6 +116,7 @@ impl Default for Settings {
             checkpoint_bytes: limits::CHECKPOINT_BYTES_DEFAULT,
             attempts: retry::ATTEMPTS_DEFAULT,
             quotas: Arc::default(),
+            secrets: Arc::new(NoHolder),
         }
     }
 }
@@ -130,7 +137,7 @@ struct Shared {
     senders: Semaphore,
     /// Numbers of filling files, never used again: a write that outlives its flight can hit nobody else's file.
     next_number: AtomicU64,
-    bounds: fetch::Bounds,
+    bounds: flying::Bounds,
     rooms: Rooms,
     tasks: Mutex<HashMap<String, Task>>,
     flights: Mutex<HashMap<String, Weak<Flight>>>,
@@ -144,7 +151,7 @@ impl Ingests {
     /// Ingests into `store`, where `make_room` is asked for what it has no room for.
     pub fn new(store: Store, connect: Connector, make_room: MakeRoom, settings: Settings) -> Self {
         let (changes, _) = broadcast::channel(limits::QUEUE_COMMANDS);
-        let bounds = fetch::Bounds::new(settings.memory_budget_bytes);
+        let bounds = flying::Bounds::new(settings.memory_budget_bytes);
         let rooms = Rooms::new(&settings);
         Self(Arc::new(Shared {
             store,
@@ -176,20 +183,20 @@ impl Ingests {
 
     /// Begins to fill a recorded checkpoint; one that is filling already is left alone.
     pub fn start(&self, record: &Record, credentials: Credentials) {
-        let (shared, made_of, given) = (self.0.clone(), record.clone(), !credentials.is_empty());
+        let (shared, made_of, given) = (self.0.clone(), record.clone(), credentials.clone());
         self.start_with(record, given, move || shared.source_of(&made_of, &credentials));
     }
 
-    /// [`Ingests::start`] from a source that was made already, with secrets of the request if `secrets_given`.
-    pub fn start_from(&self, record: &Record, source: Arc<dyn Source>, secrets_given: bool) {
-        self.start_with(record, secrets_given, move || Ok(source));
+    /// [`Ingests::start`] from a source that was made already with these secrets of the request.
+    pub fn start_from(&self, record: &Record, source: Arc<dyn Source>, credentials: Credentials) {
+        self.start_with(record, credentials, move || Ok(source.clone()));
     }
 
     fn start_with(
         &self,
         record: &Record,
-        secrets_given: bool,
-        source: impl FnOnce() -> Result<Arc<dyn Source>> + Send + 'static,
+        given: Credentials,
+        source: impl Fn() -> Result<Arc<dyn Source>> + Send + Sync + 'static,
     ) {
         if self.is_paused() {
             return;
@@ -197,10 +204,13 @@ impl Ingests {
         let shared = self.0.clone();
         let record = record.clone();
         self.spawn(&record.clone(), AtPause::Stops, move |progress| async move {
-            let outcome = shared.fill_from_source(&record, source, secrets_given, &progress).await;
+            let secrets_given = !given.is_empty();
+            shared.hold_secrets(&record, given).await;
+            let outcome = shared.fill_despite_bugs(&record, &source, secrets_given, &progress).await;
             let outcome = outcome.map_err(|error| again::explain(&record, error));
             // What it failed with is in the record.
             let _ = shared.conclude(&record, outcome).await;
+            shared.let_go_of_secrets(&record.id).await;
         });
     }
 
@@ -241,7 +251,7 @@ impl Shared {
     async fn fill_from_source(
         self: &Arc<Self>,
         record: &Record,
-        source: impl FnOnce() -> Result<Arc<dyn Source>>,
+        source: &(impl Fn() -> Result<Arc<dyn Source>> + Sync),
         secrets_given: bool,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
@@ -278,7 +288,10 @@ impl Shared {
             Opened::Listed(listing) => {
                 let flight = self.join_flight(record, source.clone(), (listing, room), rest, progress).await?;
                 let landed = flight.landed().await;
-                if let (Err(error), Some(arriving)) = (&landed, flight.arriving()) {
+                // Of a bug of ours its readers are told when it has been tried again in vain.
+                if let (Err(error), Some(arriving)) = (&landed, flight.arriving())
+                    && error.kind() != Kind::Internal
+                {
                     arriving.fail(error);
                 }
                 let manifest = landed?;
@@ -423,7 +436,7 @@ impl Shared {
             }
             _ => None,
         };
-        let flying = Arc::new(fetch::Flying::new(self.clone(), source, record, key.clone(), progress.clone()));
+        let flying = Arc::new(flying::Flying::new(self.clone(), source, record, key.clone(), progress.clone()));
         let (in_place, brought) = (listing.in_place.clone(), arriving.clone());
         Ok(Flight::start(key, revision, in_place, progress, arriving, async move {
             // Members of an archive have room of their own.

@@ -9,7 +9,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::fetch::Flying;
+use super::flying::Flying;
 use super::{plan, retry};
 use crate::digest::{Digest, Digester};
 use crate::error::{Error, Result};

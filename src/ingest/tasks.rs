@@ -1,9 +1,10 @@
 //! The tasks of checkpoints: begun, cancelled, and paused when the daemon is drained.
 //!
 //! One task for each checkpoint that is being brought in; whoever begins another for the same one waits for the end of the one before.
-//! A task that panics fails its checkpoint like any other fault: the record must not stay `filling` with nobody at work.
+//! A task that a bug of ours ends, a panic mostly, is begun again from what is durable, [`BEGUN_AGAIN`] times; then it fails its checkpoint like any
+//! other fault: the record must not stay `filling` with nobody at work.
 
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -11,12 +12,19 @@ use futures_util::FutureExt as _;
 use tokio::task::JoinHandle;
 
 use super::progress::Progress;
-use super::{Ingests, Shared, lock};
+use super::{Filled, Ingests, Shared, lock};
 use crate::catalog::checkpoints::Record;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::source::{Credentials, Source};
 
 /// How long a drain waits for what is to be recorded: longer than a disk with full buffers needs, shorter than whoever waits for the drain.
 const RECORDING: Duration = Duration::from_secs(10);
+
+/// Times that an ingest is begun again which a bug of ours has ended.
+const BEGUN_AGAIN: u32 = 2;
+
+/// Pause before it is.
+const BEGUN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// What fills one checkpoint.
 pub(super) struct Task {
@@ -58,6 +66,7 @@ impl Ingests {
             task.join.abort();
             let _ = task.join.await;
         }
+        self.0.let_go_of_secrets(id).await;
     }
 
     /// Begins no filling any more and stops what can be resumed: records stay `filling` with their durable units, as after a
@@ -155,6 +164,49 @@ impl Ingests {
 }
 
 impl Shared {
+    /// [`Shared::fill_from_source`]; where a bug of ours ends it, it is begun again from what is durable of it a few times, and its readers wait.
+    pub(super) async fn fill_despite_bugs(
+        self: &Arc<Self>,
+        record: &Record,
+        source: &(impl Fn() -> Result<Arc<dyn Source>> + Sync),
+        secrets_given: bool,
+        progress: &Arc<Progress>,
+    ) -> Result<Filled> {
+        let mut left = BEGUN_AGAIN;
+        loop {
+            let filling = self.fill_from_source(record, source, secrets_given, progress);
+            let ended = AssertUnwindSafe(filling).catch_unwind().await;
+            let is_bug = ended
+                .as_ref()
+                .map_or(true, |filled| filled.as_ref().is_err_and(|error| error.kind() == Kind::Internal));
+            if !is_bug || left == 0 {
+                return ended.unwrap_or_else(|panic| resume_unwind(panic));
+            }
+            left -= 1;
+            tracing::error!(checkpoint = record.id, "a bug of ours ended an ingest, which begins again");
+            let message =
+                "a bug of ours ended its filling, which the log shows; it goes on with what is durable".to_owned();
+            if let Err(error) = self.record_event("INGEST_BEGUN_AGAIN", record, message).await {
+                tracing::warn!(error = %error.report(), "a new beginning could not be noted");
+            }
+            tokio::time::sleep(BEGUN_AGAIN_AFTER).await;
+            progress.restart();
+        }
+    }
+
+    /// Has the secrets of a request held beyond the process.
+    pub(super) async fn hold_secrets(&self, record: &Record, given: Credentials) {
+        if !given.is_empty() {
+            let (holder, id) = (self.settings.secrets.clone(), record.id.clone());
+            let _ = tokio::task::spawn_blocking(move || holder.hold(&id, &given)).await;
+        }
+    }
+
+    pub(super) async fn let_go_of_secrets(&self, id: &str) {
+        let (holder, id) = (self.settings.secrets.clone(), id.to_owned());
+        let _ = tokio::task::spawn_blocking(move || holder.let_go(&id)).await;
+    }
+
     pub(super) async fn until_paused(&self) {
         // Cannot fail: the sender is ours.
         let _ = self.paused.subscribe().wait_for(|paused| *paused).await;
@@ -181,6 +233,8 @@ impl Drop for AbortOnDrop {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
     use crate::catalog::checkpoints::{self, Origin, State};
@@ -240,6 +294,24 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(60), ended).await.expect("it is at work still");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_panic_has_ended_is_begun_again() {
+        let (_directory, store) = opened().await;
+        let begun = AtomicU32::new(0);
+        let connect = move |_: &_, _: &_, _: &_| match begun.fetch_add(1, Ordering::Relaxed) {
+            0 => panic!("on purpose"),
+            _ => Err(Error::invalid("SECOND_TIME", "it was begun again")),
+        };
+        let ingests = Ingests::new(store.clone(), Arc::new(connect), no_room(), Settings::default());
+        let new = record("a");
+        let row = new.clone();
+        store.catalog().write(move |tx| checkpoints::insert(tx, &row)).await.unwrap();
+        ingests.start(&new, Credentials::default());
+        assert_eq!(decided(&store, "a").await.failure.unwrap().reason, "SECOND_TIME");
+        let events = store.catalog().read(|tx| events::after(tx, 0, 100)).await.unwrap();
+        assert_eq!(events.iter().filter(|event| event.kind == "INGEST_BEGUN_AGAIN").count(), 1);
     }
 
     #[tokio::test]

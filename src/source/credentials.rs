@@ -56,6 +56,11 @@ impl Credentials {
         self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
+    /// All of them, by name: for whoever holds them in memory beyond this process, and nobody else.
+    pub fn reveal(&self) -> &BTreeMap<String, String> {
+        &self.0
+    }
+
     /// Whether none was given.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+
 use super::buckets::{self, assert_kept_nowhere, reason};
 use crate::support::corpus::{Random, random_file};
 use crate::support::daemon::{Daemon, LOCALHOST, LOOPBACK};
@@ -114,6 +116,36 @@ fn a_fill_that_was_killed_has_its_named_secrets_again() {
     daemon.wait_state("p", "ready", Duration::from_secs(60));
     assert_eq!(daemon.json(&["get", "p"])["source"]["options"]["credentials"], "team");
     assert_kept_nowhere(&daemon, &[TOKEN]);
+}
+
+#[test]
+fn a_fill_that_was_killed_under_the_keeper_has_the_secrets_of_its_request_again() {
+    let hub = Standin::start();
+    let daemon = Daemon::start_kept(&[LOCALHOST]);
+    let faults = Faults::before(hub.port);
+    faults.slow_down(1 << 20);
+    let token = format!("token={TOKEN}");
+    create(&daemon, &faults.url(""), "p", &["--credential", &token]).ok();
+    wait_until("bytes have come", Duration::from_secs(30), || daemon.bytes_done("p") > 0);
+    assert_eq!(held_secrets(&daemon), 1);
+    let before = daemon.server();
+    kill(before, Signal::SIGKILL).unwrap();
+    wait_until("a successor answers", Duration::from_secs(30), || {
+        let status = daemon.ctl(&["--json", "status"]);
+        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
+    });
+    assert_eq!(held_secrets(&daemon), 1);
+    faults.slow_down(0);
+    daemon.wait_state("p", "ready", Duration::from_secs(60));
+    assert_kept_nowhere(&daemon, &[TOKEN]);
+    wait_until("they are let go", Duration::from_secs(30), || held_secrets(&daemon) == 0);
+}
+
+/// Files of secrets that the keeper holds.
+fn held_secrets(daemon: &Daemon) -> usize {
+    let held = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let names = held.filter_map(|held| fs::read_link(held.unwrap().path()).ok());
+    names.filter(|name| name.to_string_lossy().contains("ckptd-secrets")).count()
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::{Arriving, At, Queue, Step, Wanted, run};
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
-use crate::ingest::early::Early;
+use crate::ingest::early::Earlies;
 use crate::ingest::plan::{Plan, ToFill};
 use crate::limits::UNIT_BYTES;
 use crate::manifest::{Entry, EntryKind, Manifest};
@@ -40,6 +40,7 @@ impl Arriving {
         let mut queue = Queue::default();
         let mut fills = HashMap::new();
         let mut found = HashMap::new();
+        let mut earlies = Earlies::default();
         for file in plan.small {
             let (entry, _) = self.find(&file.path).ok_or_else(|| foreign(&file.path))?;
             queue.add_small(entry);
@@ -60,7 +61,7 @@ impl Arriving {
                 here = filling.units();
                 found.insert(entry, Arc::new(filling));
             }
-            let early = Early::of(&file.path, file.file.size);
+            let early = earlies.of(&file.path, file.file.size);
             queue.add(entry, here.units(), file.file.ranges, early, |unit| here.contains(unit));
             fills.insert(entry, Arc::new(file));
         }
@@ -145,17 +146,19 @@ impl Arriving {
         self.work.notify_waiters();
     }
 
-    pub(in crate::ingest) fn next_small(&self) -> Option<u32> {
-        let (next, something_waited) = {
-            let queue = &mut self.lock().queue;
-            let something_waited = queue.something_waits();
-            (queue.next_small(), something_waited)
-        };
-        if next.is_some() && something_waited {
+    /// The next small file of the background; waits until there may be one. `None` when none is left.
+    pub(in crate::ingest) async fn next_small(self: &Arc<Self>) -> Option<SmallTurn> {
+        let mut something_waited = false;
+        let next = self.when_work(|queue| {
+            something_waited = queue.something_waits();
+            queue.next_small()
+        });
+        let entry = next.await?;
+        if something_waited {
             // It may be what the background made way for.
             self.work.notify_waiters();
         }
-        next
+        Some(SmallTurn { arriving: self.clone(), entry })
     }
 
     /// Someone who fetches a small file for a reader waits to try again, until what is returned goes.
@@ -344,6 +347,45 @@ impl Arriving {
             (EntryKind::Directory | EntryKind::Symlink { .. }, _) => Ok(entry.clone()),
         });
         Manifest::new(entries.collect::<Result<_>>()?)
+    }
+}
+
+/// A small file that the background has taken, until it has come.
+pub(in crate::ingest) struct SmallTurn {
+    arriving: Arc<Arriving>,
+    entry: u32,
+}
+
+impl SmallTurn {
+    pub(in crate::ingest) fn entry(&self) -> u32 {
+        self.entry
+    }
+
+    /// Waits for what a reader need not wait for; `None` as soon as a reader waits for the file.
+    pub(in crate::ingest) async fn unless_wanted<T>(&self, waiting: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.until_wanted() => None,
+            got = waiting => Some(got),
+        }
+    }
+
+    async fn until_wanted(&self) {
+        loop {
+            let mut woken = std::pin::pin!(self.arriving.small_wanted.notified());
+            woken.as_mut().enable();
+            if self.arriving.lock().queue.small_is_wanted(self.entry) {
+                return;
+            }
+            woken.await;
+        }
+    }
+}
+
+impl Drop for SmallTurn {
+    fn drop(&mut self) {
+        self.arriving.lock().queue.small_ended(self.entry);
+        self.arriving.work.notify_waiters();
     }
 }
 

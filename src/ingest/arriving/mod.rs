@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+pub(in crate::ingest) use bringing::SmallTurn;
 pub(super) use queue::{Queue, Step, Wanted};
 pub use reading::Reading;
 
@@ -69,9 +70,9 @@ pub struct Arriving {
     work: Notify,
     /// Something may have been sealed or filled.
     moved: Notify,
+    /// A reader may have come to wait for a small file that the background has taken.
+    small_wanted: Notify,
     distrusted: AtomicBool,
-    /// The tree was read from the catalog just now.
-    is_from_catalog: AtomicBool,
 }
 
 #[derive(Default)]
@@ -144,7 +145,6 @@ impl Arriving {
         store.disk().begin_flight(&key)?;
         let arriving = Self::of(store, key, tree, None);
         arriving.distrusted.store(true, Ordering::Relaxed);
-        arriving.is_from_catalog.store(true, Ordering::Relaxed);
         for row in rows {
             if let Some((entry, _)) = EntryPath::new(row.path.clone()).ok().and_then(|path| arriving.find(&path)) {
                 let at = arriving.resumed_file(row)?;
@@ -176,8 +176,8 @@ impl Arriving {
             state: Mutex::new(state),
             work: Notify::new(),
             moved: Notify::new(),
+            small_wanted: Notify::new(),
             distrusted: AtomicBool::new(false),
-            is_from_catalog: AtomicBool::new(false),
         }
     }
 

@@ -37,6 +37,9 @@ const CAUTIOUS_FOR: u32 = 8;
 /// Streams of the background while it is cautious.
 const STREAMS_WHILE_CAUTIOUS: usize = 2;
 
+/// Small files of the background under way while nobody reads: more than have streams, so that none of those idles.
+const SMALL_AT_A_TIME: usize = 2 * limits::STREAMS;
+
 /// Wanted units that lie together and are asked for in one range.
 const UNITS_PER_WANTED_RANGE: u64 = 2;
 
@@ -118,6 +121,8 @@ pub(in crate::ingest) struct Queue {
     rank: HashMap<u32, usize>,
     small: VecDeque<u32>,
     small_left: HashSet<u32>,
+    /// Small files that the background has taken and that have not come, and whether a reader has come to wait for them.
+    small_taken: HashMap<u32, bool>,
     wanted: VecDeque<(u32, u64)>,
     running: HashMap<u32, Running>,
     tokens: u32,
@@ -188,6 +193,10 @@ impl Queue {
             self.wanted.push_back((entry, 0));
             return;
         }
+        if let Some(is_wanted) = self.small_taken.get_mut(&entry) {
+            *is_wanted = true;
+            return;
+        }
         let Some(&at) = self.rank.get(&entry) else { return };
         self.follow(at, &units);
         for unit in units {
@@ -246,14 +255,35 @@ impl Queue {
         self.follows.push_back(Follow { at, unit: units.end, met: 0 });
     }
 
-    /// The next small file of the background.
-    pub(in crate::ingest) fn next_small(&mut self) -> Option<u32> {
-        while let Some(entry) = self.small.pop_front() {
-            if self.small_left.remove(&entry) {
-                return Some(entry);
-            }
+    /// The next small file of the background, if it may begin one now; `Some(None)` when there is none left.
+    pub(in crate::ingest) fn next_small(&mut self) -> Option<Option<u32>> {
+        while self.small.front().is_some_and(|entry| !self.small_left.contains(entry)) {
+            self.small.pop_front();
         }
-        None
+        let Some(&entry) = self.small.front() else { return Some(None) };
+        let most = if self.read { STREAMS_WHILE_READ } else { SMALL_AT_A_TIME };
+        if self.small_taken.len() >= most || self.read && self.makes_way() {
+            return None;
+        }
+        self.small.pop_front();
+        self.small_left.remove(&entry);
+        self.small_taken.insert(entry, false);
+        Some(Some(entry))
+    }
+
+    /// Whether a reader has come to wait for a small file that the background has taken.
+    pub(in crate::ingest) fn small_is_wanted(&self, entry: u32) -> bool {
+        self.small_taken.get(&entry).copied().unwrap_or(false)
+    }
+
+    /// A small file that the background had taken has come, or nobody fetches it any more.
+    pub(in crate::ingest) fn small_ended(&mut self, entry: u32) {
+        self.small_taken.remove(&entry);
+    }
+
+    /// Whether the background begins nothing, for readers wait.
+    fn makes_way(&mut self) -> bool {
+        self.something_comes() || !self.all_rest() && self.something_waits()
     }
 
     /// The next thing that a reader waits for.
@@ -306,7 +336,7 @@ impl Queue {
         if self.read {
             let background = self.running.values().filter(|running| !running.wanted).count();
             let streams = if self.cautious > 0 { STREAMS_WHILE_CAUTIOUS } else { STREAMS_WHILE_READ };
-            if background >= streams || self.something_comes() || !self.all_rest() && self.something_waits() {
+            if background >= streams || self.makes_way() {
                 return None;
             }
             self.cautious = self.cautious.saturating_sub(1);

@@ -22,11 +22,13 @@ impl Arriving {
     /// # Errors
     /// Those of the catalog.
     pub async fn keep_listing(&self) -> Result<()> {
-        // Taking over writes nothing: a full disk must not keep a session from going on.
-        if self.is_from_catalog.swap(false, Ordering::Relaxed) {
+        let (key, tree) = (self.key.clone(), self.tree.clone());
+        // Nothing is written that is there: a full disk must not keep a session from going on.
+        let kept = self.store.catalog().read(move |tx| fills::listing(tx, &key)).await?;
+        if kept.as_ref() == Some(&*tree) {
             return Ok(());
         }
-        let (key, tree) = (self.key.clone(), self.tree.clone());
+        let key = self.key.clone();
         self.store.catalog().write(move |tx| fills::put_listing(tx, &key, &tree)).await
     }
 
@@ -139,8 +141,12 @@ impl Arriving {
                 state.waited += 1;
                 let number = state.waited;
                 state.waiting.entry(entry).or_default().push(Waiting { number, range, resume });
+                let is_small = state.queue.small_is_wanted(entry);
                 drop(state);
                 self.work.notify_waiters();
+                if is_small {
+                    self.small_wanted.notify_waiters();
+                }
                 return Some(number);
             }
         };

@@ -299,8 +299,27 @@ fn small_files_are_taken_once_and_wanted_ones_first() {
     (0..3).for_each(|entry| queue.add_small(entry));
     queue.want(2, 0..1);
     assert_eq!(queue.next_wanted(), Some(Wanted::Small(2)));
-    let rest: Vec<_> = std::iter::from_fn(|| queue.next_small()).collect();
-    assert_eq!(rest, [0, 1]);
+    let rest: Vec<_> = std::iter::from_fn(|| queue.next_small().flatten()).collect();
+    assert_eq!((rest, queue.next_small()), (vec![0, 1], Some(None)));
+}
+
+#[test]
+fn small_files_that_were_taken_are_wanted_all_the_same_and_the_others_make_way() {
+    let mut queue = queue(&[8]);
+    (10..30).for_each(|entry| queue.add_small(entry));
+    queue.set_read(true);
+    let taken: Vec<_> = std::iter::from_fn(|| queue.next_small().flatten()).collect();
+    assert_eq!(taken.len(), STREAMS_WHILE_READ);
+    queue.want(10, 0..1);
+    assert!(queue.small_is_wanted(10) && !queue.small_is_wanted(11));
+    assert_eq!(queue.next_wanted(), None, "whoever has taken it fetches it");
+    taken.iter().for_each(|entry| queue.small_ended(*entry));
+    queue.want(0, 5..6);
+    assert_eq!(queue.next_small(), None, "a reader waits for something");
+    let Some(Wanted::Units(step)) = queue.next_wanted() else { panic!("nothing is wanted") };
+    assert_eq!(queue.next_small(), None, "what it waits for comes");
+    queue.end(&step);
+    assert!(queue.next_small().flatten().is_some());
 }
 
 #[test]
