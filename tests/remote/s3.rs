@@ -28,7 +28,7 @@ pub(super) const SECRET: &str = "s3cr3t/of+the/te5ts";
 
 /// Fills buckets as the plan says: `buckets`, `versioned`, `put` [bucket, key, text], `trees` [bucket, prefix, folder].
 const FILL: &str = r#"
-import base64, json, os, sys, zlib
+import base64, hashlib, json, os, sys, zlib
 import boto3, google_crc32c
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -42,11 +42,15 @@ def crc64nvme(body):
     for byte in body:
         crc = table[(crc ^ byte) & 255] ^ crc >> 8
     return (crc ^ 0xffffffffffffffff).to_bytes(8, 'big')
-CHECKSUMS = {'CRC32C': lambda body: google_crc32c.Checksum(body).digest(),
-             'CRC32': lambda body: zlib.crc32(body).to_bytes(4, 'big'), 'CRC64NVME': crc64nvme}
+CHECKSUMS = {'CRC32C': lambda body: google_crc32c.Checksum(body).digest(), 'CRC64NVME': crc64nvme,
+             'CRC32': lambda body: zlib.crc32(body).to_bytes(4, 'big'),
+             'SHA256': lambda body: hashlib.sha256(body).digest()}
 plan = json.loads(sys.argv[2])
+# The client states a CRC-32 of its own where it is not told to state nothing.
+states = 'when_required' if plan.get('bare') else 'when_supported'
 s3 = boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1', aws_access_key_id=plan.get('id', 'x'),
-                  aws_secret_access_key=plan.get('secret', 'y'), config=Config(s3={'addressing_style': 'path'}))
+                  aws_secret_access_key=plan.get('secret', 'y'),
+                  config=Config(s3={'addressing_style': 'path'}, request_checksum_calculation=states))
 for bucket in plan.get('buckets', []):
     s3.create_bucket(Bucket=bucket)
 for bucket in plan.get('versioned', []):
@@ -241,37 +245,52 @@ fn what_is_killed_is_resumed_and_what_is_replaced_is_not_mixed() {
 #[test]
 fn digests_that_the_store_states_are_verified() {
     let place = Place::new();
-    fs::create_dir_all(place.join("tree")).unwrap();
-    fs::write(place.join("tree/small"), "the bytes").unwrap();
-    fs::write(place.join("tree/tiny"), "x").unwrap();
-    random_file(&place.join("tree/large"), 3, 9 << 20);
+    // Each with what an ETag is learned from.
+    fs::write(place.dir("tree/small").join("tiny"), "x").unwrap();
+    fs::write(place.dir("tree/large").join("tiny"), "y").unwrap();
+    fs::write(place.join("tree/small/file"), "the bytes").unwrap();
+    random_file(&place.join("tree/large/file"), 3, 9 << 20);
     let moto = Moto::start();
     let folder = place.join("tree");
-    for (bucket, extra, checksum) in [
-        ("md5", json!(null), json!(null)),
-        ("crc32c", json!(null), json!("CRC32C")),
-        ("crc32", json!(null), json!("CRC32")),
-        ("crc64", json!(null), json!("CRC64NVME")),
-        ("sha", json!({"ChecksumAlgorithm": "SHA256"}), json!(null)),
-        ("kms", json!({"ServerSideEncryption": "aws:kms"}), json!(null)),
-    ] {
+    let of_kms = json!({"ServerSideEncryption": "aws:kms"});
+    // Where there is a checksum of its own, it is all that is stated: the ETag is none.
+    let buckets = [
+        ("md5", json!(null), json!(null), "MD5"),
+        ("crc32c", json!(null), json!("CRC32C"), "CRC-32C"),
+        ("crc32", json!(null), json!("CRC32"), "CRC-32"),
+        ("crc64", json!(null), json!("CRC64NVME"), "CRC-64/NVME"),
+        ("sha", json!(null), json!("SHA256"), "SHA-256"),
+        ("both", json!({"ChecksumAlgorithm": "SHA256"}), json!(null), "SHA-256"),
+        ("kms", of_kms, json!(null), ""),
+    ];
+    for (bucket, extra, checksum, _) in &buckets {
         let trees = json!([[bucket, "", folder]]);
-        moto.fill(&json!({"buckets": [bucket], "trees": trees, "extra": extra, "checksum": checksum}));
+        let plan = json!({"buckets": [bucket], "trees": trees, "extra": extra, "checksum": checksum, "bare": true});
+        moto.fill(&plan);
     }
     let daemon = Daemon::start_with(&[LOOPBACK]);
     let faults = Faults::before(moto.0.port);
-    for bucket in ["md5", "crc32c", "crc32", "crc64", "sha", "kms"] {
-        create(&daemon, "aws", bucket, &format!("s3://{bucket}"), &[&endpoint(&faults), ANY_ID, ANY_SECRET]).ok();
+    let own = endpoint(&faults);
+    for (bucket, ..) in &buckets {
+        create(&daemon, "aws", bucket, &format!("s3://{bucket}"), &[&own, ANY_ID, ANY_SECRET]).ok();
         assert_same_tree(&folder, &daemon.attach(bucket, bucket));
     }
-    for bucket in ["md5", "crc32c", "crc32", "crc64", "sha"] {
-        for key in ["small", "large"] {
-            faults.spoil(&format!("GET /{bucket}/{key} "), Fault::Damage(5), 9);
-            let name = format!("{bucket}-{key}");
-            let ran =
-                create(&daemon, "aws", &name, &format!("s3://{bucket}"), &[&endpoint(&faults), ANY_ID, ANY_SECRET]);
-            ran.refused(&[6], &[key]);
-            assert_eq!(reason(&daemon, &name), "DIGEST_MISMATCH");
+    for (bucket, _, _, digest) in &buckets {
+        // By themselves: what came of the one while the other failed would be here already.
+        for part in ["small", "large"] {
+            faults.spoil(&format!("GET /{bucket}/{part}/file "), Fault::Damage(5), 9);
+            let (name, uri) = (format!("{bucket}-{part}"), format!("s3://{bucket}/{part}/"));
+            let ran = create(&daemon, "aws", &name, &uri, &[&own, ANY_ID, ANY_SECRET]);
+            if digest.is_empty() {
+                // Nothing is stated, so nobody can tell: what told of the others were the digests alone.
+                ran.ok();
+                let (shown, sent) = (daemon.attach(&name, &name), folder.join(part));
+                let is_same = fs::read(shown.join("file")).unwrap() == fs::read(sent.join("file")).unwrap();
+                assert!(!is_same, "{name}: nothing was damaged");
+            } else {
+                ran.refused(&[6], &[&format!("file` arrived with {digest} ")]);
+                assert_eq!(reason(&daemon, &name), "DIGEST_MISMATCH");
+            }
             faults.spare();
         }
     }
@@ -283,22 +302,22 @@ fn wrong_bytes_that_were_shown_are_put_aside_and_healed(daemon: &Daemon, faults:
     // The file itself takes the place of what an earlier checkpoint of the same bytes has left.
     let aside = || daemon.ctl(&["events"]).ok().stdout.matches("FILE_QUARANTINED").count();
     let before = aside();
-    faults.spoil("GET /md5/large ", Fault::Damage(5), 9);
+    faults.spoil("GET /md5/large/file ", Fault::Damage(5), 9);
     faults.slow_down(64 << 10);
     start(daemon, "aws", "early", "s3://md5", &[&endpoint(faults), ANY_ID, ANY_SECRET]);
     let at = daemon.place().dir("at-early");
     run(daemon.ctl_command().args(["attach", "early", "early", "--lazy", "--at"]).arg(&at)).ok();
     // The rest comes in nine seconds, what is read in one.
     faults.slow_down(1 << 20);
-    fs::File::open(at.join("large")).unwrap().read_exact_at(&mut [0; 10], 8 << 20).unwrap();
+    fs::File::open(at.join("large/file")).unwrap().read_exact_at(&mut [0; 10], 8 << 20).unwrap();
     faults.slow_down(0);
     daemon.wait_state("early", "failed", Duration::from_secs(180));
     assert_eq!(reason(daemon, "early"), "DIGEST_MISMATCH");
     assert_eq!(aside(), before + 1);
     assert!(!regular_files(&daemon.state().join("quarantine")).is_empty());
-    let missing = fs::File::open(at.join("large")).unwrap().read_exact_at(&mut [0; 10], 5 << 20).unwrap_err();
+    let missing = fs::File::open(at.join("large/file")).unwrap().read_exact_at(&mut [0; 10], 5 << 20).unwrap_err();
     assert_eq!(missing.raw_os_error(), Some(nix::libc::EIO));
-    assert_eq!(fs::read(at.join("small")).unwrap(), b"the bytes");
+    assert_eq!(fs::read(at.join("small/file")).unwrap(), b"the bytes");
     faults.spare();
     let (id, secret) = (ANY_ID.trim_start_matches('@'), ANY_SECRET.trim_start_matches('@'));
     daemon.ctl(&["retry", "early", "--wait", "--credential", id, "--credential", secret]).ok();
