@@ -1,6 +1,7 @@
 //! S3 against two servers: moto (its semantics: conditions, versions, odd keys, anybody may read), and rclone's, which verifies
 //! signatures and ignores ranges.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
@@ -467,7 +468,8 @@ fn twenty_thousand_objects_and_the_environments_credentials() {
         fs::write(folder.join(format!("{}/{number}.txt", number / 1000)), format!("{number}\n")).unwrap();
     }
     let server = rclone(&place.join("store"), Some((KEY_ID, SECRET)));
-    let own = server.url("");
+    let faults = Faults::before(server.port);
+    let (own, option) = (faults.url(""), endpoint(&faults));
     let keys = [
         ("AWS_ACCESS_KEY_ID", KEY_ID),
         ("AWS_SECRET_ACCESS_KEY", SECRET),
@@ -475,13 +477,16 @@ fn twenty_thousand_objects_and_the_environments_credentials() {
         LOOPBACK,
     ];
     let daemon = Daemon::start_with(&keys);
-    create(&daemon, "aws", "many", "s3://ckpt/many", &[&format!("endpoint={}", server.url(""))]).ok();
+    create(&daemon, "aws", "many", "s3://ckpt/many", &[&option]).ok();
+    let pages: Vec<_> = faults.heads().into_iter().filter(|head| head.contains("list-type=2")).collect();
+    let tokens = pages.iter().filter_map(|head| head.split_once("continuation-token=")?.1.split(['&', ' ']).next());
+    let further = tokens.collect::<BTreeSet<_>>();
+    assert_eq!((pages.len(), further.len()), (20, 19), "pages of a thousand, by 19 tokens");
     assert_eq!(daemon.json(&["get", "many"])["files"], 20_000);
     let at = daemon.attach("job", "many");
     assert_eq!(regular_files(&at).len(), 20_000);
     assert_same_tree(&folder.join("19"), &at.join("19"));
-    let anonymous = ["anonymous=true".to_owned(), format!("endpoint={}", server.url(""))];
-    create(&daemon, "aws", "nobody", "s3://ckpt/many", &[&anonymous[0], &anonymous[1]]).refused(&[2], &["key_id"]);
+    create(&daemon, "aws", "nobody", "s3://ckpt/many", &["anonymous=true", &option]).refused(&[2], &["key_id"]);
     assert_kept_nowhere(&daemon, &[SECRET, KEY_ID]);
 }
 
