@@ -10,9 +10,9 @@ use super::s3::{ANY_ID, ANY_SECRET, KEY_ID, Moto, SECRET, endpoint};
 use crate::support::corpus::random_file;
 use crate::support::daemon::{Daemon, LOOPBACK};
 use crate::support::faults::{Fault, Faults};
-use crate::support::files::{assert_mounted, assert_same_tree};
+use crate::support::files::{assert_mounted, assert_same_file, assert_same_tree};
 use crate::support::place::Place;
-use crate::support::ran::wait_until;
+use crate::support::ran::{shell, wait_until};
 use crate::support::relay::Relay;
 use crate::support::webserver::{certificates, nginx_tls_before};
 
@@ -132,6 +132,35 @@ fn signatures_are_verified_of_ranges_too() {
         assert_eq!(reason(&daemon, name), word);
     }
     assert_kept_nowhere(&daemon, &[secret, "an0ther"]);
+}
+
+#[test]
+fn keys_that_are_no_paths_are_fetched_with_signatures_too() {
+    let place = Place::new();
+    let (part, expected) = (place.dir("part"), place.dir("expected"));
+    fs::write(part.join("a b"), "small").unwrap();
+    random_file(&part.join("few.bin"), 3, 5 << 20);
+    let moto = Moto::start_exact();
+    // With and without what a URL would leave out, and each with files of its own.
+    let odd = ["p/empty//in/", "p/dot/./in/", "p/both/.//./in/", "p//first/in/", "p/./second/in/", "p/plain/in/"];
+    let trees: Vec<_> = odd.iter().map(|prefix| json!(["ckpt", prefix, part])).collect();
+    moto.fill(&json!({"buckets": ["ckpt"], "trees": trees}));
+    for name in ["empty", "dot", "both", "first", "second", "plain"] {
+        let at = place.dir(&format!("expected/{name}/in"));
+        shell("cp \"$1\"/* \"$2\"", &[&part, &at]).ok();
+    }
+    let keys = python(MAKE_USER, &[&moto.0.url("")]).json();
+    let given = [("key_id", 0), ("secret", 1)].map(|(name, at)| format!("@{name}={}", keys[at].as_str().unwrap()));
+    let faults = Faults::before(moto.0.port);
+    let daemon = Daemon::start_with(HASTY);
+    let own = endpoint(&faults);
+    create(&daemon, "aws", "odd", "s3://ckpt/p/", &[&own, &given[0], &given[1]]).ok();
+    assert_mounted(&expected, &daemon.attach("odd", "odd"));
+    create(&daemon, "aws", "alone", "s3://ckpt/p/dot/./in/few.bin", &[&own, &given[0], &given[1]]).ok();
+    assert_same_file(&part.join("few.bin"), &daemon.attach("alone", "alone").join("few.bin"));
+    create(&daemon, "aws", "wrong", "s3://ckpt/p/dot/./in/few.bin", &[&own, &given[0], "@secret=an0ther"])
+        .refused(&[2], &[]);
+    assert_eq!(reason(&daemon, "wrong"), "CREDENTIALS_REFUSED");
 }
 
 #[test]

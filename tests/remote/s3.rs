@@ -79,10 +79,32 @@ for bucket, prefix, folder in plan.get('trees', []):
 
 pub(super) struct Moto(pub(super) Server);
 
+/// moto that verifies the path of a key as S3 does, whose slashes are signed as such however they are sent. By itself it takes the path as it
+/// was sent, which is another for keys that no path can be.
+const EXACT: &str = "
+import sys, urllib.parse
+from moto.iam import access_control
+from moto.server import main
+made = access_control.IAMRequestBase.__init__
+def of_key(self, path, **rest):
+    sent, mark, query = path.partition('?')
+    made(self, path=urllib.parse.quote(urllib.parse.unquote(sent), safe='/~') + mark + query, **rest)
+access_control.IAMRequestBase.__init__ = of_key
+main(sys.argv[1:])
+";
+
 impl Moto {
     pub(super) fn start() -> Self {
+        Self::of(&mut Command::new(tool("objects/bin/moto_server")))
+    }
+
+    /// See [`EXACT`].
+    pub(super) fn start_exact() -> Self {
+        Self::of(Command::new(tool("objects/bin/python")).args(["-c", EXACT]))
+    }
+
+    fn of(command: &mut Command) -> Self {
         let port = free_port();
-        let mut command = Command::new(tool("objects/bin/moto_server"));
         Self(Server::start(command.args(["-H", "127.0.0.1", "-p"]).arg(port.to_string()), port))
     }
 
