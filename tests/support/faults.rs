@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -35,6 +35,7 @@ struct Shared {
     heads: Mutex<Vec<String>>,
     bytes_per_s: AtomicU64,
     body_bytes: AtomicU64,
+    broken: AtomicUsize,
     closed: AtomicBool,
 }
 
@@ -98,6 +99,11 @@ impl Faults {
     /// Bytes of bodies that were handed to clients.
     pub(crate) fn body_bytes(&self) -> u64 {
         self.shared.body_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bodies that were broken off: a fault after so many bytes leaves a shorter one as it is.
+    pub(crate) fn broken(&self) -> usize {
+        self.shared.broken.load(Ordering::Relaxed)
     }
 
     /// Limits each answer to so many bytes a second; 0 lifts the limit.
@@ -170,6 +176,9 @@ impl Shared {
             if let Some(micros) = (length * 1_000_000).checked_div(pace) {
                 thread::sleep(Duration::from_micros(micros));
             }
+        }
+        if passed == until {
+            self.broken.fetch_add(1, Ordering::Relaxed);
         }
         match fault {
             Some(Fault::Reset(_)) => {

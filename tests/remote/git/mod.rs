@@ -212,8 +212,7 @@ fn a_submodule_follows_the_same_rules() {
 fn a_repository_comes_whole_through_faults_of_its_server() {
     let site = GitSite::start();
     let work = site.work("org/model");
-    let noise: Vec<u8> = (0..1_000_000_u32).flat_map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
-    work.write("weights.bin", &noise).publish();
+    work.write("weights.bin", noise(13, 4 << 20)).publish();
     let expected = work.expected("expected");
     let daemon = Daemon::start_with(&[LOOPBACK, IMPATIENT]);
     let post = "POST /org/model.git/git-upload-pack";
@@ -239,10 +238,12 @@ fn a_repository_comes_whole_through_faults_of_its_server() {
         [Fault::Reset(1 << 20), Fault::Truncate(1 << 20), Fault::Stall(1 << 20)].into_iter().enumerate()
     {
         let faults = Faults::before(site.port());
-        // The first of these meets the short answer to `ls-remote`.
-        faults.spoil(post, fault, 2);
+        // The first of these meets the short answer to `ls-remote`, and leaves it as it is.
+        faults.spoil(post, fault.clone(), 2);
         let name = format!("m{number}");
         create(&daemon, &name, &faults.url("/org/model.git"), &[]).ok();
+        assert_eq!((faults.faults_left(), faults.broken()), (0, 1), "{fault:?} in the middle of the objects");
+        assert!(faults.body_bytes() > 5 << 20, "{fault:?}: all of it came again");
         assert_same_tree(&expected, &daemon.attach(&name, &name));
     }
     assert_no_scratch(&daemon);
