@@ -258,6 +258,86 @@ fn what_is_replaced_between_listing_and_reading_is_never_mixed() {
     }
 }
 
+/// When a small file becomes another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum When {
+    /// It is listed, and not asked for yet.
+    Before,
+    /// Some of it has come; another takes its name.
+    Replaced,
+    /// Some of it has come; it is written over where it is.
+    WrittenOver,
+}
+
+/// Bytes of a small file.
+const SMALL: u64 = 4 << 20;
+
+/// Brings the small file `file`, which meanwhile becomes another of `bytes`: by its time, or, where it has another length, by that alone.
+fn bring_what_changes(
+    daemon: &Daemon,
+    faults: &FtpFaults,
+    (name, path): (&str, &str),
+    file: &Path,
+    (when, bytes): (When, u64),
+) {
+    let other = file.parent().unwrap().with_file_name("other.bin");
+    random_file(file, seed(), SMALL);
+    other_file(&other, bytes);
+    if bytes != SMALL {
+        let then = file.metadata().unwrap().modified().unwrap();
+        File::options().write(true).open(&other).unwrap().set_modified(then).unwrap();
+    }
+    if when == When::Before {
+        faults.spoil("RETR", FtpFault::Hold, 9);
+    }
+    faults.slow_down(1 << 20);
+    let (asked, before) = (faults.commands().len(), faults.data_bytes());
+    daemon.ctl(&["create", name, "--type", "web", "--uri", &faults.url(path)]).ok();
+    wait_until("it is asked for, and some of it has come", PATIENCE, || {
+        let is_asked = faults.commands().split_off(asked).iter().any(|command| command.starts_with("RETR"));
+        is_asked && (when == When::Before || faults.data_bytes() > before + (512 << 10))
+    });
+    if when == When::WrittenOver {
+        let written = File::options().write(true).open(file).unwrap();
+        written.write_all_at(&fs::read(&other).unwrap(), 0).unwrap();
+        written.set_modified(other.metadata().unwrap().modified().unwrap()).unwrap();
+        fs::remove_file(other).unwrap();
+    } else {
+        fs::rename(other, file).unwrap();
+    }
+    assert!(faults.data_bytes() < before + (3 << 20), "it was changed too late");
+    faults.slow_down(0);
+    faults.spare();
+}
+
+#[test]
+fn a_small_file_that_changes_between_listing_and_reading_is_never_mixed() {
+    let place = Place::new();
+    let tree = place.dir("tree");
+    let weights = tree.join("weights.bin");
+    let daemon = Daemon::start_with(&[LOOPBACK, ("CKPTD_SOURCES__ATTEMPTS", "2")]);
+    for (kind, server) in [("facts", pyftpdlib(&tree, None)), ("lines", vsftpd(&place, &tree, None, ""))] {
+        let faults = FtpFaults::before(server.port);
+        for (what, path) in [("file", "/weights.bin"), ("tree", "/")] {
+            for (when, bytes) in [
+                (When::Before, SMALL),
+                (When::Before, SMALL - 1),
+                (When::Before, SMALL + 1),
+                (When::Replaced, SMALL),
+                (When::WrittenOver, SMALL),
+            ] {
+                let name = &format!("{kind}-{what}-{when:?}-{bytes}");
+                bring_what_changes(&daemon, &faults, (name, path), &weights, (when, bytes));
+                daemon.wait_state(name, "failed", PATIENCE);
+                assert_eq!(daemon.json(&["get", name])["error"]["reason"], "SOURCE_CHANGED", "{name}");
+                daemon.ctl(&["attach", "nobody", name]).refused(&[4], &[name]);
+                daemon.ctl(&["retry", name, "--wait"]).ok();
+                assert_mounted(&tree, &daemon.attach(name, name));
+            }
+        }
+    }
+}
+
 #[test]
 fn what_is_refused_says_why() {
     let place = Place::new();

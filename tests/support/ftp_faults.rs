@@ -22,7 +22,12 @@ pub(crate) enum FtpFault {
     Stall(u64),
     /// The control connection is closed instead of an answer.
     HangUp,
+    /// It is passed on once nothing is spoiled any more.
+    Hold,
 }
+
+/// Bytes of data that wait to be passed on.
+const RECEIVED_AHEAD: usize = 128 << 10;
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -30,6 +35,8 @@ struct Shared {
     commands: Mutex<Vec<String>>,
     bytes_per_s: AtomicU64,
     data_bytes: AtomicU64,
+    /// How often all was spared.
+    spared: AtomicU64,
     closed: AtomicBool,
 }
 
@@ -69,6 +76,12 @@ impl FtpFaults {
     /// The next `times` commands that contain `words` meet `fault`.
     pub(crate) fn spoil(&self, words: &str, fault: FtpFault, times: usize) {
         self.shared.faults.lock().unwrap().push((words.to_owned(), fault, times));
+    }
+
+    /// Nothing more is spoiled or held.
+    pub(crate) fn spare(&self) {
+        self.shared.faults.lock().unwrap().clear();
+        self.shared.spared.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How many spoilings are still to be met.
@@ -113,9 +126,11 @@ impl Shared {
         for line in BufReader::new(client).split(b'\n') {
             let line = line?;
             let command = String::from_utf8_lossy(&line).trim_end().to_owned();
+            let spared = self.spared.load(Ordering::Relaxed);
             let fault = self.take_fault(&command);
             self.commands.lock().unwrap().push(command);
             match fault {
+                Some(FtpFault::Hold) => self.wait_until_spared(spared),
                 Some(FtpFault::Answer(text)) => {
                     to_client.write_all(format!("{text}\r\n").as_bytes())?;
                     continue;
@@ -157,6 +172,8 @@ impl Shared {
 
     fn pass_data(&self, listener: &TcpListener, port: u16, fault: &Mutex<Option<FtpFault>>) -> std::io::Result<()> {
         let mut server = TcpStream::connect(("127.0.0.1", port))?;
+        // So that a server reads its file as it is wanted, and not all of it beforehand.
+        setsockopt(&server, sockopt::RcvBuf, &RECEIVED_AHEAD)?;
         let (mut client, _) = listener.accept()?;
         let mut buffer = vec![0; 64 << 10];
         let mut passed = 0;
@@ -192,6 +209,12 @@ impl Shared {
             _ => {}
         }
         Ok(())
+    }
+
+    fn wait_until_spared(&self, before: u64) {
+        while self.spared.load(Ordering::Relaxed) == before && !self.closed.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     fn take_fault(&self, command: &str) -> Option<FtpFault> {
