@@ -23,5 +23,6 @@ mod local;
 mod proxies;
 mod regional;
 mod s3;
+mod taken_back;
 mod web;
 mod web_policy;

@@ -16,8 +16,8 @@ use crate::support::faults::{Fault, Faults};
 use crate::support::files::{assert_mounted, assert_same_tree};
 use crate::support::ran::{Ran, wait_until};
 pub(super) use large::noise;
-pub(super) use servers::GitSite;
-use servers::{USER, git};
+use servers::git;
+pub(super) use servers::{GitSite, USER};
 
 /// Gives up a silent server after two seconds.
 const IMPATIENT: (&str, &str) = ("CKPTD_SOURCES__INACTIVITY_TIMEOUT_S", "2");

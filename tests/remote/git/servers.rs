@@ -45,7 +45,6 @@ impl GitSite {
         let place = Place::new();
         place.dir("site");
         place.dir("lfs");
-        fs::write(place.join("passwords"), format!("{}:{{PLAIN}}{}\n", USER.0, USER.1)).unwrap();
         let port = free_port();
         let tls = certificate.map_or_else(String::new, |file| {
             let file = file.display();
@@ -74,7 +73,14 @@ impl GitSite {
             Some(_) => format!("https://localhost:{port}"),
             None => nginx.url(""),
         };
-        Self { place, nginx, origin, _fcgi: fcgi, _lfs: lfs }
+        let site = Self { place, nginx, origin, _fcgi: fcgi, _lfs: lfs };
+        site.set_password(USER.1);
+        site
+    }
+
+    /// From now on the user of what is below `private/` has this password.
+    pub(crate) fn set_password(&self, word: &str) {
+        fs::write(self.place.join("passwords"), format!("{}:{{PLAIN}}{word}\n", USER.0)).unwrap();
     }
 
     /// Where nginx listens.
