@@ -47,6 +47,9 @@ use holder::{Holder, Inherited};
 /// File of the secret that tokens of local transfers are derived from.
 const TRANSFER_KEY: &str = "transfer.key";
 
+/// How long a listener is tried while jobs are served.
+const BIND_FOR: Duration = Duration::from_secs(30);
+
 /// Pause before a listener is tried again.
 const BIND_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -95,6 +98,7 @@ impl Instance {
         let (holder, secrets) = (inherited.holder.clone(), Arc::new(inherited.secrets()));
         let composed = async {
             let mut floors = compose(config, store, secrets.clone(), started, inherited).await?;
+            recover::recover(&floors, &holder, &secrets).await?;
             // Whoever has a port of ours must not keep readers waiting.
             let serves = floors.attachments.sessions() > 0;
             let tcp = until_bound(serves, || listen_by_tcp(config)).await?;
@@ -107,7 +111,6 @@ impl Instance {
                 let _ = std::fs::remove_file(&socket);
             }
         })?;
-        recover::recover(&floors, &holder, &secrets).await?;
         let web = web.zip(floors.tokens.clone()).map(|(web, tokens)| {
             let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
             (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
@@ -175,11 +178,12 @@ impl Instance {
     }
 }
 
-/// What `bind` gives; where jobs are served already it is asked again until it does, for they would wait for the next start.
+/// What `bind` gives; where jobs are served already it is asked again for a while, for they would wait for the next start.
 async fn until_bound<T, F: Future<Output = Result<T>>>(serves: bool, mut bind: impl FnMut() -> F) -> Result<T> {
+    let until = Instant::now() + BIND_FOR;
     loop {
         match bind().await {
-            Err(error) if serves && error.kind().may_pass() => {
+            Err(error) if serves && error.kind().may_pass() && Instant::now() < until => {
                 tracing::warn!(error = %error.report(), "a listener is tried again; jobs are served meanwhile");
                 tokio::time::sleep(BIND_AGAIN_AFTER).await;
             }

@@ -38,7 +38,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
             }
             // What a job sees of it is what it goes on with.
             State::New | State::Filling if floors.ingests.is_shown(&record).await => {
-                floors.ingests.start(&record, secrets.of_predecessor(&record.id));
+                floors.ingests.start(&record, secrets.of_predecessor(&record));
             }
             State::New | State::Filling => filling.push(record),
             State::Ready | State::Failed | State::Evicted => {}
@@ -48,7 +48,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
     // seen, and will see again.
     floors.attachments.recover().await?;
     for record in &filling {
-        floors.ingests.start(record, secrets.of_predecessor(&record.id));
+        floors.ingests.start(record, secrets.of_predecessor(record));
     }
     let secrets = secrets.clone();
     // Nobody waits for it.

@@ -2,13 +2,14 @@
 
 use std::fmt;
 
+use crate::catalog::checkpoints::Record;
 use crate::source::Credentials;
 
 /// Holds secrets beyond the process, in memory. Its calls block.
 pub trait SecretsHolder: Send + Sync {
-    /// Holds what filling `checkpoint` needs, in the place of what it held for it. Where it cannot, a restart has that filling fail for want
+    /// Holds what filling `record` needs, in the place of what it held for it. Where it cannot, a restart has that filling fail for want
     /// of them.
-    fn hold(&self, checkpoint: &str, secrets: &Credentials);
+    fn hold(&self, record: &Record, secrets: &Credentials);
 
     /// Lets go of what it holds for `checkpoint`.
     fn let_go(&self, checkpoint: &str);
@@ -25,7 +26,7 @@ impl fmt::Debug for dyn SecretsHolder {
 pub struct NoHolder;
 
 impl SecretsHolder for NoHolder {
-    fn hold(&self, _: &str, _: &Credentials) {}
+    fn hold(&self, _: &Record, _: &Credentials) {}
 
     fn let_go(&self, _: &str) {}
 }

@@ -194,12 +194,21 @@ impl Shared {
         }
     }
 
-    /// Has the secrets of a request held beyond the process.
-    pub(super) async fn hold_secrets(&self, record: &Record, given: Credentials) {
-        if !given.is_empty() {
-            let (holder, id) = (self.settings.secrets.clone(), record.id.clone());
-            let _ = tokio::task::spawn_blocking(move || holder.hold(&id, &given)).await;
+    /// Has the secrets of a request held beyond the process, or what was held for the record let go where there are none.
+    pub(super) async fn hold_secrets(self: &Arc<Self>, record: &Record, given: Credentials) {
+        if given.is_empty() {
+            return self.let_go_of_secrets(&record.id).await;
         }
+        let (shared, record) = (self.clone(), record.clone());
+        let hold = move || {
+            let holder = &shared.settings.secrets;
+            holder.hold(&record, &given);
+            // Who was cancelled meanwhile has found nothing to let go of.
+            if !*shared.paused.borrow() && !lock(&shared.tasks).contains_key(&record.id) {
+                holder.let_go(&record.id);
+            }
+        };
+        let _ = tokio::task::spawn_blocking(hold).await;
     }
 
     pub(super) async fn let_go_of_secrets(&self, id: &str) {
