@@ -51,7 +51,7 @@ mod taker;
 mod tasks;
 mod unpack;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -142,6 +142,8 @@ struct Shared {
     tasks: Mutex<HashMap<String, Task>>,
     flights: Mutex<HashMap<String, Weak<Flight>>>,
     arrivals: Arrivals,
+    /// Checkpoints that jobs see of which nothing here knows yet: their sessions wait to be taken over.
+    shown: Mutex<HashSet<String>>,
     changes: broadcast::Sender<String>,
     /// Nothing is begun any more.
     paused: watch::Sender<bool>,
@@ -168,6 +170,7 @@ impl Ingests {
             tasks: Mutex::default(),
             flights: Mutex::default(),
             arrivals: Arrivals::default(),
+            shown: Mutex::default(),
             changes,
             paused: watch::Sender::new(false),
         }))
@@ -232,6 +235,16 @@ impl Ingests {
     /// Whether jobs read what there is of a checkpoint that fills.
     pub async fn is_shown(&self, record: &Record) -> bool {
         self.0.is_shown(record).await
+    }
+
+    /// Notes that jobs see a checkpoint through a session that is not served yet, or that it is served or gone by now.
+    pub fn note_shown(&self, checkpoint: &str, waits: bool) {
+        let mut shown = lock(&self.0.shown);
+        if waits {
+            shown.insert(checkpoint.to_owned());
+        } else {
+            shown.remove(checkpoint);
+        }
     }
 
     /// Tells watchers that a record changed.
@@ -478,7 +491,7 @@ impl Shared {
     async fn check_shown(&self, record: &Record, key: &str) -> Result<()> {
         let id = record.id.clone();
         let before = self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
-        let moves = before != key && self.arrivals.of_key(&before).is_some_and(|arriving| arriving.is_read());
+        let moves = before != key && self.is_seen(&record.id, &before);
         if moves { Err(arrivals::moved_on()) } else { Ok(()) }
     }
 
@@ -486,9 +499,14 @@ impl Shared {
     async fn is_shown(&self, record: &Record) -> bool {
         let id = record.id.clone();
         match self.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await {
-            Ok(key) => self.arrivals.of_key(&key).is_some_and(|arriving| arriving.is_read()),
+            Ok(key) => self.is_seen(&record.id, &key),
             Err(_) => true,
         }
+    }
+
+    /// Whether jobs see the checkpoint as the flight `key` fills it.
+    fn is_seen(&self, checkpoint: &str, key: &str) -> bool {
+        lock(&self.shown).contains(checkpoint) || self.arrivals.of_key(key).is_some_and(|arriving| arriving.is_read())
     }
 
     async fn note_skipped(&self, record: &Record, skipped: &[(String, String)]) -> Result<()> {

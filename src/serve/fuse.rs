@@ -309,7 +309,7 @@ impl Filesystem for Adapter {
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         guarded("read", ino, || {
@@ -322,7 +322,8 @@ impl Filesystem for Adapter {
             if file.here(offset, bytes) {
                 return answer_read(&self.buffers, file.as_ref(), ino.0, offset, length, reply);
             }
-            let direct = flags.0 & libc::O_DIRECT != 0;
+            // The kernel names an owner of locks in reads past the page cache alone, also where nobody has asked for O_DIRECT (loop devices).
+            let direct = flags.0 & libc::O_DIRECT != 0 || lock_owner.is_some();
             let read_ahead = !direct && is_partly_here(file.as_ref(), offset, bytes);
             let asker = Asker { thread: req.pid(), direct, read_ahead };
             let turn = self.waits.begin(asker, reply);

@@ -161,6 +161,11 @@ impl OpenFiles {
         *self.doubted.lock().unwrap_or_else(PoisonError::into_inner) = Some(HashSet::new());
     }
 
+    /// Whether some of them may still be there.
+    pub fn doubts_pages(&self) -> bool {
+        self.doubted.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Whether pages that the kernel keeps of `inode`, whose bytes are `file`, are right. It is asked at an open, which gives them up otherwise.
     pub fn believes_pages(&self, inode: u64, file: &dyn OpenFile) -> bool {
         let mut doubted = self.doubted.lock().unwrap_or_else(PoisonError::into_inner);

@@ -204,8 +204,8 @@ impl Session {
         }
         let features = Features::from_init(&head.init).ok_or_else(features::unreadable_init)?;
         let held = kept.ledger.held()?;
-        // What still arrives is doubted by the file and while it is so; what is whole by now was read when it was not.
-        let doubts = !content.is_unverified() && kept.ledger.is_doubted();
+        // Of what was given out before it was verified the kernel may keep what turned out wrong, here or in an earlier process.
+        let doubts = content.is_unverified() || kept.ledger.is_doubted();
         if content.is_unverified() {
             kept.ledger.doubt(true)?;
         }
@@ -286,6 +286,10 @@ impl Session {
 
     /// Notes that what was given out while it arrived has turned out to be right: a successor may believe the kernel's pages.
     pub fn note_verified(&self) {
+        if self.open.doubts_pages() {
+            // Those that nobody has opened since an earlier process gave them out.
+            return;
+        }
         if let Some(Err(error)) = self.kept.as_ref().map(|kept| kept.ledger.doubt(false)) {
             tracing::debug!(error = %error.report(), "a successor will not believe the kernel's pages");
         }

@@ -8,14 +8,14 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::{Attachments, Served, blocking, lock};
 use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::serve::Session;
 use crate::serve::keeping::Orphan;
 use crate::units::now_unix_ms;
@@ -39,7 +39,11 @@ impl Attachments {
             let checkpoint = orphan.checkpoint().to_owned();
             match self.take_over(orphan, &rows).await {
                 Ok(()) => adopted += 1,
-                Err(error) if error.kind().may_pass() => self.note_waiting(checkpoint, &error).await,
+                Err(error) if !is_final(&error) => {
+                    // What it shows stays what is filled.
+                    self.0.ingests.note_shown(&checkpoint, true);
+                    self.note_waiting(checkpoint, &error).await;
+                }
                 Err(_) => dropped += 1,
             }
         }
@@ -64,7 +68,7 @@ impl Attachments {
         let Some(orphan) = waiting else { return Ok(None) };
         let rows = self.0.store.catalog().read(jobs::list).await?;
         match self.take_over(orphan, &rows).await {
-            Err(error) if error.kind().may_pass() => Err(error),
+            Err(error) if !is_final(&error) => Err(error),
             _ => Ok(lock(&self.0.live).get(&record.id).cloned().inspect(|served| {
                 lock(&served.jobs).insert(job.to_owned());
             })),
@@ -79,20 +83,21 @@ impl Attachments {
             while !lock(&attachments.0.orphans).is_empty() {
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(longest);
-                let waiting = lock(&attachments.0.orphans).clone();
+                let waiting: Vec<_> = lock(&attachments.0.orphans).iter().map(Arc::downgrade).collect();
                 for orphan in waiting {
-                    attachments.try_again(orphan).await;
+                    let attachments = attachments.clone();
+                    // A panic of one keeps no other waiting.
+                    let _ = tokio::spawn(async move { attachments.try_again(orphan).await }).await;
                 }
             }
         });
     }
 
-    async fn try_again(&self, orphan: Arc<Orphan>) {
-        let checkpoint = orphan.checkpoint().to_owned();
+    async fn try_again(&self, orphan: Weak<Orphan>) {
+        let Some(checkpoint) = orphan.upgrade().map(|orphan| orphan.checkpoint().to_owned()) else { return };
         let Ok(_gate) = self.0.session_gates.pass(&checkpoint).await else { return };
-        if !lock(&self.0.orphans).iter().any(|other| Arc::ptr_eq(other, &orphan)) {
-            return;
-        }
+        // By somebody who asked for it, perhaps. Nobody else has hold of it under the gate.
+        let Some(orphan) = orphan.upgrade() else { return };
         let Ok(rows) = self.0.store.catalog().read(jobs::list).await else { return };
         match self.take_over(orphan, &rows).await {
             Ok(()) => self.note("SESSION_WENT_ON", format!("the mount of checkpoint {checkpoint} goes on")).await,
@@ -105,12 +110,13 @@ impl Attachments {
         let id = orphan.checkpoint().to_owned();
         let taken = self.adopt_one(&orphan, rows).await;
         if let Err(error) = &taken
-            && error.kind().may_pass()
+            && !is_final(error)
         {
             tracing::warn!(checkpoint = id, error = %error.report(), "a session cannot be taken over yet");
             return taken.map_err(|error| error.during(format!("taking over the mount of checkpoint {id}")));
         }
         lock(&self.0.orphans).retain(|other| !Arc::ptr_eq(other, &orphan));
+        self.0.ingests.note_shown(&id, false);
         if let Err(error) = &taken {
             tracing::warn!(checkpoint = id, error = %error.report(), "a session could not go on");
             if orphan.may_have_given() {
@@ -163,6 +169,12 @@ impl Attachments {
             tracing::warn!(kind, error = %error.report(), "what became of a session could not be noted");
         }
     }
+}
+
+/// Whether a session can never go on. Whatever else keeps it from that may pass, a bug of ours with the next version.
+fn is_final(error: &Error) -> bool {
+    const REASONS: [&str; 3] = ["NO_SUCH_CHECKPOINT", "NOT_READY", "TREE_CHANGED"];
+    matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) || REASONS.contains(&error.reason())
 }
 
 /// Whether a job sees a checkpoint.
