@@ -11,7 +11,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-use super::arriving::{Arriving, Wanted};
+use super::arriving::{Arriving, SMALL_AT_A_TIME, Wanted};
 use super::fetch;
 use super::flying::{Bringing, Flying};
 use super::plan;
@@ -162,8 +162,10 @@ pub(super) async fn fly(flying: &Arc<Flying>, arriving: &Arc<Arriving>, listing:
 /// Fetches what the queue gives until every file is sealed.
 async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
     let arriving = &bringing.arriving;
-    let turns = futures_util::stream::unfold(arriving.clone(), |arriving| async move {
-        let turn = arriving.next_small().await?;
+    // A stream that makes way for a reader stands still and keeps its place at the source: one place must be left for what it makes way for.
+    let places = bringing.flying.source.reads_at_a_time().saturating_sub(1).max(1);
+    let turns = futures_util::stream::unfold(arriving.clone(), move |arriving| async move {
+        let turn = arriving.next_small(SMALL_AT_A_TIME.min(places)).await?;
         Some((turn, arriving))
     });
     let small = turns
@@ -174,8 +176,7 @@ async fn bring(bringing: &Bringing, large: Vec<u32>) -> Result<()> {
         .map(|entry| fetch::large(bringing.clone(), entry))
         .buffer_unordered(limits::FETCHES_PER_SOURCE)
         .try_collect::<()>();
-    // A stream that makes way for a reader stands still and keeps its place at the source: one place must be left for what it makes way for.
-    let streams = limits::STREAMS.min(bringing.flying.source.reads_at_a_time().saturating_sub(1)).max(1);
+    let streams = limits::STREAMS.min(places);
     let background = (0..streams).map(|_| async {
         loop {
             fetch::range(bringing, arriving.next_background().await).await?;

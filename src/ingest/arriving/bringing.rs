@@ -43,7 +43,7 @@ impl Arriving {
         let mut earlies = Earlies::default();
         for file in plan.small {
             let (entry, _) = self.find(&file.path).ok_or_else(|| foreign(&file.path))?;
-            queue.add_small(entry);
+            queue.add_small(entry, file.file.size.unwrap_or(0));
             fills.insert(entry, Arc::new(file));
         }
         for file in plan.large {
@@ -146,12 +146,12 @@ impl Arriving {
         self.work.notify_waiters();
     }
 
-    /// The next small file of the background; waits until there may be one. `None` when none is left.
-    pub(in crate::ingest) async fn next_small(self: &Arc<Self>) -> Option<SmallTurn> {
+    /// The next small file of the background, with `most` under way; waits until there may be one. `None` when none is left.
+    pub(in crate::ingest) async fn next_small(self: &Arc<Self>, most: usize) -> Option<SmallTurn> {
         let mut something_waited = false;
         let next = self.when_work(|queue| {
             something_waited = queue.something_waits();
-            queue.next_small()
+            queue.next_small(most)
         });
         let entry = next.await?;
         if something_waited {

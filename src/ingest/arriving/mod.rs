@@ -27,13 +27,13 @@ mod recording;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
 pub(in crate::ingest) use bringing::SmallTurn;
-pub(super) use queue::{Queue, Step, Wanted};
+pub(super) use queue::{Queue, SMALL_AT_A_TIME, Step, Wanted};
 pub use reading::Reading;
 
 use crate::catalog::fills::{self, FillRow};
@@ -144,7 +144,6 @@ impl Arriving {
         // A crash may have taken its name, and what was in it is then missing.
         store.disk().begin_flight(&key)?;
         let arriving = Self::of(store, key, tree, None);
-        arriving.distrusted.store(true, Ordering::Relaxed);
         for row in rows {
             if let Some((entry, _)) = EntryPath::new(row.path.clone()).ok().and_then(|path| arriving.find(&path)) {
                 let at = arriving.resumed_file(row)?;

@@ -37,8 +37,11 @@ const CAUTIOUS_FOR: u32 = 8;
 /// Streams of the background while it is cautious.
 const STREAMS_WHILE_CAUTIOUS: usize = 2;
 
-/// Small files of the background under way while nobody reads: more than have streams, so that none of those idles.
-const SMALL_AT_A_TIME: usize = 2 * limits::STREAMS;
+/// Small files of the background under way: more than have streams, so that none of those idles.
+pub(in crate::ingest) const SMALL_AT_A_TIME: usize = 2 * limits::STREAMS;
+
+/// Bytes of small files of the background under way once somebody reads: as much as its ranges may have.
+const SMALL_BYTES_WHILE_READ: u64 = STREAMS_WHILE_READ as u64 * UNITS_PER_READ_RANGE * limits::UNIT_BYTES;
 
 /// Wanted units that lie together and are asked for in one range.
 const UNITS_PER_WANTED_RANGE: u64 = 2;
@@ -48,6 +51,14 @@ const FOLLOWED: usize = 8;
 
 /// A unit that is nearer than this to where a stream reads is not taken away from it.
 const NEAR: u64 = 1;
+
+/// A small file that the background has taken.
+#[derive(Debug)]
+struct SmallTaken {
+    bytes: u64,
+    /// A reader has come to wait for it.
+    is_wanted: bool,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
@@ -119,10 +130,11 @@ struct Follow {
 pub(in crate::ingest) struct Queue {
     files: Vec<Queued>,
     rank: HashMap<u32, usize>,
-    small: VecDeque<u32>,
+    /// With their bytes.
+    small: VecDeque<(u32, u64)>,
     small_left: HashSet<u32>,
     /// Small files that the background has taken and that have not come, and whether a reader has come to wait for them.
-    small_taken: HashMap<u32, bool>,
+    small_taken: HashMap<u32, SmallTaken>,
     wanted: VecDeque<(u32, u64)>,
     running: HashMap<u32, Running>,
     tokens: u32,
@@ -141,9 +153,9 @@ pub(in crate::ingest) struct Queue {
 
 impl Queue {
     /// Adds a file of at most one unit that is fetched whole.
-    pub(in crate::ingest) fn add_small(&mut self, entry: u32) {
+    pub(in crate::ingest) fn add_small(&mut self, entry: u32, bytes: u64) {
         if self.small_left.insert(entry) {
-            self.small.push_back(entry);
+            self.small.push_back((entry, bytes));
         }
     }
 
@@ -171,7 +183,7 @@ impl Queue {
         self.learned = order.into_iter().collect();
         let first: HashMap<u32, usize> =
             self.learned.iter().enumerate().rev().map(|(at, (entry, _))| (*entry, at)).collect();
-        self.small.make_contiguous().sort_by_key(|entry| first.get(entry).copied().unwrap_or(usize::MAX));
+        self.small.make_contiguous().sort_by_key(|(entry, _)| first.get(entry).copied().unwrap_or(usize::MAX));
     }
 
     /// Whether somebody reads what arrives.
@@ -193,8 +205,8 @@ impl Queue {
             self.wanted.push_back((entry, 0));
             return;
         }
-        if let Some(is_wanted) = self.small_taken.get_mut(&entry) {
-            *is_wanted = true;
+        if let Some(taken) = self.small_taken.get_mut(&entry) {
+            taken.is_wanted = true;
             return;
         }
         let Some(&at) = self.rank.get(&entry) else { return };
@@ -255,25 +267,31 @@ impl Queue {
         self.follows.push_back(Follow { at, unit: units.end, met: 0 });
     }
 
-    /// The next small file of the background, if it may begin one now; `Some(None)` when there is none left.
-    pub(in crate::ingest) fn next_small(&mut self) -> Option<Option<u32>> {
-        while self.small.front().is_some_and(|entry| !self.small_left.contains(entry)) {
+    /// The next small file of the background, if it may begin one now, with `most` under way; `Some(None)` when there is none left.
+    pub(in crate::ingest) fn next_small(&mut self, most: usize) -> Option<Option<u32>> {
+        while self.small.front().is_some_and(|(entry, _)| !self.small_left.contains(entry)) {
             self.small.pop_front();
         }
-        let Some(&entry) = self.small.front() else { return Some(None) };
-        let most = if self.read { STREAMS_WHILE_READ } else { SMALL_AT_A_TIME };
-        if self.small_taken.len() >= most || self.read && self.makes_way() {
+        let Some(&(entry, bytes)) = self.small.front() else { return Some(None) };
+        if self.small_taken.len() >= most || self.read && (self.makes_way() || self.is_much(bytes)) {
             return None;
         }
         self.small.pop_front();
         self.small_left.remove(&entry);
-        self.small_taken.insert(entry, false);
+        let is_wanted = self.wanted.contains(&(entry, 0));
+        self.small_taken.insert(entry, SmallTaken { bytes, is_wanted });
         Some(Some(entry))
+    }
+
+    /// Whether small files of so many bytes and those that were taken are more than may be on the line before what a reader comes to wait for.
+    fn is_much(&self, bytes: u64) -> bool {
+        let taken: u64 = self.small_taken.values().map(|taken| taken.bytes).sum();
+        taken > 0 && taken + bytes > SMALL_BYTES_WHILE_READ
     }
 
     /// Whether a reader has come to wait for a small file that the background has taken.
     pub(in crate::ingest) fn small_is_wanted(&self, entry: u32) -> bool {
-        self.small_taken.get(&entry).copied().unwrap_or(false)
+        self.small_taken.get(&entry).is_some_and(|taken| taken.is_wanted)
     }
 
     /// A small file that the background had taken has come, or nobody fetches it any more.

@@ -98,8 +98,7 @@ impl Arriving {
         }
     }
 
-    /// Whether wrong bytes were noticed after they may have been read, or may have been by an earlier daemon: what the kernel keeps from before is
-    /// not to be believed.
+    /// Whether wrong bytes were noticed after they may have been read: what the kernel keeps from before is not to be believed.
     pub fn is_distrusted(&self) -> bool {
         self.distrusted.load(Ordering::Relaxed)
     }

@@ -185,7 +185,7 @@ fn a_long_range_ends_early_only_behind_what_a_reader_waits_for() {
 #[test]
 fn the_background_begins_nothing_while_something_wanted_waits_to_be_begun() {
     let mut queue = queue(&[20]);
-    queue.add_small(7);
+    queue.add_small(7, 1);
     queue.set_read(true);
     queue.here(0, 0);
     queue.want(0, 1..2);
@@ -296,30 +296,30 @@ fn a_reader_that_goes_straight_on_is_followed() {
 #[test]
 fn small_files_are_taken_once_and_wanted_ones_first() {
     let mut queue = Queue::default();
-    (0..3).for_each(|entry| queue.add_small(entry));
+    (0..3).for_each(|entry| queue.add_small(entry, 1));
     queue.want(2, 0..1);
     assert_eq!(queue.next_wanted(), Some(Wanted::Small(2)));
-    let rest: Vec<_> = std::iter::from_fn(|| queue.next_small().flatten()).collect();
-    assert_eq!((rest, queue.next_small()), (vec![0, 1], Some(None)));
+    let rest: Vec<_> = std::iter::from_fn(|| queue.next_small(SMALL_AT_A_TIME).flatten()).collect();
+    assert_eq!((rest, queue.next_small(SMALL_AT_A_TIME)), (vec![0, 1], Some(None)));
 }
 
 #[test]
 fn small_files_that_were_taken_are_wanted_all_the_same_and_the_others_make_way() {
     let mut queue = queue(&[8]);
-    (10..30).for_each(|entry| queue.add_small(entry));
+    (10..30).for_each(|entry| queue.add_small(entry, limits::UNIT_BYTES));
     queue.set_read(true);
-    let taken: Vec<_> = std::iter::from_fn(|| queue.next_small().flatten()).collect();
-    assert_eq!(taken.len(), STREAMS_WHILE_READ);
+    let taken: Vec<_> = std::iter::from_fn(|| queue.next_small(SMALL_AT_A_TIME).flatten()).collect();
+    assert_eq!(taken.len() as u64, SMALL_BYTES_WHILE_READ / limits::UNIT_BYTES);
     queue.want(10, 0..1);
     assert!(queue.small_is_wanted(10) && !queue.small_is_wanted(11));
     assert_eq!(queue.next_wanted(), None, "whoever has taken it fetches it");
     taken.iter().for_each(|entry| queue.small_ended(*entry));
     queue.want(0, 5..6);
-    assert_eq!(queue.next_small(), None, "a reader waits for something");
+    assert_eq!(queue.next_small(SMALL_AT_A_TIME), None, "a reader waits for something");
     let Some(Wanted::Units(step)) = queue.next_wanted() else { panic!("nothing is wanted") };
-    assert_eq!(queue.next_small(), None, "what it waits for comes");
+    assert_eq!(queue.next_small(SMALL_AT_A_TIME), None, "what it waits for comes");
     queue.end(&step);
-    assert!(queue.next_small().flatten().is_some());
+    assert!(queue.next_small(SMALL_AT_A_TIME).flatten().is_some());
 }
 
 #[test]
