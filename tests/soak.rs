@@ -32,8 +32,11 @@ use support::site::{Page, Site};
 
 const MIB: usize = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(120);
-/// What a round of a reader may take besides the time without a daemon that falls into it, on a machine that does other things too.
-const BESIDES: Duration = Duration::from_secs(5);
+/// What a round of a reader may take besides the time without a daemon that falls into it, on a machine that does other things too: 0.4 s were seen
+/// with that time in it.
+const BESIDES: Duration = Duration::from_secs(2);
+/// The same of what fills, whose source may have others before it.
+const BESIDES_FILLING: Duration = Duration::from_secs(5);
 /// Bytes a second that the source gives: a kill costs whatever unit is on its way.
 const RATE: usize = 4 * MIB;
 /// Bytes of a fill unit.
@@ -139,7 +142,7 @@ impl Ledger {
             if name.starts_with("arriving") {
                 let waited = longest_in_a_life(round, away);
                 assert!(
-                    waited < SOURCE_TAKES + BESIDES,
+                    waited < SOURCE_TAKES + BESIDES_FILLING,
                     "{name}: {waited:?} in one life, for {SOURCE_TAKES:?} of the source"
                 );
                 continue;
@@ -263,11 +266,13 @@ fn soak(env: &[(&'static str, &str)], kills: u64) {
     let longest = ledger.end();
     let longest_away = away.iter().map(|away| away.end - away.start).max().unwrap_or_default();
     let in_a_life = ledger.longest_in_a_life(&away);
+    let restarts = daemon.json(&["status"])["restarts"].as_u64().unwrap();
     println!(
-        "{kills} kills; away for {longest_away:?} at most; longest waits: {longest:?}; for what fills, in one life, {in_a_life:?} \
+        "{kills} kills, {restarts} restarts; away for {longest_away:?} at most; longest waits: {longest:?}; for what fills, in one life, {in_a_life:?} \
          of {SOURCE_TAKES:?}"
     );
     ledger.assert_not_kept_waiting(&away);
+    assert!(restarts * 10 >= kills * 9, "only {restarts} daemons were killed");
     let states = |jobs: &serde_json::Value| -> Vec<String> {
         let jobs = jobs["jobs"].as_array().unwrap();
         jobs.iter().map(|job| format!("{} {} {}", job["job"], job["target"], job["state"])).collect()
