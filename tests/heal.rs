@@ -8,8 +8,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-
 use support::corpus::{random_file, seed};
 use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::assert_same_file;
@@ -69,12 +67,7 @@ impl Story {
 
     /// Another daemon in the place of the one that is there.
     fn kill(&self) {
-        let before = self.daemon.server();
-        kill(before, Signal::SIGKILL).unwrap();
-        wait_until("a successor answers", LIMIT, || {
-            let status = self.daemon.ctl(&["--json", "status"]);
-            status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-        });
+        self.daemon.replace();
     }
 
     /// The job, and whoever comes now, reads what is right.

@@ -13,8 +13,6 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use support::corpus::{Random, seed};
 use support::daemon::{Daemon, LOOPBACK};
 use support::faultfs::FaultFs;
@@ -55,20 +53,6 @@ fn answer(reader: JoinHandle<io::Result<u8>>) -> io::Result<u8> {
     reader.join().unwrap()
 }
 
-/// Kills the daemon; which it was.
-fn killed(daemon: &Daemon) -> Pid {
-    let before = daemon.server();
-    kill(before, Signal::SIGKILL).unwrap();
-    before
-}
-
-fn wait_for_successor(daemon: &Daemon, before: Pid) {
-    wait_until("a successor answers", LIMIT, || {
-        let status = daemon.ctl(&["--json", "status"]);
-        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-    });
-}
-
 /// Whether some units of what fills are durable.
 fn something_is_durable(daemon: &Daemon) -> bool {
     let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
@@ -98,8 +82,7 @@ fn a_session_that_cannot_be_taken_over_now_waits_alone_and_is_taken_over_later()
     let faulty = FaultFs::mount(vec![("fill".to_owned(), vec![0; 64 << 20])]);
     faulty.shut("fill");
     let bound = Bound::over(&faulty.root().join("fill"), &fill);
-    let before = killed(&daemon);
-    wait_for_successor(&daemon, before);
+    daemon.replace();
     assert!(has_event(&daemon, "SESSION_WAITS"));
     let mut found = [0; 4];
     well.read_exact_at(&mut found, 0).unwrap();
@@ -151,8 +134,7 @@ fn a_read_that_waits_over_a_restart_ends_when_nothing_can_be_fetched_any_more() 
         reader
     });
     site.put("/w.bin", Page::Status(403));
-    let before = killed(&daemon);
-    wait_for_successor(&daemon, before);
+    daemon.replace();
     ["w", "too"].iter().for_each(|name| daemon.wait_state(name, "failed", LIMIT));
     for reader in readers.into_iter().chain(files.each_ref().map(|file| read_at(file, 20 * MIB))) {
         assert_eq!(answer(reader).unwrap_err().raw_os_error(), Some(nix::libc::EIO));

@@ -90,15 +90,7 @@ fn kept(env: &[(&'static str, &str)]) -> (Daemon, PathBuf, [PathBuf; 2]) {
 fn kill_and_wait(daemon: &Daemon, signal: Signal) -> Pid {
     let before = daemon.server();
     kill(before, signal).unwrap();
-    successor(daemon, before)
-}
-
-fn successor(daemon: &Daemon, before: Pid) -> Pid {
-    wait_until("a successor answers", LIMIT, || {
-        let status = daemon.ctl(&["--json", "status"]);
-        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-    });
-    daemon.server()
+    daemon.successor(before)
 }
 
 fn mount_lines(at: &Path) -> Vec<String> {
@@ -209,7 +201,7 @@ fn a_restart_that_is_asked_for_and_a_hang_are_not_seen() {
     reader.goes_on();
     let before = daemon.server();
     kill(Pid::from_raw(i32::try_from(daemon.pid()).unwrap()), Signal::SIGHUP).unwrap();
-    successor(&daemon, before);
+    daemon.successor(before);
     reader.goes_on();
     assert!(has_event(&daemon, "DAEMON_RESTARTED", "a restart was asked for"));
     kill_and_wait(&daemon, Signal::SIGSTOP);
@@ -233,7 +225,7 @@ fn a_ledger_of_a_newer_version_stops_the_start_and_touches_nothing() {
     assert_eq!(mount_lines(daemon.place().path()), before);
     held.read_exact_at(&mut [0; 100], MIB).unwrap();
     file.write_all_at(&1_u32.to_le_bytes(), 16).unwrap();
-    successor(&daemon, server);
+    daemon.successor(server);
     assert_eq!(mount_lines(daemon.place().path()), before);
     assert!(has_event(&daemon, "DAEMON_RESTARTED", "in a row at its start"));
 }
@@ -254,7 +246,7 @@ fn a_catalog_of_a_newer_version_stops_the_start_and_touches_nothing() {
     assert_eq!(mount_lines(daemon.place().path()), before);
     held.read_exact_at(&mut [0; 100], MIB).unwrap();
     set(version);
-    successor(&daemon, server);
+    daemon.successor(server);
     assert_eq!(mount_lines(daemon.place().path()), before);
     assert_same_tree(&source, &at);
 }
@@ -330,7 +322,7 @@ fn readers_see_nothing_of_a_kill_for_want_of_memory() {
         // Nothing need come of it: it may be this call that takes the last page.
         let name = format!("m{round}");
         daemon.ctl(&["capture", "maker", "--from", more.to_str().unwrap(), "--name", &name]);
-        successor(&daemon, before);
+        daemon.successor(before);
         assert_eq!(group.killed(), 1, "{}", daemon.stderr_tail());
         readers.iter().for_each(Reader::goes_on);
     }
@@ -438,7 +430,7 @@ fn without_resend_what_a_dead_daemon_had_taken_ends_with_it() {
     let ended = direct.recv_timeout(LIMIT).expect("the read ends with the daemon");
     assert_eq!(ended, Err(Some(nix::libc::ECONNABORTED)));
     drop(keeper);
-    successor(&daemon, server);
+    daemon.successor(server);
     site.limit(0);
     assert_eq!(cached.recv_timeout(LIMIT).expect("the kernel asked again"), Ok(true));
     daemon.wait_state("w", "ready", LIMIT);

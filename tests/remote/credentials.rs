@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-
 use super::buckets::{self, assert_kept_nowhere, reason};
 use crate::support::corpus::{Random, random_file};
 use crate::support::daemon::{Daemon, LOCALHOST, LOOPBACK};
@@ -128,12 +126,7 @@ fn a_fill_that_was_killed_under_the_keeper_has_the_secrets_of_its_request_again(
     create(&daemon, &faults.url(""), "p", &["--credential", &token]).ok();
     wait_until("bytes have come", Duration::from_secs(30), || daemon.bytes_done("p") > 0);
     assert_eq!(held_secrets(&daemon), 1);
-    let before = daemon.server();
-    kill(before, Signal::SIGKILL).unwrap();
-    wait_until("a successor answers", Duration::from_secs(30), || {
-        let status = daemon.ctl(&["--json", "status"]);
-        status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-    });
+    daemon.replace();
     assert_eq!(held_secrets(&daemon), 1);
     faults.slow_down(0);
     daemon.wait_state("p", "ready", Duration::from_secs(60));

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
 use super::archives::two_archives;
@@ -374,12 +373,7 @@ fn wrong_bytes_that_the_kernel_keeps_are_not_believed_after_restarts() {
     retry_early(&daemon);
     // Nobody opens it before it is served from the store.
     for _ in 0..2 {
-        let before = daemon.server();
-        kill(before, Signal::SIGKILL).unwrap();
-        wait_until("a successor answers", Duration::from_secs(60), || {
-            let status = daemon.ctl(&["--json", "status"]);
-            status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
-        });
+        daemon.replace();
     }
     assert_same_tree(&folder, &at);
 }

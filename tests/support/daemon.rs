@@ -34,6 +34,8 @@ const READY_LIMIT: Duration = Duration::from_secs(120);
 const UNIT_BYTES: u64 = 4 << 20;
 
 const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// How long a keeper may take to have another daemon answer.
+const SUCCESSOR_LIMIT: Duration = Duration::from_secs(180);
 
 /// A daemon that lives as long as the guard; what it mounted goes with it.
 #[derive(Debug)]
@@ -107,6 +109,22 @@ impl Daemon {
     pub(crate) fn server(&self) -> nix::unistd::Pid {
         let pid = self.json(&["status"])["pid"].as_i64().unwrap();
         nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap())
+    }
+
+    /// Kills the one that answers, under a keeper, and waits until another does: which that is.
+    pub(crate) fn replace(&self) -> nix::unistd::Pid {
+        let before = self.server();
+        nix::sys::signal::kill(before, nix::sys::signal::Signal::SIGKILL).unwrap();
+        self.successor(before)
+    }
+
+    /// The one that answers after `before`, once it does.
+    pub(crate) fn successor(&self, before: nix::unistd::Pid) -> nix::unistd::Pid {
+        wait_until("a successor answers", SUCCESSOR_LIMIT, || {
+            let status = self.ctl(&["--json", "status"]);
+            status.code == Some(0) && status.json()["pid"].as_i64() != Some(before.as_raw().into())
+        });
+        self.server()
     }
 
     /// Asks it to stop, and waits until it has.
