@@ -89,14 +89,12 @@ impl Inherited {
 
     /// The part that concerns secrets of requests.
     pub(super) fn secrets(&mut self) -> Secrets {
-        let keeper = self.holder.notifier.clone().map(|notifier| notifier as Arc<dyn Keeper>);
-        Secrets::of(keeper, &mut self.handed_over)
+        Secrets::of(self.holder.keeper(), &mut self.handed_over)
     }
 
     /// The part that concerns sessions.
     pub(super) fn keeping(&mut self) -> Keeping {
-        let keeper = self.holder.notifier.clone().map(|notifier| notifier as Arc<dyn Keeper>);
-        Keeping { keeper, handed_over: std::mem::take(&mut self.handed_over) }
+        Keeping { keeper: self.holder.keeper(), handed_over: std::mem::take(&mut self.handed_over) }
     }
 }
 
@@ -182,6 +180,10 @@ fn connect(socket: &std::ffi::OsStr) -> Option<Arc<Notifier>> {
 }
 
 impl Holder {
+    fn keeper(&self) -> Option<Arc<dyn Keeper>> {
+        self.notifier.clone().map(|notifier| notifier as Arc<dyn Keeper>)
+    }
+
     /// `systemd`, `keeper`, or `none`.
     pub fn name(&self) -> &'static str {
         match (&self.notifier, self.is_keeper) {

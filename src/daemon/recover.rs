@@ -51,8 +51,8 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
         floors.ingests.start(record, secrets.of_predecessor(record));
     }
     let secrets = secrets.clone();
-    // Nobody waits for it.
-    drop(tokio::task::spawn_blocking(move || secrets.let_go_of_the_rest()));
+    // Before anybody may create another of the same id, whose secrets have the same name.
+    let _ = tokio::task::spawn_blocking(move || secrets.let_go_of_the_rest()).await;
     for record in floors.await_senders(uploads).await {
         finish_removal(floors, &record).await;
     }
