@@ -116,6 +116,7 @@ pub(super) struct Input<'a> {
     reader: Box<dyn Read + 'a>,
     meter: Meter,
     claimed: Claimed,
+    position: u64,
 }
 
 impl<'a> Input<'a> {
@@ -123,7 +124,7 @@ impl<'a> Input<'a> {
     pub(super) fn whole(stream: impl Read + 'a, coding: Coding, dictionaries: &Dictionaries) -> Result<Self> {
         let meter = Meter::default();
         let (reader, claimed) = coding.open(Metered { stream, meter: meter.clone() }, dictionaries)?;
-        Ok(Self { reader, meter, claimed })
+        Ok(Self { reader, meter, claimed, position: 0 })
     }
 
     /// `length` bytes of `bytes` from `start`.
@@ -137,7 +138,17 @@ impl<'a> Input<'a> {
     ) -> Result<Self> {
         let range = FileRange::new(bytes, start, length, meter.clone());
         let (reader, claimed) = coding.open(range, dictionaries)?;
-        Ok(Self { reader, meter, claimed })
+        Ok(Self { reader, meter, claimed, position: 0 })
+    }
+
+    /// Says that the first byte is this one of something larger.
+    pub(super) fn begins_at(&mut self, position: u64) {
+        self.position = position;
+    }
+
+    /// Which the next byte is.
+    pub(super) fn position(&self) -> u64 {
+        self.position
     }
 
     /// What was taken and given so far.
@@ -153,6 +164,7 @@ impl<'a> Input<'a> {
                 Ok(0) => break,
                 Ok(more) => {
                     length += more;
+                    self.position += count(more);
                     self.meter.give(count(more))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -44,7 +44,7 @@ use tokio::sync::mpsc;
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
 use crate::names::{EntryName, EntryPath};
-use input::{FileRange, Input, Meter};
+use input::{Coding, FileRange, Input, Meter};
 use sink::{Message, Sink};
 
 pub use dictionaries::Dictionaries;
@@ -60,6 +60,38 @@ pub struct Member {
     pub path: EntryPath,
     /// What it is.
     pub what: What,
+    /// Where it is in the archive.
+    pub span: Span,
+}
+
+/// Where a member is in a tar that is not compressed, in bytes from its beginning; of members of others nothing is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Span {
+    /// Where its bytes begin.
+    pub bytes_at: u64,
+    /// Where the next header is.
+    pub end: u64,
+    /// Whether its bytes are there as they are, none left out and nothing between them.
+    pub plain: bool,
+}
+
+/// What an earlier reading has given of a tar.
+#[derive(Debug, Default)]
+pub struct Given {
+    /// All members that came whole, in their order, and one of which some has come.
+    pub members: Vec<Member>,
+    /// Bytes that are still to come of the last of them, if any.
+    pub left: u64,
+}
+
+impl Given {
+    /// Where in the tar the reading goes on; 0 where nothing was given.
+    pub fn until(&self) -> u64 {
+        self.members.last().map_or(0, |Member { span, what, .. }| match what {
+            What::File { size: Some(size), .. } if self.left > 0 => span.bytes_at + size.saturating_sub(self.left),
+            _ => span.end,
+        })
+    }
 }
 
 /// What a member is.
@@ -122,12 +154,26 @@ impl Members {
 
     /// The same without the bytes of what is `here`.
     pub fn read_rest(bytes: Archived, about: About, dictionaries: Dictionaries, here: Here) -> Self {
+        Self::begin(about.name.clone(), here, move |sink| read(bytes, &about, &dictionaries, sink))
+    }
+
+    /// Goes on with a tar that is not compressed behind what was `given`, where `stream` begins ([`Given::until`]). What comes first are the bytes that
+    /// are left of its last member. Needs a runtime.
+    pub fn go_on(stream: Box<dyn Read + Send>, name: EntryName, given: Given) -> Self {
+        Self::begin(name, Box::new(|_, _| false), move |sink| {
+            let mut input = Input::whole(stream, Coding::Plain, &Dictionaries::within(0))?;
+            input.begins_at(given.until());
+            tar::go_on(&mut input, sink, given)
+        })
+    }
+
+    fn begin(name: EntryName, here: Here, read: impl FnOnce(&mut Sink) -> Result<()> + Send + 'static) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
         tokio::task::spawn_blocking(move || {
             let mut sink = Sink::new(sender, here);
-            let outcome = read(bytes, &about, &dictionaries, &mut sink).and_then(|()| sink.end());
+            let outcome = read(&mut sink).and_then(|()| sink.end());
             if let Err(error) = outcome {
-                let shown = crate::names::show_bytes(about.name.as_bytes());
+                let shown = crate::names::show_bytes(name.as_bytes());
                 sink.fail(error.during(format!("extracting `{shown}`")));
             }
         });

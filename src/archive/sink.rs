@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
 use super::gate::{Gate, Linked};
-use super::{Here, Member, What};
+use super::{Here, Member, Span, What};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryPath;
 
@@ -24,11 +24,29 @@ pub(super) struct Sink {
     sender: Sender<Result<Message>>,
     gate: Gate,
     here: Here,
+    /// Of the next member.
+    span: Span,
 }
 
 impl Sink {
     pub(super) fn new(sender: Sender<Result<Message>>, here: Here) -> Self {
-        Self { sender, gate: Gate::default(), here }
+        Self { sender, gate: Gate::default(), here, span: Span::default() }
+    }
+
+    /// Says where the next member is.
+    pub(super) fn place(&mut self, span: Span) {
+        self.span = span;
+    }
+
+    /// Lets pass what an earlier reading has handed on.
+    pub(super) fn given(&mut self, member: &Member) -> Result<()> {
+        let name = member.path.as_bytes();
+        match &member.what {
+            What::Directory => self.gate.directory(name).map(drop),
+            What::Symlink(target) => self.gate.symlink(name, target).map(drop),
+            What::File { .. } => self.gate.file(name).map(drop),
+            What::SameAs(target) => self.gate.hard_link(name, target.as_bytes()).map(drop),
+        }
     }
 
     /// A directory; the root itself is not handed on.
@@ -92,7 +110,7 @@ impl Sink {
     }
 
     fn member(&mut self, path: crate::names::EntryPath, what: What) -> Result<()> {
-        self.send(Message::Member(Member { path, what }))
+        self.send(Message::Member(Member { path, what, span: self.span }))
     }
 
     fn send(&mut self, message: Message) -> Result<()> {

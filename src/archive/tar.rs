@@ -12,14 +12,21 @@ use super::input::{Input, PIECE_BYTES, count, truncated};
 use super::pax::{self, Extended};
 use super::sink::Sink;
 use super::tar_header::{BLOCK_BYTES, Header, SparseMap, check_pieces, more_gnu_sparse};
-use super::{damaged, refused, unsupported};
+use super::{Given, Span, damaged, refused, unsupported};
 use crate::error::Result;
 use crate::limits;
 use crate::names::show_bytes;
 
 /// Reads everything up to the end mark, and what follows it for the compression's sake.
 pub(super) fn read(input: &mut Input, sink: &mut Sink) -> Result<()> {
+    go_on(input, sink, Given::default())
+}
+
+/// The same behind what was `given`, where `input` is.
+pub(super) fn go_on(input: &mut Input, sink: &mut Sink, given: Given) -> Result<()> {
     let mut reading = Reading { input, sink };
+    reading.rest(&given)?;
+    drop(given);
     let mut extended = Extended::default();
     while let Some(header) = reading.header()? {
         let size = header.size()?;
@@ -44,6 +51,16 @@ struct Reading<'r, 'a> {
 }
 
 impl Reading<'_, '_> {
+    /// What is left of the last member that was given, up to the next header.
+    fn rest(&mut self, given: &Given) -> Result<()> {
+        given.members.iter().try_for_each(|member| self.sink.given(member))?;
+        if let Some(last) = given.members.last().filter(|_| given.left > 0) {
+            self.bytes(given.left)?;
+            self.input.pieces(last.span.end.saturating_sub(self.input.position()), |_| Ok(()))?;
+        }
+        Ok(())
+    }
+
     /// The next header; `None` at the end mark.
     fn header(&mut self) -> Result<Option<Header>> {
         let mut block = [0; BLOCK_BYTES];
@@ -64,6 +81,7 @@ impl Reading<'_, '_> {
             0 => Ok(()),
             _ => Err(unsupported(format!("the {what} `{}` has {size} bytes of its own", shown()))),
         };
+        self.place(size, false);
         match header.kind() {
             b'0' | 0 | b'7' if name.ends_with(b"/") => empty("directory").and_then(|()| self.sink.directory(&name)),
             b'0' | 0 | b'7' if extended.sparse.is_there() => self.pax_sparse(&name, header, extended, size),
@@ -81,7 +99,15 @@ impl Reading<'_, '_> {
         }
     }
 
+    /// Says of the next member that `stored` bytes of it come now.
+    fn place(&mut self, stored: u64, plain: bool) {
+        let bytes_at = self.input.position();
+        let padded = stored.checked_next_multiple_of(count(BLOCK_BYTES)).unwrap_or(stored);
+        self.sink.place(Span { bytes_at, end: bytes_at.saturating_add(padded), plain });
+    }
+
     fn file(&mut self, name: &[u8], header: &Header, size: u64) -> Result<()> {
+        self.place(size, true);
         self.sink.file(name, Some(size), header.executable())?;
         self.bytes(size)?;
         self.pad(size)
@@ -132,6 +158,7 @@ impl Reading<'_, '_> {
         if total != stored {
             return Err(bad());
         }
+        self.place(stored, false);
         self.sink.file(name, Some(size), header.executable())?;
         let mut at = 0;
         for (offset, length) in map.iter().copied().filter(|(_, length)| *length > 0) {

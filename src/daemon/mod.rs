@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 
 use crate::archive::Dictionaries;
+use crate::catalog::checkpoints::Record;
 use crate::control::caller::Roles;
 use crate::control::catalogue::Catalogue;
 use crate::control::tls::Certificates;
@@ -98,23 +99,20 @@ impl Instance {
         let (holder, secrets) = (inherited.holder.clone(), Arc::new(inherited.secrets()));
         let composed = async {
             let mut floors = compose(config, store, secrets.clone(), started, inherited).await?;
-            recover::recover(&floors, &holder, &secrets).await?;
+            let sent = recover::recover(&floors, &holder, &secrets).await?;
             // Whoever has a port of ours must not keep readers waiting.
             let serves = floors.attachments.sessions() > 0;
             let tcp = until_bound(serves, || listen_by_tcp(config)).await?;
             let (web, tokens) = until_bound(serves, || listen_for_transfers(config, &floors.store)).await?;
             floors.tokens = tokens;
+            let web = transfers(config, &floors, web, sent).await;
             Ok((floors, tcp, web))
         };
-        let (floors, tcp, web): (Floors, _, Option<TcpListener>) = composed.await.inspect_err(|_: &Error| {
+        let (floors, tcp, web): (Floors, _, _) = composed.await.inspect_err(|_: &Error| {
             if bound {
                 let _ = std::fs::remove_file(&socket);
             }
         })?;
-        let web = web.zip(floors.tokens.clone()).map(|(web, tokens)| {
-            let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
-            (web, Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle)))
-        });
         let listeners = Listeners { socket: listener, tcp };
         let (roles, lease_grace) = (config.roles.clone(), config.lease_grace);
         Ok(Self { floors, listeners, roles, socket, bound, web, holder, lease_grace })
@@ -218,6 +216,25 @@ async fn listen_for_transfers(config: &Config, store: &Store) -> Result<(Option<
     let key = blocking(move || disk.secret(TRANSFER_KEY)).await?;
     tracing::info!(url, "listening for HTTP on {bound}");
     Ok((Some(listener), Some(Arc::new(Tokens::new(key, url)))))
+}
+
+/// What takes uploads by `listener`, and goes on with those of a predecessor, which are of the records `sent`.
+async fn transfers(
+    config: &Config,
+    floors: &Floors,
+    listener: Option<TcpListener>,
+    sent: Vec<Record>,
+) -> Option<(TcpListener, Arc<Transfers>)> {
+    let (store, ingests) = (floors.store.clone(), floors.ingests.clone());
+    let Some((listener, tokens)) = listener.zip(floors.tokens.clone()) else {
+        for record in sent {
+            ingests.start_over(&record).await;
+        }
+        return None;
+    };
+    let transfers = Arc::new(Transfers::new(store, ingests, tokens, config.upload_idle));
+    transfers.await_senders(sent).await;
+    Some((listener, transfers))
 }
 
 async fn compose(

@@ -3,7 +3,7 @@
 //! | record | then |
 //! |---|---|
 //! | `removing` | the removal is finished: the record at once, its bytes in the background |
-//! | `new`, `filling` | the ingest begins again and resumes, with the secrets of its request where somebody has held them; an upload waits for its sender with what is durable of it, and is removed where that is told of none; one that somebody is to send by HTTP waits again, with nothing of what had arrived |
+//! | `new`, `filling` | the ingest begins again and resumes, with the secrets of its request where somebody has held them; an upload waits for its sender with what is durable of it, and is removed where that is told of none; one that is sent by HTTP is for [`http::transfer`](crate::http) to go on with |
 //! | `ready`, `failed`, `evicted` | nothing |
 //!
 //! Publishes were mended when the store was opened, what removals left is given back in the background; views are made again by `serve::attachments`.
@@ -19,14 +19,15 @@ use crate::error::Result;
 use crate::source::SourceKind;
 use crate::units::now_unix_ms;
 
-pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secrets>) -> Result<()> {
+/// Recovers; the records that somebody is to send by HTTP are returned as they are.
+pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secrets>) -> Result<Vec<Record>> {
     // A full disk takes no event, and who is to make room on it needs a daemon to ask.
     if let Err(error) = note_restart(floors, holder).await {
         tracing::warn!(error = %error.report(), "the restart could not be noted");
     }
     let records =
         floors.store.catalog().read(|tx| checkpoints::list(tx, &checkpoints::Seen::Everything, "", false)).await?;
-    let (mut uploads, mut filling) = (Vec::new(), Vec::new());
+    let (mut uploads, mut transfers, mut filling) = (Vec::new(), Vec::new(), Vec::new());
     for record in records {
         match record.state {
             State::Removing => finish_removal(floors, &record).await,
@@ -34,7 +35,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
                 uploads.push(record);
             }
             State::New | State::Filling if record.origin.kind == SourceKind::Local.as_str() => {
-                floors.ingests.start_over(&record).await;
+                transfers.push(record);
             }
             // What a job sees of it is what it goes on with.
             State::New | State::Filling if floors.ingests.is_shown(&record).await => {
@@ -57,7 +58,7 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
         finish_removal(floors, &record).await;
     }
     floors.finish_sweeping().await;
-    Ok(())
+    Ok(transfers)
 }
 
 /// Says in the events that and why there was a predecessor.

@@ -6,6 +6,7 @@
 //! catalog.db                   owned by the catalog
 //! transfer.key                 what tokens of local transfers are derived from, mode 0600
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
+//! filling/<flight>/0           what has come of an upload by HTTP and is not recorded yet
 //! filling/<flight>.ended-<m>/  what is about to be removed of one; as a flight that nobody needs, it goes at a start at the latest
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
@@ -28,6 +29,7 @@ mod read_ahead;
 mod scratch;
 mod secret;
 mod spread;
+mod tail;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -49,6 +51,7 @@ pub use extents::{FileId, SealedFile, clone_file};
 pub use occupancy::{Filesystem, Occupied};
 pub use scratch::Scratch;
 pub use secret::SECRET_BYTES;
+pub use tail::{TAIL_BYTES, TAIL_NUMBER, Tail, TailLeft};
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;

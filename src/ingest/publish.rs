@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::limits::{self, UNIT_BYTES};
 use crate::manifest::{Entry, EntryKind};
 use crate::names::EntryPath;
+use crate::source::Recorded;
 use crate::store::Sealing;
 use crate::store::filling::Filling;
 
@@ -64,10 +65,18 @@ pub(super) struct Publishing {
     small: JoinSet<Result<Entry>>,
     large: JoinSet<Result<Entry>>,
     sealed: Vec<Entry>,
+    /// Wants to hear of entries that are recorded.
+    recorded: Option<Arc<dyn Recorded>>,
 }
 
 impl Publishing {
-    pub(super) fn new(shared: &Arc<Shared>, flight: &str, progress: &Arc<Progress>) -> Self {
+    /// Files of `flight`; `recorded` is told of the entries that are recorded with them.
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        flight: &str,
+        progress: &Arc<Progress>,
+        recorded: Option<Arc<dyn Recorded>>,
+    ) -> Self {
         Self {
             shared: Arc::clone(shared),
             flight: flight.to_owned(),
@@ -78,6 +87,7 @@ impl Publishing {
             small: JoinSet::new(),
             large: JoinSet::new(),
             sealed: Vec::new(),
+            recorded,
         }
     }
 
@@ -143,7 +153,15 @@ impl Publishing {
 
     fn publish(&self, filled: Filled) -> impl Future<Output = Result<Entry>> + Send + 'static {
         let (shared, flight, progress) = (Arc::clone(&self.shared), self.flight.clone(), Arc::clone(&self.progress));
-        async move { publish(&shared, &flight, &progress, filled).await }
+        let recorded = self.recorded.clone();
+        async move {
+            let rows: Vec<_> = filled.sent.iter().map(|(position, _)| *position).collect();
+            let entry = publish(&shared, &flight, &progress, filled).await?;
+            if let Some(recorded) = recorded {
+                rows.into_iter().for_each(|position| recorded.whole(position));
+            }
+            Ok(entry)
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use super::tasks::{AtPause, draining, is_draining};
 use super::{Filled, Ingests, NOT_WANTED, Shared, plan, unpack};
 use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::{fills, quotas, uploads};
+use crate::disk::TAIL_NUMBER;
 use crate::error::{Error, Kind, Result};
 use crate::source::EntryStream;
 
@@ -92,7 +93,7 @@ impl Shared {
     async fn fill_from_sender(
         self: &Arc<Self>,
         record: &Record,
-        entries: Box<dyn EntryStream>,
+        mut entries: Box<dyn EntryStream>,
         announced: &Announced,
         progress: &Arc<Progress>,
     ) -> Result<Filled> {
@@ -101,13 +102,18 @@ impl Shared {
             None => self.set_filling(record).await?,
         }
         plan::check_limit(announced.bytes, self.settings.checkpoint_bytes)?;
+        let kept = announced.kept().cloned().unwrap_or_default();
+        let files = announced.kept().map(|kept| [kept.begun.as_slice(), &[TAIL_NUMBER]].concat());
+        self.store.disk().clear_flight(&record.id, &files.unwrap_or_default())?;
+        self.store.disk().begin_flight(&record.id)?;
+        // Before its turn: what is acknowledged meanwhile must not be lost.
+        entries.begin(self.store.disk(), &record.id).await;
         let closed = |_| Error::internal("the senders' slots are closed");
         let _slot = tokio::select! {
             slot = self.senders.acquire() => slot.map_err(closed)?,
             () = self.until_paused(), if announced.survives.is_some() => return Err(draining()),
         };
         let entries = unpack::Unpacked::new(self.clone(), &record.id, entries, announced.survives.is_some());
-        let kept = announced.kept().cloned().unwrap_or_default();
         let mut known_bytes = announced.bytes;
         if announced.kept().is_some() {
             let id = record.id.clone();
@@ -115,7 +121,6 @@ impl Shared {
             known_bytes = known_bytes.max(charge.map_or(0, |charge| charge.bytes));
         }
         self.note_streamed(record, known_bytes).await?;
-        self.store.disk().clear_flight(&record.id, &kept.begun)?;
         let here = kept.sealed_bytes.saturating_add(self.store.disk().occupied_by(&record.id)?);
         self.fill_from_entries(record, Box::new(entries), announced.bytes.saturating_sub(here), progress).await
     }

@@ -7,7 +7,7 @@
 //! came and what it is. The rows of directories and links wait for the next file's, and that is written in the transaction that seals the file or
 //! notes its durable units: so no row is before what it speaks of, and millions of entries cost no transaction of their own. What waits is sent on its way
 //! before a large file, which may take hours, and when the sender falls silent; and it is waited for where the daemon is drained. The next run is given
-//! what was recorded as the stream's beginning.
+//! what was recorded as the stream's beginning. A stream that keeps what is not recorded yet is told what is ([`Recorded`](crate::source::Recorded)).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -43,7 +43,8 @@ pub(super) async fn fill(
     progress: &Arc<Progress>,
 ) -> Result<(String, Manifest)> {
     let growth = Growth::new(shared, flight);
-    let taker = Taker { shared, flight, progress, growth: &growth };
+    let recorded = stream.recorded();
+    let taker = Taker { shared, flight, progress, growth: &growth, recorded: recorded.as_ref() };
     let mut taken = Taken::new(&taker, shared.rooms.none());
     let all = taken.take_all(&mut *stream).await;
     if all.as_ref().is_err_and(is_draining)
@@ -75,7 +76,8 @@ struct Taken<'a> {
 
 impl<'a> Taken<'a> {
     fn new(taker: &'a Taker<'a>, room: Room) -> Self {
-        let publishing = Publishing::new(taker.shared, taker.flight, taker.progress);
+        let recorded = taker.recorded.cloned();
+        let publishing = Publishing::new(taker.shared, taker.flight, taker.progress, recorded);
         Self { taker, room, entries: Vec::new(), links: Vec::new(), publishing, bytes: 0, unrecorded: Vec::new() }
     }
 
@@ -96,6 +98,7 @@ impl<'a> Taken<'a> {
                 }
                 What::SameAs(earlier) => {
                     self.links.push((listed.path, earlier));
+                    self.keep_row(row).await?;
                     continue;
                 }
                 What::File(file) => file,
@@ -166,6 +169,11 @@ impl<'a> Taken<'a> {
     /// Adds what has no bytes.
     async fn put(&mut self, path: EntryPath, kind: EntryKind, row: Option<uploads::Sent>) -> Result<()> {
         self.entries.push(Entry { path, kind });
+        self.keep_row(row).await
+    }
+
+    /// Keeps the row of what has no bytes until a file takes it along, or there are many.
+    async fn keep_row(&mut self, row: Option<uploads::Sent>) -> Result<()> {
         self.unrecorded.extend(row);
         if self.unrecorded.len() >= limits::PUBLISH_BATCH_FILES { self.record().await } else { Ok(()) }
     }
@@ -176,7 +184,10 @@ impl<'a> Taken<'a> {
             return Ok(());
         }
         let (flight, rows) = (self.taker.flight.to_owned(), std::mem::take(&mut self.unrecorded));
-        self.taker.shared.store.catalog().write(move |tx| uploads::put(tx, &flight, &rows)).await
+        let positions: Vec<_> = rows.iter().map(|(position, _)| *position).collect();
+        self.taker.shared.store.catalog().write(move |tx| uploads::put(tx, &flight, &rows)).await?;
+        positions.into_iter().for_each(|position| self.taker.is_recorded(position));
+        Ok(())
     }
 
     /// Waits until all that came whole is sealed and recorded.

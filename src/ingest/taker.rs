@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
 use crate::pieces::Whole;
-use crate::source::{Begun, EntryStream, Expected, File};
+use crate::source::{Begun, EntryStream, Expected, File, Recorded};
 use crate::store::filling::{Filling, UnitMap};
 
 /// Space that must be left before a file of unknown size grows by as much.
@@ -40,6 +40,8 @@ pub(super) struct Taker<'a> {
     pub(super) flight: &'a str,
     pub(super) progress: &'a Arc<Progress>,
     pub(super) growth: &'a Growth,
+    /// Wants to hear of entries that are recorded.
+    pub(super) recorded: Option<&'a Arc<dyn Recorded>>,
 }
 
 /// Where a file is bound for.
@@ -54,6 +56,13 @@ pub(super) struct Bound {
 }
 
 impl Taker<'_> {
+    /// Tells who wants to hear it that an entry is recorded.
+    pub(super) fn is_recorded(&self, position: u64) {
+        if let Some(recorded) = self.recorded {
+            recorded.whole(position);
+        }
+    }
+
     /// Takes one file; `before` bytes came before it. Rows of entries that are to be written with it are taken from `unrecorded`, its own
     /// is added to them once it may be written.
     ///
@@ -145,8 +154,9 @@ impl Taker<'_> {
             let filled =
                 if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
             // Now: the sealer may be at what an earlier run brought for long.
+            // Whole is as good as sealed: what comes behind it need not wait for that.
             if is_recorded
-                && filled.as_ref().is_err_and(is_draining)
+                && filled.as_ref().map_or_else(is_draining, |()| self.recorded.is_some())
                 && let Err(error) = recorder.record().await
             {
                 tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
@@ -301,12 +311,23 @@ impl Recorder<'_> {
         let (flight, path, number) = (self.taker.flight.to_owned(), self.bound.path.clone(), self.bound.number);
         // Kept until they are written: this may be given up at any moment.
         let rows = self.unrecorded.clone();
+        let (size, bytes) = (units.size(), units.frontier_bytes());
         let record = move |tx: &rusqlite::Connection| {
             fills::set_units(tx, &flight, path.as_bytes(), number, units.size(), &units.to_bytes())?;
             uploads::put(tx, &flight, &rows)
         };
         self.taker.shared.store.catalog().write(record).await?;
-        self.unrecorded.clear();
+        let own = self.bound.row.as_ref().map(|(position, _)| *position);
+        for (position, _) in std::mem::take(self.unrecorded) {
+            if Some(position) != own {
+                self.taker.is_recorded(position);
+            }
+        }
+        match own.zip(self.taker.recorded) {
+            Some((position, recorded)) if bytes < size => recorded.begun(position, bytes),
+            Some((position, recorded)) => recorded.whole(position),
+            None => {}
+        }
         Ok(())
     }
 }

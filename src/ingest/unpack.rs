@@ -28,7 +28,7 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::names::EntryName;
-use crate::source::{Begun, EntryStream, Expected, File, Listed, Verifier, What, listed_member};
+use crate::source::{Begun, EntryStream, Expected, File, Listed, Recorded, Verifier, What, listed_member};
 
 /// Bytes read back from the spool at a time.
 const READ_BYTES: u64 = 1 << 20;
@@ -92,6 +92,7 @@ impl Unpacked {
         let Some(first) = self.sent.next_entry().await? else { return Ok(None) };
         let Some((about, size)) = self.archive(&first) else { return Ok(Some(first)) };
         self.unpacks = true;
+        self.sent.is_not_recorded();
         let dictionaries = self.shared.settings.dictionaries.clone();
         if about.format != Format::Zip && self.sent.is_alone() {
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
@@ -265,6 +266,10 @@ impl EntryStream for Unpacked {
 
     fn to_record(&self) -> Option<(u64, Vec<u8>)> {
         self.sent.to_record().filter(|_| !self.unpacks)
+    }
+
+    fn recorded(&self) -> Option<Arc<dyn Recorded>> {
+        self.sent.recorded()
     }
 
     fn revision(&self, tree: &Manifest) -> String {

@@ -48,6 +48,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 
 use crate::digest::Digest;
+use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::names::EntryPath;
@@ -242,10 +243,21 @@ pub trait EntryStream: Send {
     }
 
     /// The present entry as it is to be recorded, so that a later run of the daemon can go on behind it: its position from 0 on, and itself in
-    /// the sender's terms. `None` where none can, and where it is recorded.
+    /// the sender's terms. `None` where none can; where it is recorded, it may be given again.
     fn to_record(&self) -> Option<(u64, Vec<u8>)> {
         None
     }
+
+    /// Who wants to hear how far entries are recorded.
+    fn recorded(&self) -> Option<Arc<dyn Recorded>> {
+        None
+    }
+
+    /// Said before the first entry is asked for, when the directory `flight` of the disk is there.
+    async fn begin(&mut self, _disk: &Arc<Disk>, _flight: &str) {}
+
+    /// Said once it is clear that nothing that comes will be recorded.
+    fn is_not_recorded(&mut self) {}
 
     /// The revision, known once [`EntryStream::next_entry`] gave `None`; for streams usually a digest of what was sent. `tree` is what came of it.
     fn revision(&self, tree: &Manifest) -> String;
@@ -269,6 +281,26 @@ pub struct Begun {
     pub number: u64,
     /// How many bytes of its beginning are durable: whole fill units, or all.
     pub bytes: u64,
+}
+
+/// How much of an entry is here that an earlier run of the daemon has recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Here {
+    /// Nothing but, perhaps, that it came.
+    No,
+    /// Some of a file, from its beginning.
+    Begun(Begun),
+    /// All of a file: size and digest.
+    Sealed(u64, Digest),
+}
+
+/// Hears how far the entries of a stream are recorded, each by its position ([`EntryStream::to_record`]).
+pub trait Recorded: Send + Sync {
+    /// All of it is.
+    fn whole(&self, position: u64);
+
+    /// So many bytes of a file are, from its beginning.
+    fn begun(&self, position: u64, bytes: u64);
 }
 
 /// Begins a revision that equals no other: nobody vouches for the bytes.

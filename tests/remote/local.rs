@@ -1,8 +1,8 @@
 //! Checkpoints that somebody sends by the transfer protocol: with the platform's own SDK, and with requests that it never makes.
 
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -140,37 +140,154 @@ fn a_record_says_how_much_has_been_sent() {
 }
 
 #[test]
-fn an_upload_that_is_left_expires_and_one_that_is_killed_begins_anew() {
-    let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "3")]);
+fn an_upload_that_is_left_expires() {
+    let daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "3")]);
     run(&mut client("half", &create(&daemon, "left", &[]))).ok();
     wait_until("the upload expires", Duration::from_secs(20), || {
         daemon.ctl(&["events"]).ok().stdout.contains("UPLOAD_EXPIRED")
     });
+    daemon.wait_empty("filling");
     run(&mut client("go-on", &daemon.json(&["get", "left"])["transfer"])).ok();
-    run(&mut client("half", &create(&daemon, "killed", &[]))).ok();
-    let token = daemon.json(&["get", "killed"])["transfer"]["token"].clone();
-    daemon.kill9();
-    daemon.restart();
-    let transfer = daemon.json(&["get", "killed"])["transfer"].clone();
-    assert_eq!(transfer["token"], token);
-    run(&mut client("go-on", &transfer)).ok();
-    assert_eq!(daemon.json(&["get", "killed"])["state"], "ready");
 }
 
 #[test]
-fn the_sdk_is_told_of_a_kill_and_sends_it_again() {
-    // The same after the kill, so that its client finds another daemon there.
+fn an_upload_that_is_killed_in_its_middle_goes_on_and_is_forgotten_where_nobody_does() {
+    let mut daemon = Daemon::start_with(&[ANY_PORT, ("CKPTD_HTTP__UPLOAD_IDLE_S", "5")]);
+    run(&mut client("half", &create(&daemon, "k", &[]))).ok();
+    run(&mut client("half", &create(&daemon, "left", &[]))).ok();
+    let token = daemon.json(&["get", "k"])["transfer"]["token"].clone();
+    daemon.kill9();
+    daemon.restart();
+    let transfer = daemon.json(&["get", "k"])["transfer"].clone();
+    assert_eq!(transfer["token"], token);
+    run(&mut client("rest", &transfer)).ok();
+    assert_eq!(fs::read(daemon.attach("job", "k").join("a")).unwrap(), vec![b'a'; 300_000]);
+    wait_until("the other expires", Duration::from_secs(20), || {
+        daemon.ctl(&["events"]).ok().stdout.contains("UPLOAD_EXPIRED")
+    });
+    daemon.wait_empty("filling");
+    assert_eq!(daemon.json(&["get", "left"])["state"], "filling", "it waits for another upload");
+}
+
+#[test]
+fn what_was_all_sent_before_a_kill_ends_after_it() {
+    let mut daemon = Daemon::start_with(&[ANY_PORT]);
+    let digest = run(&mut client("all-but-the-end", &create(&daemon, "k", &[]))).ok().stdout;
+    for _ in 0..3 {
+        daemon.kill9();
+        daemon.restart();
+    }
+    run(client("the-end", &daemon.json(&["get", "k"])["transfer"]).arg(digest.trim())).ok();
+    let job = daemon.attach("job", "k");
+    for number in 0..40 {
+        assert_eq!(fs::read_to_string(job.join(format!("f{number}"))).unwrap(), number.to_string().repeat(50_000));
+    }
+}
+
+#[test]
+fn what_was_kept_in_another_boot_or_is_damaged_is_not_gone_on_with() {
+    let mut daemon = Daemon::start_with(&[ANY_PORT]);
+    run(&mut client("half", &create(&daemon, "k", &[]))).ok();
+    let id = daemon.json(&["get", "k"])["id"].as_str().unwrap().to_owned();
+    daemon.kill9();
+    let kept = daemon.state().join("filling").join(id).join("0");
+    let mut bytes = fs::read(&kept).unwrap();
+    bytes[50] ^= 1;
+    fs::write(&kept, bytes).unwrap();
+    daemon.restart();
+    daemon.wait_empty("filling");
+    run(&mut client("go-on", &daemon.json(&["get", "k"])["transfer"])).ok();
+    assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
+}
+
+/// What the SDK sends while the daemon is ended again and again: once its client has seen another `step` bytes arrive, `end` ends it and begins another.
+fn assert_sent_despite(step: u64, path: fn(&Path) -> PathBuf, end: fn(&mut Daemon)) {
+    // The same port after each, so that its client finds another daemon there.
     let port = free_port().to_string();
     let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &port)]);
     let tree = daemon.place().dir("tree");
-    (0..8).for_each(|number| random_file(&tree.join(format!("{number}.bin")), number, 24 << 20));
-    let mut sending = client("sdk", &create(&daemon, "k", &[])).arg(&tree).stderr(Stdio::null()).spawn().unwrap();
-    wait_until("some of it is here", Duration::from_secs(60), || daemon.bytes_done("k") > 8 << 20);
+    (0..3).for_each(|number| random_file(&tree.join(format!("{number}.bin")), number, (40 << 20) + number));
+    fs::create_dir_all(tree.join("small/empty")).unwrap();
+    (0..3000).for_each(|number| fs::write(tree.join(format!("small/{number}")), format!("{number}")).unwrap());
+    (0..40).for_each(|number| random_file(&tree.join(format!("small/m{number}")), 100 + number, 1 << 20));
+    fs::hard_link(tree.join("0.bin"), tree.join("same")).unwrap();
+    symlink("0.bin", tree.join("link")).unwrap();
+    let sent = path(&tree);
+    let mut sending = client("sdk", &create(&daemon, "k", &[])).arg(&sent).stderr(Stdio::inherit()).spawn().unwrap();
+    let (mut ends, mut most) = (0, 0);
+    loop {
+        // All of it is more than any figure.
+        wait_until("more of it is here", Duration::from_secs(120), || daemon.bytes_done("k") > most + step);
+        most = daemon.bytes_done("k");
+        if most == u64::MAX {
+            break;
+        }
+        end(&mut daemon);
+        ends += 1;
+    }
+    assert!(ends >= 2, "it was sent too quickly: {ends}");
+    assert_eq!(wait_for(&mut sending, Duration::from_secs(60)), Some(0), "its client was told that it failed");
+    let expected = if sent == tree { tree } else { daemon.place().dir("one") };
+    if sent != expected {
+        fs::hard_link(&sent, expected.join("0.bin")).unwrap();
+    }
+    assert_mounted(&expected, &daemon.attach("job", "k"));
+    let events = daemon.ctl(&["events"]).ok().stdout;
+    assert!(!events.contains("UPLOAD_REPLACED") && !events.contains("UPLOAD_EXPIRED"), "{events}");
+    daemon.wait_empty("filling");
+}
+
+fn kill(daemon: &mut Daemon) {
     daemon.kill9();
     daemon.restart();
+}
+
+#[test]
+fn the_sdk_sends_a_tree_while_the_daemon_is_killed_and_does_not_notice() {
+    assert_sent_despite(25 << 20, Path::to_path_buf, kill);
+}
+
+#[test]
+fn the_sdk_sends_one_file_while_the_daemon_is_killed_and_does_not_notice() {
+    assert_sent_despite(9 << 20, |tree| tree.join("0.bin"), kill);
+}
+
+#[test]
+fn the_sdk_sends_a_tree_while_the_daemon_is_drained_and_begun_again() {
+    assert_sent_despite(60 << 20, Path::to_path_buf, |daemon| {
+        daemon.ctl(&["drain"]).ok();
+        daemon.stop();
+        daemon.restart();
+    });
+}
+
+/// What the daemon has of a file without a name, in which it keeps an archive until all of it is there.
+fn spooled_bytes(daemon: &Daemon) -> u64 {
+    let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().flatten();
+    let is_spool = |path: &PathBuf| {
+        fs::read_link(path).is_ok_and(|to| {
+            to.starts_with(daemon.state().join("filling")) && to.to_string_lossy().ends_with(" (deleted)")
+        })
+    };
+    let blocks = |path: PathBuf| fs::metadata(path).map_or(0, |metadata| metadata.blocks());
+    open.map(|entry| entry.path()).filter(is_spool).map(blocks).sum::<u64>() * 512
+}
+
+#[test]
+fn one_archive_that_is_sent_as_a_file_begins_anew_after_a_kill() {
+    let port = free_port().to_string();
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &port)]);
+    let (tree, packed) = (daemon.place().dir("tree"), daemon.place().dir("packed"));
+    (0..8).for_each(|number| random_file(&tree.join(format!("{number}.bin")), number, 24 << 20));
+    let archive = packed.join("tree.tar");
+    shell("tar -cf \"$2\" -C \"$1\" .", &[&tree, &archive]).ok();
+    let transfer = create(&daemon, "k", &[]);
+    let mut sending = client("sdk", &transfer).arg(&archive).stderr(Stdio::null()).spawn().unwrap();
+    wait_until("some of it is here", Duration::from_secs(60), || spooled_bytes(&daemon) > 8 << 20);
+    kill(&mut daemon);
     assert_ne!(wait_for(&mut sending, Duration::from_secs(60)), Some(0), "it was sent before the daemon was killed");
     assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
-    run(client("sdk", &daemon.json(&["get", "k"])["transfer"]).arg(&tree)).ok();
+    run(client("sdk", &daemon.json(&["get", "k"])["transfer"]).arg(&archive)).ok();
     daemon.wait_state("k", "ready", Duration::from_secs(30));
     assert_mounted(&tree, &daemon.attach("job", "k"));
 }
@@ -226,12 +343,10 @@ fn a_drained_daemon_takes_no_uploads_and_its_successor_does() {
     let mut daemon = Daemon::start_with(&[ANY_PORT]);
     run(&mut client("half", &create(&daemon, "k", &[]))).ok();
     daemon.ctl(&["drain"]).ok();
-    daemon.wait_empty("filling");
     run(&mut client("drained", &daemon.json(&["get", "k"])["transfer"])).ok();
-    assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for another upload");
-    daemon.wait_empty("filling");
+    assert_eq!(daemon.json(&["get", "k"])["state"], "filling", "it waits for its sender");
     daemon.stop();
     daemon.restart();
-    run(&mut client("go-on", &daemon.json(&["get", "k"])["transfer"])).ok();
+    run(&mut client("rest", &daemon.json(&["get", "k"])["transfer"])).ok();
     assert_eq!(daemon.json(&["get", "k"])["state"], "ready");
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::manifest::Manifest;
 use crate::names::EntryPath;
-use crate::source::{Begun, EntryStream, File, Listed, What};
+use crate::source::{Begun, EntryStream, File, Here, Listed, What};
 
 /// The first message of a call.
 pub(super) async fn first(messages: &mut Messages) -> Result<Option<Message>> {
@@ -51,17 +51,6 @@ pub(super) struct Sent {
     listed_bytes: usize,
     /// Whether it is one file that is to be extracted if it is an archive.
     one_file: bool,
-}
-
-/// How much of an entry is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Here {
-    /// Nothing but, perhaps, that it came.
-    No,
-    /// Some of a file, from its beginning.
-    Begun(Begun),
-    /// All of a file: size and digest.
-    Sealed(u64, Digest),
 }
 
 #[async_trait]

@@ -21,22 +21,29 @@
 //! # One upload at a time
 //! Bytes are taken in order. A new `Upload-Id` whose first piece begins at 0 takes the place of whatever was under way: the person
 //! who starts again must not wait for what was interrupted, and the interrupted client is told so if it is still there (410). So does the
-//! id `default` when it begins at 0 again. Any other piece of an unknown upload is 410: it was interrupted (a restart of the daemon, an
-//! expiry) and cannot go on. A wrong digest at `/finalize` is 422 and changes nothing: the right one may follow, or a new upload.
+//! id `default` when it begins at 0 again. Any other piece of an unknown upload is 410: it was interrupted (an expiry, a restart of the host)
+//! and cannot go on. A wrong digest at `/finalize` is 422 and changes nothing: the right one may follow, or a new upload.
 //!
 //! An upload without a byte for `http.upload_idle_s` is dropped: its bytes go, the record waits on. A body that stops coming is given up sooner
 //! (503); of a first piece that does nothing is left, for an upload begins with a whole piece. An archive that breaks the rules, or a
 //! full disk, fails the record; then every request gets its sentence until the record is retried.
 //!
-//! # Draining
-//! A daemon that is drained takes no new upload (503: the client tries until there is another daemon). One that is under way ends with a
-//! sentence (410) and the record waits for another, unless all of it was here; then it becomes ready.
+//! # Surviving
+//! A daemon that is killed, drained or replaced by a newer one goes on with every upload where its client was told that it stood: what was
+//! acknowledged is in the upload's tail ([`Tail`](crate::disk::Tail)) or recorded ([`left`]). The client notices a broken connection, asks again, and goes on.
+//! A daemon that is drained takes no piece any more (503: the client tries until there is another daemon), and `/finalize` is left without an answer; what was
+//! all here becomes ready still, or with the next daemon.
+//!
+//! Two things do not survive, and their clients are told to start again (410): what came before the host was restarted, and one archive that is sent as
+//! a file to be taken apart.
 //!
 //! # Cost
-//! A piece costs one keyed hash, one look-up in memory and one queue: no row is read, no thread is changed, and the bytes are not
-//! copied between the socket's buffer and the reader of the tar, unless they come in small runs. Of one checkpoint two bodies at most are in memory ([`places`]).
+//! A piece costs one keyed hash, one look-up in memory, one queue, and one thread that writes it to the page cache once more, for the tail: no row is read, and the
+//! bytes are not copied otherwise between the socket's buffer and the reader of the tar, unless they come in small runs. Of one checkpoint two bodies at
+//! most are in memory ([`places`]).
 
 mod chunk;
+mod left;
 mod places;
 mod refusal;
 mod upload;

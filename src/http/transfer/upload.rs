@@ -1,10 +1,11 @@
 //! One upload: where it is, who hands pieces over, and how it ends.
 //!
-//! Its position is under a mutex that is never held over an await. A piece is handed over in two steps: room is waited for, then, under
-//! the mutex, the offset is compared, the piece put and the position moved. So of two requests with the same piece one is taken, and a
-//! request that is dropped while it waits has changed nothing.
+//! Its position is under a mutex that is never held over an await. A piece is handed over in three steps: room is waited for; it is kept for a later
+//! run of the daemon, on a thread that ends whatever becomes of the request; and, under the mutex, it is put and the position moved. While one is kept
+//! no other is taken. So of two requests with the same piece one is taken, a request that is dropped while it waits for room has changed nothing, and
+//! what its sender was told of is found again after a kill.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -14,7 +15,7 @@ use super::chunk::{Body, DEFAULT_ID, Range};
 use super::refusal::Refusal;
 use crate::error::{Error, Result};
 use crate::ingest::Ending;
-use crate::source::local::{Feed, StreamDigest};
+use crate::source::local::{Feed, Room, StreamDigest};
 
 /// How long a piece waits for room: half of what the client waits for an answer. Then it is asked to come again.
 pub(super) const ROOM_PATIENCE: Duration = Duration::from_secs(300);
@@ -39,6 +40,10 @@ struct Position {
     touched: Instant,
     /// Requests that wait for room.
     waiting: u32,
+    /// Whether a piece is being kept.
+    keeping: bool,
+    /// It is for the next run of the daemon to go on with.
+    held: bool,
     /// The digest stated at the end was another: a new upload of the same id may begin.
     wrong: bool,
     /// All is sent; the digest that it has.
@@ -59,9 +64,27 @@ impl Drop for Waiting<'_> {
 }
 
 impl Upload {
+    /// One that begins.
     pub(super) fn new(id: &str, took_place_of: String, created_ms: i64, feed: Feed) -> Self {
-        let position =
-            Position { expected: 0, touched: Instant::now(), waiting: 0, wrong: false, ended: None, closed: None };
+        Self::at(0, id, took_place_of, created_ms, feed)
+    }
+
+    /// One that an earlier run of the daemon had under way, whose next piece begins at `expected`.
+    pub(super) fn left(id: &str, created_ms: i64, feed: Feed, expected: u64) -> Self {
+        Self::at(expected, id, String::new(), created_ms, feed)
+    }
+
+    fn at(expected: u64, id: &str, took_place_of: String, created_ms: i64, feed: Feed) -> Self {
+        let position = Position {
+            expected,
+            touched: Instant::now(),
+            waiting: 0,
+            keeping: false,
+            held: false,
+            wrong: false,
+            ended: None,
+            closed: None,
+        };
         Self {
             id: id.to_owned(),
             took_place_of,
@@ -100,30 +123,68 @@ impl Upload {
     }
 
     /// Takes a piece; where the next one begins.
-    pub(super) async fn take(&self, range: Range, piece: Body) -> Result<u64, Refusal> {
-        self.check(range)?;
+    pub(super) async fn take(self: &Arc<Self>, range: Range, piece: Body) -> Result<u64, Refusal> {
+        self.lock().admits(range)?;
         self.lock().waiting += 1;
         let waiting = Waiting(self);
-        let Ok(room) = tokio::time::timeout(ROOM_PATIENCE, self.feed.room(range.length())).await else {
+        let Ok(room) = tokio::time::timeout(ROOM_PATIENCE, self.feed.room(range.start, range.length())).await else {
             return Err(Refusal::Busy("the store is slower than the network"));
         };
         drop(waiting);
         let Some(room) = room else { return Err(self.why_over().await) };
-        let mut position = self.lock();
-        position.admits(range)?;
-        room.put(piece.0);
-        position.expected = range.end;
-        Ok(range.end)
+        if !room.is_to_be_kept() {
+            return self.put(range, room, piece);
+        }
+        let keeping = Keeping::begin(self, range)?;
+        let kept = tokio::task::spawn_blocking(move || {
+            room.keep(&piece.0, range.start);
+            keeping.put(range, room, piece)
+        });
+        let bug = |error| Refusal::Failed(Error::internal("keeping a piece ended early").because(error));
+        kept.await.map_err(bug)?
     }
 
-    fn check(&self, range: Range) -> Result<(), Refusal> {
-        self.lock().admits(range)
+    fn put(&self, range: Range, room: Room, piece: Body) -> Result<u64, Refusal> {
+        self.lock().take(range, room, piece)
+    }
+
+    /// Leaves it to the next run of the daemon, if that can go on with it: whoever sends it asks again until there is one. What is here wholly is
+    /// sealed meanwhile. Whether it is left.
+    pub(super) fn hold(&self, why: Error) -> bool {
+        if !self.feed.survives() {
+            return false;
+        }
+        let mut position = self.lock();
+        position.held = true;
+        if position.ended.is_none() {
+            self.feed.leave(why);
+        }
+        true
+    }
+
+    /// Whether it is left to the next run of the daemon.
+    pub(super) fn is_held(&self) -> bool {
+        self.lock().held
+    }
+
+    /// Ends one of which an earlier run of the daemon had been told that all had come, with the digest that it has.
+    pub(super) async fn end_again(&self) {
+        let Some(found) = self.feed.digest().await else { return };
+        let expected = {
+            let mut position = self.lock();
+            position.ended = Some(found);
+            position.expected
+        };
+        self.feed.end(expected).await;
     }
 
     /// Says that all is sent and has `digest`; repeating it does nothing.
     pub(super) async fn end(&self, digest: StreamDigest) -> Result<(), Refusal> {
         let (expected, ended) = {
             let position = self.lock();
+            if position.held && position.ended.is_none() {
+                return Err(held());
+            }
             (position.expected, position.ended)
         };
         if let Some(ended) = ended {
@@ -132,8 +193,11 @@ impl Upload {
         let Some(found) = self.feed.digest().await else { return Err(self.why_over().await) };
         {
             let mut position = self.lock();
-            if position.expected != expected {
+            if position.expected != expected || position.keeping {
                 return Err(Refusal::Malformed("a piece was sent while the upload was being ended"));
+            }
+            if position.held {
+                return Err(held());
             }
             if let Some(why) = position.closed {
                 return Err(Refusal::Gone(why.to_owned()));
@@ -145,7 +209,7 @@ impl Upload {
             }
             position.ended = Some(found);
         }
-        self.feed.end().await;
+        self.feed.end(expected).await;
         Ok(())
     }
 
@@ -177,7 +241,7 @@ impl Upload {
                 () = tokio::time::sleep_until(until) => {}
             }
             let mut position = self.lock();
-            if position.ended.is_some() || position.waiting > 0 {
+            if position.ended.is_some() || position.waiting > 0 || position.held {
                 position.touched = Instant::now();
             } else if position.touched + idle <= Instant::now() {
                 position.closed = Some("the upload was silent for too long and was dropped; start it again");
@@ -193,6 +257,9 @@ impl Upload {
 
     /// Why nobody reads what is sent.
     async fn why_over(&self) -> Refusal {
+        if self.is_held() {
+            return held();
+        }
         if let Some(why) = self.lock().closed {
             return Refusal::Gone(why.to_owned());
         }
@@ -208,17 +275,60 @@ impl Upload {
     }
 }
 
+/// A piece is being kept; no other is taken meanwhile.
+struct Keeping(Option<Arc<Upload>>);
+
+impl Keeping {
+    fn begin(upload: &Arc<Upload>, range: Range) -> Result<Self, Refusal> {
+        let mut position = upload.lock();
+        position.admits(range)?;
+        position.keeping = true;
+        Ok(Self(Some(Arc::clone(upload))))
+    }
+
+    /// Puts the piece, which is kept.
+    fn put(mut self, range: Range, room: Room, piece: Body) -> Result<u64, Refusal> {
+        let Some(upload) = self.0.take() else { return Err(Error::internal("a piece is put twice").into()) };
+        let mut position = upload.lock();
+        position.keeping = false;
+        position.take(range, room, piece)
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        if let Some(upload) = &self.0 {
+            upload.lock().keeping = false;
+        }
+    }
+}
+
+fn held() -> Refusal {
+    Refusal::Busy("ckptd is being drained and goes on with this upload when it has been restarted")
+}
+
 impl Position {
+    /// Takes the next piece; where the one behind it begins.
+    fn take(&mut self, range: Range, room: Room, piece: Body) -> Result<u64, Refusal> {
+        self.admits(range)?;
+        room.put(piece.0);
+        self.expected = range.end;
+        Ok(range.end)
+    }
+
     /// Whether a piece of `range` is the next.
     fn admits(&mut self, range: Range) -> Result<(), Refusal> {
         self.touched = Instant::now();
+        if self.held {
+            return Err(held());
+        }
         if let Some(why) = self.closed {
             return Err(Refusal::Gone(why.to_owned()));
         }
         if self.ended.is_some() {
             return Err(Refusal::Gone("everything was sent already".to_owned()));
         }
-        if range.start != self.expected {
+        if range.start != self.expected || self.keeping {
             return Err(Refusal::Expected(self.expected));
         }
         Ok(())

@@ -2,7 +2,7 @@
 //!
 //! Each upload has one task from its first piece to its end: it waits until the one before has gone, fills, and when the upload is
 //! given up or silent sees to it that nothing is left of it and the record waits again. The catalog is asked only when an upload begins or
-//! is not known. After a restart none is known; records wait, and what had arrived is gone.
+//! is not known. What a dead daemon had under way goes on ([`left`](super::left)).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use super::upload::{ROOM_PATIENCE, Upload};
 use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Kind, Result};
-use crate::ingest::{Announced, Ingests, draining};
+use crate::ingest::{Announced, Ingests, Kept, Survives, draining};
 use crate::source::SourceKind;
 use crate::source::local::{self, Bearer, SentTar, StreamDigest, Tokens};
 use crate::store::Store;
@@ -27,10 +27,13 @@ const UPLOADS: usize = 4 * crate::limits::SENDERS_AT_A_TIME;
 /// How long the end of filling is waited for: the client waits 600 s.
 const FINALIZE_PATIENCE: Duration = Duration::from_secs(540);
 
+/// Why nothing is begun by a daemon that is drained.
+const DRAINED: &str = "ckptd is being drained and takes no uploads until it has been restarted";
+
 /// See the module's page.
 pub struct Transfers {
-    store: Store,
-    ingests: Ingests,
+    pub(super) store: Store,
+    pub(super) ingests: Ingests,
     tokens: Arc<Tokens>,
     idle: Duration,
     open: Mutex<HashMap<String, Arc<Upload>>>,
@@ -113,11 +116,16 @@ impl Transfers {
             return self.finalized_before(bearer, digest).await;
         };
         let ending = async {
-            upload.end(digest).await?;
+            match upload.end(digest).await {
+                // Any answer but that it is done would be final to the client; to a connection that ends it comes back, and finds the next daemon.
+                Err(Refusal::Busy(_)) => std::future::pending().await,
+                ended => ended?,
+            }
             upload.ending().concluded().await.map_err(Refusal::from)
         };
         match tokio::time::timeout(FINALIZE_PATIENCE, ending).await {
             Ok(ended) => ended.map(|()| Finalized::Ready),
+            Err(_) if upload.is_held() => Err(Refusal::Busy(DRAINED)),
             Err(_) => Ok(Finalized::Filling),
         }
     }
@@ -142,10 +150,9 @@ impl Transfers {
     ) -> Result<Arc<Upload>, Refusal> {
         let record = self.awaited(bearer).await?;
         if self.ingests.is_paused() {
-            return Err(Refusal::Busy("ckptd is being drained and takes no uploads until it has been restarted"));
+            return Err(Refusal::Busy(DRAINED));
         }
-        let extract = record.origin.options.get("extract").is_none_or(|value| value != "false");
-        let (feed, entries) = local::stream(extract)?;
+        let (feed, entries) = local::stream(about(&record, id), extracts(&record))?;
         let before = present.as_ref().map(|upload| upload.id().to_owned()).filter(|before| before != id);
         let upload = Arc::new(Upload::new(id, before.unwrap_or_default(), bearer.created_ms, feed));
         {
@@ -163,8 +170,16 @@ impl Transfers {
             }
             open.insert(record.id.clone(), Arc::clone(&upload));
         }
-        tokio::spawn(Arc::clone(self).follow(Arc::clone(&upload), record, entries, present));
+        tokio::spawn(Arc::clone(self).follow(Arc::clone(&upload), record, entries, None, present));
         Ok(upload)
+    }
+
+    /// Takes up one that an earlier run of the daemon had under way.
+    pub(super) fn go_on(self: &Arc<Self>, record: Record, upload: Upload, entries: SentTar, kept: Kept) -> Arc<Upload> {
+        let upload = Arc::new(upload);
+        self.lock().insert(record.id.clone(), Arc::clone(&upload));
+        tokio::spawn(Arc::clone(self).follow(Arc::clone(&upload), record, entries, Some(kept), None));
+        upload
     }
 
     /// The life of an upload.
@@ -173,6 +188,7 @@ impl Transfers {
         upload: Arc<Upload>,
         record: Record,
         entries: SentTar,
+        kept: Option<Kept>,
         before: Option<Arc<Upload>>,
     ) {
         if let Some(before) = before {
@@ -180,9 +196,10 @@ impl Transfers {
             let _ = before.ending().concluded().await;
             self.note("UPLOAD_REPLACED", &record, "a new upload took the place of one that was under way").await;
         }
-        tracing::info!(checkpoint = record.id, "an upload begins");
+        tracing::info!(checkpoint = record.id, goes_on = kept.is_some(), "an upload begins");
+        let survives = Some(Survives { one_file: extracts(&record), kept });
         let outcome = tokio::select! {
-            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), Announced::default()) => outcome,
+            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), Announced { bytes: 0, survives }) => outcome,
             silent = upload.abandoned(self.idle) => {
                 self.ingests.start_over(&record).await;
                 if silent {
@@ -197,13 +214,20 @@ impl Transfers {
                 Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
             }
         };
+        if outcome.is_err() && upload.is_held() {
+            // Whoever sends it asks again until the next daemon is there.
+            return;
+        }
         self.forget(&record.id, &upload);
         upload.ending().conclude(outcome);
     }
 
-    /// Resolves when the daemon is drained before all of `upload` is here; then it takes nothing any more.
+    /// Resolves when the daemon is drained before all of `upload` is here, and no other can go on with it; then it takes nothing any more.
     async fn drained(&self, upload: &Upload) {
         self.ingests.until_paused().await;
+        if upload.hold(draining()) {
+            std::future::pending::<()>().await;
+        }
         if !upload.close("ckptd is being drained: start the upload again when it has been restarted") {
             // What is here is sealed.
             std::future::pending::<()>().await;
@@ -250,6 +274,22 @@ impl Transfers {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Upload>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether one archive that is sent as a file is to be taken apart.
+pub(super) fn extracts(record: &Record) -> bool {
+    record.origin.options.get("extract").is_none_or(|value| value != "false")
+}
+
+/// Which upload of which record this is, for whoever finds what is kept of it.
+fn about(record: &Record, id: &str) -> Vec<u8> {
+    [record.created_ms.to_le_bytes().as_slice(), id.as_bytes()].concat()
+}
+
+/// The id of the upload that [`about`] is of, if it is of this record.
+pub(super) fn id_of(record: &Record, about: &[u8]) -> Option<String> {
+    let id = about.strip_prefix(record.created_ms.to_le_bytes().as_slice())?;
+    String::from_utf8(id.to_vec()).ok()
 }
 
 fn waits(record: &Record) -> Result<(), Refusal> {

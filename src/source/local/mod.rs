@@ -5,11 +5,17 @@
 //! takes entries ([`stream`]). The protocol is spoken by `http::transfer`.
 
 mod beginning;
+mod incoming;
+mod row;
 mod sent;
+mod settling;
 mod token;
 
-pub use sent::{Feed, PIECE_BYTES, Room, SentTar, StreamDigest, stream};
+pub use sent::{Feed, Left, PIECE_BYTES, Room, SentTar, go_on, recorded_member, stream};
 pub use token::{Bearer, Tokens};
+
+/// SHA-512 of a stream.
+pub type StreamDigest = [u8; 64];
 
 /// The revision of what was sent, by the SHA-512 of its tar.
 pub fn revision(digest: &StreamDigest) -> String {

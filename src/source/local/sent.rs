@@ -2,26 +2,30 @@
 //!
 //! ```text
 //! request -> Room::put -> [ at most QUEUE_BYTES ] -> thread that reads the tar -> SentTar -> ingest
+//!              \-> tail of the upload, before its sender is told                     <- Recorded -/
 //! ```
-//! A request waits for room and then puts its whole piece at once: a piece is taken or it is not, whatever becomes of the request. The
-//! thread takes the SHA-512 of everything on its way, trailing zeros included, and can be asked for it without ending the stream. Only
-//! [`Feed::end`] ends the tar; a feed that is dropped breaks it off, so that what was never confirmed never becomes a checkpoint.
+//! A request waits for room, has its piece kept ([`Settling`]) and then puts it at once: a piece is taken or it is not, whatever becomes of the request.
+//! Only [`Feed::end`] ends the tar; a feed that is dropped breaks it off, so that what was never confirmed never becomes a checkpoint.
+//!
+//! One that an earlier run of the daemon had under way ([`Left`]) begins with the members that are recorded; then comes what its tail has behind
+//! them, and then what its sender goes on with.
 
-use std::io::{self, Read};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use bytes::{Buf as _, Bytes};
-use sha2::{Digest as _, Sha512};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
-use super::beginning::Beginning;
-use super::revision;
-use crate::archive::{About, Archived, Dictionaries, Format, Members};
-use crate::error::{Error, Kind, Result};
+use super::incoming::{Before, Heard, Incoming, Message, thaw};
+use super::settling::{From, Settling};
+use super::{StreamDigest, revision, row};
+use crate::archive::{About, Archived, Dictionaries, Format, Given, Member, Members, What};
+use crate::disk::{Disk, Tail, TailLeft};
+use crate::error::{Error, Result};
+use crate::limits::UNIT_BYTES;
 use crate::manifest::Manifest;
 use crate::names::EntryName;
-use crate::source::{EntryStream, Listed, listed_member};
+use crate::source::{Begun, EntryStream, Here, Listed, Recorded, listed_member};
 
 /// Largest piece: the protocol's client means to send 5 MiB, and sends 64 to 192 KiB.
 pub const PIECE_BYTES: usize = 8 << 20;
@@ -32,36 +36,51 @@ const QUEUE_BYTES: usize = PIECE_BYTES;
 /// Pieces waiting, however small: senders of single bytes are held back too.
 const QUEUE_PIECES: usize = 256;
 
-/// SHA-512 of a stream.
-pub type StreamDigest = [u8; 64];
-
-/// What passes the queue.
-enum Message {
-    Piece(Vec<Bytes>, OwnedSemaphorePermit),
-    Digest(oneshot::Sender<StreamDigest>),
-    End,
-}
+/// A member's padding is shorter.
+const PADDING_BYTES: u64 = 512;
 
 /// The end where pieces are put.
 #[derive(Debug)]
 pub struct Feed {
     sender: mpsc::Sender<Message>,
     bytes: Arc<Semaphore>,
+    settling: Arc<Settling>,
+    /// Why the entries end where they are, to be gone on with by a later run.
+    left: watch::Sender<Option<Arc<Error>>>,
 }
 
 /// Room for one piece, kept for whoever asked until it is used or dropped.
-pub struct Room<'a> {
-    slot: mpsc::Permit<'a, Message>,
+pub struct Room {
+    slot: mpsc::OwnedPermit<Message>,
     bytes: OwnedSemaphorePermit,
+    settling: Arc<Settling>,
 }
 
 impl Feed {
-    /// Waits for room for a piece of `length` bytes, at most [`PIECE_BYTES`]; `None` when nobody reads any more. Cancel-safe.
-    pub async fn room(&self, length: usize) -> Option<Room<'_>> {
-        let length = u32::try_from(length.min(QUEUE_BYTES)).ok()?;
-        let bytes = Arc::clone(&self.bytes).acquire_many_owned(length).await.ok()?;
-        let slot = self.sender.reserve().await.ok()?;
-        Some(Room { slot, bytes })
+    /// Waits for room for a piece of `length` bytes, at most [`PIECE_BYTES`], that begins at `at`; `None` when nobody reads any more. Cancel-safe.
+    pub async fn room(&self, at: u64, length: usize) -> Option<Room> {
+        let room = async {
+            self.settling.room(at.saturating_add(length as u64)).await;
+            let length = u32::try_from(length.min(QUEUE_BYTES)).ok()?;
+            let bytes = Arc::clone(&self.bytes).acquire_many_owned(length).await.ok()?;
+            let slot = self.sender.clone().reserve_owned().await.ok()?;
+            Some(Room { slot, bytes, settling: Arc::clone(&self.settling) })
+        };
+        tokio::select! {
+            room = room => room,
+            // Whoever takes the entries is gone, whatever their reader waits for.
+            () = self.left.closed() => None,
+        }
+    }
+
+    /// Whether what is put outlives the daemon.
+    pub fn survives(&self) -> bool {
+        self.settling.survives()
+    }
+
+    /// Ends the entries where they are, with `why`; a later run of the daemon goes on.
+    pub fn leave(&self, why: Error) {
+        self.left.send_replace(Some(Arc::new(why)));
     }
 
     /// The digest of all that was put so far, once it is read; `None` when nobody reads any more.
@@ -71,67 +90,248 @@ impl Feed {
         digest.await.ok()
     }
 
-    /// Says that this is all.
-    pub async fn end(&self) {
+    /// Says that this is all, which has so many bytes. A later run knows it as well.
+    pub async fn end(&self, bytes: u64) {
+        let settling = Arc::clone(&self.settling);
+        let _ = tokio::task::spawn_blocking(move || settling.set_ended(bytes)).await;
         // Where nobody reads any more, the outcome says why.
         let _ = self.sender.send(Message::End).await;
     }
 }
 
-impl Room<'_> {
-    /// Puts the piece, given in one or more runs of bytes.
+impl Room {
+    /// Whether the piece is to be [kept](Room::keep), which blocks.
+    pub fn is_to_be_kept(&self) -> bool {
+        self.settling.survives()
+    }
+
+    /// Keeps the piece, which begins at `at` and is given in one or more runs of bytes, for a later run of the daemon. Blocks.
+    pub fn keep(&self, piece: &[Bytes], at: u64) {
+        self.settling.keep(piece, at);
+    }
+
+    /// Puts the piece.
     pub fn put(self, piece: Vec<Bytes>) {
         self.slot.send(Message::Piece(piece, self.bytes));
     }
 }
 
-/// What the reading thread found out.
-#[derive(Debug, Default)]
-struct Heard {
-    tree: OnceLock<bool>,
-    digest: OnceLock<StreamDigest>,
+/// An upload as an earlier run of the daemon has left it.
+pub struct Left {
+    tail: Tail,
+    said: TailLeft,
+    given: Given,
+    here: Vec<Here>,
+    from: From,
 }
 
-/// The entries of what is put into the feed; with `extract`, one archive sent as a file is to be taken apart. Needs a runtime.
+impl Left {
+    /// That of which `entries` are recorded, each with how much of it is here: all but the last wholly.
+    ///
+    /// # Errors
+    /// `UPLOAD_TAIL_DAMAGED` where the tail does not go on behind them.
+    pub fn new((tail, said): (Tail, TailLeft), entries: Vec<(Member, Here)>) -> Result<Self> {
+        let (members, here): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
+        let mut from = From { marked: said.mark.0, members: members.len() as u64, ..From::default() };
+        let mut given = Given { members, left: 0 };
+        if let (Some(Member { what: What::File { size: Some(size), .. }, span, .. }), Some(Here::Begun(begun))) =
+            (given.members.last(), here.last())
+            && begun.bytes < *size
+        {
+            given.left = size - begun.bytes;
+            from.members -= 1;
+            from.begun = Some((*span, begun.bytes));
+        }
+        from.settled = given.until();
+        let ends_before =
+            from.settled.min(from.marked) > said.end || from.settled.saturating_sub(said.end) > PADDING_BYTES;
+        let damaged = || Error::corrupt("UPLOAD_TAIL_DAMAGED", "what had come of an upload is not all there");
+        if ends_before || said.end - from.settled.min(from.marked) > crate::disk::TAIL_BYTES {
+            return Err(damaged());
+        }
+        if from.marked > 0 {
+            thaw(&said.mark.1)?;
+        }
+        Ok(Self { tail, said, given, here, from })
+    }
+
+    /// How many bytes its sender was told have come.
+    pub fn end(&self) -> u64 {
+        self.said.end
+    }
+
+    /// Whether all has come.
+    pub fn ended(&self) -> bool {
+        self.said.ended
+    }
+}
+
+/// The entries of what is put into the feed, by whoever `about` says; with `extract`, one archive sent as a file is to be taken apart. Needs a runtime.
 ///
 /// # Errors
 /// None that can be met.
-pub fn stream(extract: bool) -> Result<(Feed, SentTar)> {
+pub fn stream(about: Vec<u8>, extract: bool) -> Result<(Feed, SentTar)> {
+    let settling = Arc::new(Settling::new(about));
+    connected(settling, &Before::default(), Given::default(), Vec::new(), extract)
+}
+
+/// The same behind what an earlier run of the daemon has left.
+///
+/// # Errors
+/// As [`Left::new`].
+pub fn go_on(left: Left, extract: bool) -> Result<(Feed, SentTar)> {
+    let Left { tail, said, given, here, from } = left;
+    let before = Before { read: from.settled, hashed: said.mark, end: said.end };
+    let settling = Arc::new(Settling::left(said.about, tail, &from));
+    connected(settling, &before, given, here, extract)
+}
+
+fn connected(
+    settling: Arc<Settling>,
+    before: &Before,
+    given: Given,
+    here: Vec<Here>,
+    extract: bool,
+) -> Result<(Feed, SentTar)> {
     let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
     let heard = Arc::<Heard>::default();
-    let incoming = Incoming {
-        receiver,
-        runs: Vec::new().into_iter(),
-        present: Bytes::new(),
-        counted: None,
-        sha512: Sha512::new(),
-        beginning: Beginning::default(),
-        ended: false,
-        heard: Arc::clone(&heard),
+    let incoming = Box::new(Incoming::new(receiver, Arc::clone(&heard), Arc::clone(&settling), before)?);
+    let name = EntryName::new(*b"the upload")?;
+    let left_of_last = given.left > 0;
+    let given_before: Vec<_> = given.members.iter().cloned().zip(here).collect();
+    let members = if given.members.is_empty() {
+        let about = About { name, format: Format::Tar, executable: false };
+        // The protocol's client does not compress; who does has what need not be claimed.
+        Members::read(Archived::Stream(incoming), about, Dictionaries::within(0))
+    } else {
+        Members::go_on(incoming, name, given)
     };
-    let about = About { name: EntryName::new(*b"the upload")?, format: Format::Tar, executable: false };
-    // The protocol's client does not compress; who does has what need not be claimed.
-    let members = Members::read(Archived::Stream(Box::new(incoming)), about, Dictionaries::within(0));
-    let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)) };
-    Ok((feed, SentTar { members, heard, extract }))
+    let left = watch::Sender::new(None);
+    let given = given_before.into_iter();
+    let entries = SentTar {
+        members,
+        given,
+        left_of_last,
+        present: Present::default(),
+        entries: 0,
+        heard,
+        extract,
+        left: left.subscribe(),
+        settling: Arc::clone(&settling),
+    };
+    let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)), settling, left };
+    Ok((feed, entries))
 }
 
 /// Entries of a tar as they are sent.
-#[derive(Debug)]
 pub struct SentTar {
     members: Members,
+    /// What was given before this run of the daemon, and was not given again yet.
+    given: std::vec::IntoIter<(Member, Here)>,
+    /// Whether bytes of the last of them are still to come.
+    left_of_last: bool,
+    present: Present,
+    /// Entries that were given.
+    entries: u64,
     heard: Arc<Heard>,
     extract: bool,
+    left: watch::Receiver<Option<Arc<Error>>>,
+    settling: Arc<Settling>,
+}
+
+/// The present entry.
+#[derive(Debug, Default)]
+struct Present {
+    here: Option<Here>,
+    row: Option<(u64, Vec<u8>)>,
+    /// Whether what comes next are its bytes.
+    comes: bool,
+}
+
+impl SentTar {
+    /// An entry of which an earlier run has something.
+    fn again(&mut self, member: Member, here: Here) -> Listed {
+        let begun = matches!(here, Here::Begun(_));
+        let comes = self.given.len() == 0 && self.left_of_last;
+        self.present = Present { here: Some(here), row: begun.then(|| (self.entries, row::encode(&member))), comes };
+        self.entries += 1;
+        listed_member(member)
+    }
+
+    fn new_entry(&mut self, member: Member) -> Listed {
+        let is_large = matches!(member.what, What::File { size, .. } if size.is_none_or(|size| size > UNIT_BYTES));
+        if is_large && !member.span.plain {
+            self.is_not_recorded();
+        }
+        let row = self.settling.survives().then(|| (self.entries, row::encode(&member)));
+        self.settling.add(member.span);
+        self.present = Present { here: None, row, comes: true };
+        self.entries += 1;
+        listed_member(member)
+    }
+}
+
+/// Resolves with an error when the entries are to end where they are.
+async fn left(left: &mut watch::Receiver<Option<Arc<Error>>>) -> Error {
+    let why = match left.wait_for(Option::is_some).await {
+        Ok(why) => why.as_ref().map(|why| why.share()),
+        Err(_) => None,
+    };
+    match why {
+        Some(why) => why,
+        // The feed is gone, which the members tell.
+        None => std::future::pending().await,
+    }
 }
 
 #[async_trait]
 impl EntryStream for SentTar {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        Ok(self.members.next().await?.map(listed_member))
+        if let Some((member, here)) = self.given.next() {
+            return Ok(Some(self.again(member, here)));
+        }
+        let next = tokio::select! {
+            biased;
+            why = left(&mut self.left) => return Err(why),
+            next = self.members.next() => next?,
+        };
+        Ok(next.map(|member| self.new_entry(member)))
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
-        self.members.next_bytes().await
+        if !self.present.comes {
+            return Ok(None);
+        }
+        tokio::select! {
+            biased;
+            why = left(&mut self.left) => Err(why),
+            bytes = self.members.next_bytes() => bytes,
+        }
+    }
+
+    fn sealed(&self) -> Option<(u64, crate::digest::Digest)> {
+        if let Some(Here::Sealed(size, digest)) = self.present.here { Some((size, digest)) } else { None }
+    }
+
+    fn begun(&self) -> Option<Begun> {
+        if let Some(Here::Begun(begun)) = self.present.here { Some(begun) } else { None }
+    }
+
+    fn to_record(&self) -> Option<(u64, Vec<u8>)> {
+        self.present.row.clone()
+    }
+
+    fn recorded(&self) -> Option<Arc<dyn Recorded>> {
+        Some(Arc::clone(&self.settling) as Arc<dyn Recorded>)
+    }
+
+    async fn begin(&mut self, disk: &Arc<Disk>, flight: &str) {
+        self.settling.begin(disk, flight).await;
+    }
+
+    fn is_not_recorded(&mut self) {
+        let settling = Arc::clone(&self.settling);
+        tokio::task::spawn_blocking(move || settling.give_up());
     }
 
     fn revision(&self, _tree: &Manifest) -> String {
@@ -143,130 +343,248 @@ impl EntryStream for SentTar {
     }
 }
 
-/// The end where the tar is read; blocks.
-struct Incoming {
-    receiver: mpsc::Receiver<Message>,
-    runs: std::vec::IntoIter<Bytes>,
-    present: Bytes,
-    /// The present piece's share of the queue.
-    counted: Option<OwnedSemaphorePermit>,
-    sha512: Sha512,
-    beginning: Beginning,
-    ended: bool,
-    heard: Arc<Heard>,
-}
-
-impl Incoming {
-    /// Makes the next run of bytes present; whether there is one.
-    fn advance(&mut self) -> io::Result<bool> {
-        loop {
-            if let Some(run) = self.runs.next() {
-                self.sha512.update(&run);
-                self.listen(&run);
-                self.present = run;
-                return Ok(true);
-            }
-            self.counted = None;
-            match self.receiver.blocking_recv() {
-                Some(Message::Piece(piece, counted)) => {
-                    self.runs = piece.into_iter();
-                    self.counted = Some(counted);
-                }
-                Some(Message::Digest(answer)) => drop(answer.send(self.sha512.clone().finalize().into())),
-                Some(Message::End) => {
-                    self.ended = true;
-                    let _ = self.heard.digest.set(self.sha512.clone().finalize().into());
-                    return Ok(false);
-                }
-                None => return Err(io::Error::other(broken_off())),
-            }
-        }
-    }
-
-    fn listen(&mut self, run: &[u8]) {
-        if self.heard.tree.get().is_none() {
-            self.beginning.look(run);
-            if let Some(tree) = self.beginning.is_tree() {
-                let _ = self.heard.tree.set(tree);
-            }
-        }
-    }
-}
-
-impl Read for Incoming {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.present.is_empty() {
-            if self.ended || !self.advance()? {
-                return Ok(0);
-            }
-        }
-        let length = self.present.len().min(buffer.len());
-        self.present.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
-    }
-}
-
-fn broken_off() -> Error {
-    Error::new(Kind::Cancelled, "UPLOAD_BROKEN", "the upload broke off before its end").remedy("upload it again")
+/// What is recorded of a member.
+///
+/// # Errors
+/// `CATALOG_DAMAGED`.
+pub fn recorded_member(encoded: &[u8]) -> Result<Member> {
+    row::decode(encoded)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use sha2::{Digest as _, Sha512};
 
-    async fn put(feed: &Feed, piece: Vec<u8>) {
-        feed.room(piece.len()).await.unwrap().put(vec![piece.into()]);
+    use super::*;
+    use crate::digest::Digest;
+
+    /// A disk on which the directory of the flight `f` is begun.
+    fn disk(root: &std::path::Path) -> Arc<Disk> {
+        let disk = Arc::new(Disk::open(root).unwrap());
+        disk.begin_flight("f").unwrap();
+        disk
     }
 
-    /// A tar of one empty file, `a`.
-    fn tar() -> Vec<u8> {
+    /// Puts what begins at `at` as a request does.
+    async fn put(feed: &Feed, at: usize, piece: &[u8]) {
+        let room = feed.room(at as u64, piece.len()).await.unwrap();
+        let piece = vec![Bytes::copy_from_slice(piece)];
+        tokio::task::spawn_blocking(move || {
+            room.keep(&piece, at as u64);
+            room.put(piece);
+        })
+        .await
+        .unwrap();
+    }
+
+    async fn put_all(feed: &Feed, tar: &[u8], from: usize, step: usize) {
+        for (number, piece) in tar[from..].chunks(step).enumerate() {
+            put(feed, from + number * step, piece).await;
+        }
+    }
+
+    fn member(name: &str, kind: u8, bytes: &[u8]) -> Vec<u8> {
         let mut header = vec![0; 512];
-        header[0] = b'a';
+        header[..name.len()].copy_from_slice(name.as_bytes());
         header[100..108].copy_from_slice(b"0000644\0");
-        header[124..136].copy_from_slice(b"00000000000\0");
+        header[124..136].copy_from_slice(format!("{:011o}\0", bytes.len()).as_bytes());
         header[148..156].fill(b' ');
-        header[156] = b'0';
+        header[156] = kind;
         header[257..265].copy_from_slice(b"ustar\x0000");
         let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
         header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        header.resize(10_240, 0);
+        header.extend_from_slice(bytes);
+        header.resize(512 + bytes.len().next_multiple_of(512), 0);
         header
+    }
+
+    /// A tar of these members and its end mark.
+    fn tar(members: &[Vec<u8>]) -> Vec<u8> {
+        let mut tar = members.concat();
+        tar.resize((tar.len() + 1024).next_multiple_of(10_240), 0);
+        tar
+    }
+
+    fn sha512(bytes: &[u8]) -> StreamDigest {
+        Sha512::digest(bytes).into()
+    }
+
+    async fn bytes_of(entries: &mut SentTar) -> Vec<u8> {
+        let mut all = Vec::new();
+        while let Some(bytes) = entries.next_bytes().await.unwrap() {
+            all.extend_from_slice(&bytes);
+        }
+        all
     }
 
     #[tokio::test]
     async fn the_digest_is_of_everything_and_can_be_asked_for_before_the_end() {
-        let (feed, mut entries) = stream(true).unwrap();
-        for piece in tar().chunks(700) {
-            put(&feed, piece.to_vec()).await;
-        }
-        let digest = feed.digest().await.unwrap();
-        assert_eq!(digest[..], Sha512::digest(tar())[..]);
+        let directory = tempfile::tempdir().unwrap();
+        let (feed, mut entries) = stream(Vec::new(), true).unwrap();
+        entries.begin(&disk(directory.path()), "f").await;
+        let mut tar = tar(&[member("a", b'0', b"")]);
+        put_all(&feed, &tar, 0, 700).await;
+        assert_eq!(feed.digest().await.unwrap(), sha512(&tar));
         assert!(entries.next_entry().await.unwrap().is_some());
         assert!(entries.one_file());
-        put(&feed, vec![0; 512]).await;
-        feed.end().await;
+        put(&feed, tar.len(), &[0; 512]).await;
+        tar.extend_from_slice(&[0; 512]);
+        feed.end(tar.len() as u64).await;
         assert!(entries.next_entry().await.unwrap().is_none());
-        let tree = Manifest::new(Vec::new()).unwrap();
-        assert_eq!(entries.revision(&tree), revision(&Sha512::digest([tar(), vec![0; 512]].concat()).into()));
+        assert_eq!(entries.revision(&Manifest::new(Vec::new()).unwrap()), revision(&sha512(&tar)));
     }
 
     #[tokio::test]
     async fn a_feed_that_is_dropped_ends_in_an_error_even_behind_the_end_mark() {
-        let (feed, mut entries) = stream(true).unwrap();
-        put(&feed, tar()).await;
+        let directory = tempfile::tempdir().unwrap();
+        let (feed, mut entries) = stream(Vec::new(), true).unwrap();
+        entries.begin(&disk(directory.path()), "f").await;
+        put(&feed, 0, &tar(&[member("a", b'0', b"")])).await;
         assert!(entries.next_entry().await.unwrap().is_some());
         drop(feed);
         assert_eq!(entries.next_entry().await.unwrap_err().reason(), "UPLOAD_BROKEN");
     }
 
     #[tokio::test]
-    async fn nobody_reading_is_seen_by_who_waits_for_room() {
-        let (feed, entries) = stream(true).unwrap();
+    async fn nobody_reading_is_seen_by_who_waits_for_room_even_where_there_is_no_tail_yet() {
+        let (feed, entries) = stream(Vec::new(), true).unwrap();
         drop(entries);
-        put(&feed, vec![b'x'; 600]).await;
-        while let Some(room) = feed.room(1).await {
+        while let Some(room) = feed.room(0, 1).await {
             drop(room);
             tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_told_to_leave_gets_the_reason_and_no_more_entries() {
+        let directory = tempfile::tempdir().unwrap();
+        let (feed, mut entries) = stream(Vec::new(), true).unwrap();
+        entries.begin(&disk(directory.path()), "f").await;
+        put(&feed, 0, &tar(&[member("a", b'0', b"x")])).await;
+        assert!(entries.next_entry().await.unwrap().is_some());
+        feed.leave(Error::unavailable("DRAINING", "later"));
+        assert_eq!(entries.next_bytes().await.unwrap_err().reason(), "DRAINING");
+        assert_eq!(entries.next_entry().await.unwrap_err().reason(), "DRAINING");
+    }
+
+    const LARGE: usize = 6 << 20;
+
+    fn members() -> Vec<Vec<u8>> {
+        let large: Vec<_> = (0..LARGE).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        vec![
+            member("./", b'5', b""),
+            member("./d/", b'5', b""),
+            member("./d/a", b'0', b"small"),
+            member("./large", b'0', &large),
+            member("./z", b'0', b"last"),
+        ]
+    }
+
+    /// Leaves the upload of `tar` after its first `sent` bytes, of which `recorded` entries are, and opens it again. Of the large file there is as much as `large` says.
+    async fn left_after(disk: &Arc<Disk>, tar: &[u8], sent: usize, recorded: usize, large: Option<u64>) -> Left {
+        let (feed, mut entries) = stream(b"mine".to_vec(), true).unwrap();
+        entries.begin(disk, "f").await;
+        let sending = put_all(&feed, &tar[..sent], 0, 100_000);
+        let taking = async {
+            let mut rows = Vec::new();
+            for _ in 0..recorded {
+                let size = match entries.next_entry().await.unwrap().unwrap().what {
+                    crate::source::What::File(file) => file.size,
+                    _ => None,
+                };
+                let member = recorded_member(&entries.to_record().unwrap().1).unwrap();
+                let here = match size {
+                    Some(size) if size < UNIT_BYTES => Here::Sealed(size, Digest::of(b"")),
+                    Some(size) => Here::Begun(Begun { number: 9, bytes: large.unwrap_or(size) }),
+                    None => Here::No,
+                };
+                rows.push((member, here));
+            }
+            rows
+        };
+        let (rows, ()) = tokio::join!(taking, sending);
+        // Everything that was told is hashed, or is in the queue as a kill finds it.
+        drop((feed, entries));
+        let (tail, said) = disk.open_tail("f").unwrap().unwrap();
+        assert_eq!((said.about.as_slice(), said.end), (b"mine".as_slice(), sent as u64));
+        Left::new((tail, said), rows).unwrap()
+    }
+
+    async fn assert_goes_on(sent: usize, recorded: usize, large: Option<u64>) {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        let tar = tar(&members());
+        let left = left_after(&disk, &tar, sent, recorded, large).await;
+        let (feed, mut entries) = go_on(left, true).unwrap();
+        entries.begin(&disk, "f").await;
+        let sending = async {
+            put_all(&feed, &tar, sent, 70_000).await;
+            let digest = feed.digest().await.unwrap();
+            feed.end(tar.len() as u64).await;
+            digest
+        };
+        let taking = async {
+            let mut seen = Vec::new();
+            while let Some(listed) = entries.next_entry().await.unwrap() {
+                let before = entries.begun().map_or(0, |begun| begun.bytes);
+                let sealed = entries.sealed().map(|(size, _)| size);
+                seen.push((listed.path.to_string(), before, sealed, bytes_of(&mut entries).await.len() as u64));
+            }
+            seen
+        };
+        let (seen, digest) = tokio::join!(taking, sending);
+        assert_eq!(digest, sha512(&tar), "the digest goes on");
+        let file = |name: &str, size: u64, here: Option<u64>| match here {
+            Some(here) if size < UNIT_BYTES => (name.to_owned(), 0, Some(here), 0),
+            Some(here) => (name.to_owned(), here, None, size - here),
+            None => (name.to_owned(), 0, None, size),
+        };
+        let is_here = |at: usize, size: u64| (recorded > at).then_some(size);
+        let expected = [
+            file("d", 0, None),
+            file("d/a", 5, is_here(1, 5)),
+            file("large", LARGE as u64, is_here(2, large.unwrap_or(LARGE as u64))),
+            file("z", 4, is_here(3, 4)),
+        ];
+        assert_eq!(seen, expected, "sent {sent}, recorded {recorded}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_later_run_goes_on_where_the_sender_was_told_that_it_stood() {
+        let whole = tar(&members()).len();
+        for (sent, recorded, large) in [
+            (100, 0, None),
+            (512 * 3 + 7, 1, None),
+            (512 * 3 + 7, 2, None),
+            (512 * 4, 2, None),
+            (5 << 20, 2, None),
+            (5 << 20, 3, Some(UNIT_BYTES)),
+            (LARGE + 512 * 5, 3, Some(UNIT_BYTES)),
+            (LARGE + 512 * 5, 3, None),
+            (LARGE + 512 * 5 + 100, 3, None),
+            (whole - 1, 4, None),
+            (whole, 0, None),
+            (whole, 4, None),
+        ] {
+            assert_goes_on(sent, recorded, large).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_does_not_meet_its_tail_is_not_gone_on_with() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        let tail = disk.make_tail("f", b"").unwrap();
+        tail.append([[0; 700].as_slice()].into_iter(), 0).unwrap();
+        drop(tail);
+        let spans = [(512, 1211, true), (512, 1213, false)];
+        for (bytes_at, end, is_sound) in spans {
+            let span = crate::archive::Span { bytes_at, end, plain: true };
+            let path = crate::names::EntryPath::new(*b"a").unwrap();
+            let member = Member { path, what: What::File { size: Some(5), executable: false, here: false }, span };
+            let rows = vec![(member, Here::Sealed(5, Digest::of(b"")))];
+            let left = Left::new(disk.open_tail("f").unwrap().unwrap(), rows);
+            assert_eq!(left.is_ok(), is_sound, "{end}");
         }
     }
 }

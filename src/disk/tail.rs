@@ -1,0 +1,310 @@
+//! The tail of an upload: what its sender was told has arrived, for as long as nothing else would bring it back.
+//!
+//! A sender who is told that a piece has arrived never sends it again. Between that and the transaction that records what became of it lie
+//! queues in memory, a sealer and a batch; what a killed daemon had there would be gone. So each piece is in this file before its sender hears
+//! of it, and stays until whoever takes the upload apart says that it is recorded.
+//!
+//! # Layout
+//! A file in the flight's directory under a number that no other has ([`TAIL_NUMBER`]), a page and then a ring of [`TAIL_BYTES`]: byte `n` of the
+//! upload is at `n` modulo its length. The page says for whom it is and in which boot it was made (written once), how far the bytes go
+//! ([`Tail::append`]), and, in two places by turns, a mark: what whoever reads wants to find again, and where ([`Tail::mark`]).
+//!
+//! # What survives
+//! The page cache does, so nothing here is ever flushed: a tail outlives its daemon, and not the boot it was made in ([`Disk::open_tail`] finds none
+//! then). The bytes of a piece are written before the end that includes them, and a mark has a digest. A write that a kill cuts off is one of a
+//! piece that nobody was told of.
+//!
+//! # Limits
+//! What is not recorded can be [`TAIL_BYTES`] at most; whoever appends waits for room. Where it cannot be written, or is wanted no more
+//! ([`Tail::give_up`]), the upload goes on without it and does not outlive the daemon.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::Disk;
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// Bytes of an upload that may be recorded nowhere else: what comes between two recordings of a large file, what waits to be published of small
+/// ones, and as much again while that is under way.
+pub const TAIL_BYTES: u64 = 128 << 20;
+
+/// Its number in the directory of its flight: others are counted from the time on.
+pub const TAIL_NUMBER: u64 = 0;
+
+/// Longest description of an upload, and longest mark.
+pub const TAIL_WORD_BYTES: usize = 512;
+
+/// Identity of the running kernel.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+
+const MAGIC: &[u8; 8] = b"ckptdtl1";
+
+/// Where the ring begins.
+const PAGE_BYTES: u64 = 4096;
+
+/// Where the end stands.
+const END_AT: u64 = 1024;
+
+/// Where marks stand.
+const MARKS_AT: [u64; 2] = [2048, 3072];
+
+/// See the module's page. All of it blocks for as long as the page cache takes writes.
+#[derive(Debug)]
+pub struct Tail {
+    file: File,
+    path: PathBuf,
+    marks: AtomicU64,
+    given_up: AtomicBool,
+}
+
+/// What a tail says that an earlier run of the daemon has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TailLeft {
+    /// For whom it was made.
+    pub about: Vec<u8>,
+    /// How far the bytes go.
+    pub end: u64,
+    /// Whether all has come.
+    pub ended: bool,
+    /// The last mark and where it was made; 0 and nothing where there is none.
+    pub mark: (u64, Vec<u8>),
+}
+
+impl Disk {
+    /// Makes the tail of a flight whose directory is there, in place of one that is.
+    ///
+    /// # Errors
+    /// The I/O error; internal for an `about` that is too long.
+    pub fn make_tail(&self, flight: &str, about: &[u8]) -> Result<Tail> {
+        self.check_healthy()?;
+        let path = self.filling_path(flight, TAIL_NUMBER);
+        let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
+        let mut page = word(&[MAGIC.as_slice(), boot.as_bytes()].concat(), about)?;
+        page.resize(usize::try_from(END_AT + 16).unwrap_or_default(), 0);
+        let made = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
+        let file = made.map_err(|error| Error::io("creating", &path, error))?;
+        let tail = Tail { file, path, marks: AtomicU64::new(0), given_up: AtomicBool::new(false) };
+        tail.write(&page, 0)?;
+        Ok(tail)
+    }
+
+    /// The tail of a flight as an earlier run of the daemon has left it; `None` where there is none, of this boot and whole.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn open_tail(&self, flight: &str) -> Result<Option<(Tail, TailLeft)>> {
+        let path = self.filling_path(flight, TAIL_NUMBER);
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(|error| Error::io("opening", &path, error))?,
+        };
+        let mut page = vec![0; usize::try_from(PAGE_BYTES).unwrap_or_default()];
+        let fault = |error| Error::io("reading", &path, error);
+        let length = file.metadata().map_err(fault)?.len();
+        if length < END_AT {
+            return Ok(None);
+        }
+        let here = usize::try_from(length.min(PAGE_BYTES)).unwrap_or_default();
+        file.read_exact_at(&mut page[..here], 0).map_err(fault)?;
+        let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
+        let key = [MAGIC.as_slice(), boot.as_bytes()].concat();
+        let Some(about) = read_word(&page, &key) else { return Ok(None) };
+        let (end, ended) = (u64_at(&page, END_AT), u64_at(&page, END_AT + 8) != 0);
+        let marks = MARKS_AT.map(|at| read_mark(&page[usize::try_from(at).unwrap_or_default()..]));
+        let mark = marks.into_iter().flatten().max_by_key(|(at, _)| *at).unwrap_or_default();
+        // Which of the two places is older does not matter: the other has the later mark.
+        let turn =
+            u64::from(read_mark(&page[usize::try_from(MARKS_AT[0]).unwrap_or_default()..]).as_ref() == Some(&mark));
+        let tail = Tail { file, path, marks: AtomicU64::new(turn), given_up: AtomicBool::new(false) };
+        Ok(Some((tail, TailLeft { about, end, ended, mark })))
+    }
+}
+
+impl Tail {
+    /// Adds the piece that begins at `at`, where the last one ended, and is `runs` together; its sender may be told of it then.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn append<'a>(&self, runs: impl Iterator<Item = &'a [u8]>, at: u64) -> Result<()> {
+        let mut end = at;
+        for run in runs {
+            let mut rest = run;
+            while !rest.is_empty() {
+                let place = end % TAIL_BYTES;
+                let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(rest.len());
+                let (now, later) = rest.split_at(most);
+                self.write(now, PAGE_BYTES + place)?;
+                end += now.len() as u64;
+                rest = later;
+            }
+        }
+        self.set_end(end, false)
+    }
+
+    /// Notes that all has come, which ends at `end`.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn set_ended(&self, end: u64) -> Result<()> {
+        self.set_end(end, true)
+    }
+
+    fn set_end(&self, end: u64, ended: bool) -> Result<()> {
+        let said = [end.to_le_bytes(), u64::from(ended).to_le_bytes()].concat();
+        self.write(&said, END_AT)
+    }
+
+    /// Keeps `mark`, which was made at byte `at`, in place of the one before the last.
+    ///
+    /// # Errors
+    /// The I/O error; internal for a mark that is too long.
+    pub fn mark(&self, at: u64, mark: &[u8]) -> Result<()> {
+        let turn = self.marks.fetch_add(1, Ordering::Relaxed);
+        let place = MARKS_AT[usize::from(turn % 2 == 1)];
+        self.write(&word(&at.to_le_bytes(), mark)?, place)
+    }
+
+    /// Reads bytes from `at` on: those that are neither recorded nor older than the ring is long.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn read(&self, buffer: &mut [u8], at: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let place = (at + done as u64) % TAIL_BYTES;
+            let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(buffer.len() - done);
+            let fault = |error| Error::io("reading", &self.path, error);
+            self.file.read_exact_at(&mut buffer[done..done + most], PAGE_BYTES + place).map_err(fault)?;
+            done += most;
+        }
+        Ok(())
+    }
+
+    /// Makes it none: its space goes, and what is written to it from now on goes nowhere.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        if let Err(error) = self.file.set_len(0) {
+            tracing::warn!(path = %self.path.display(), %error, "a tail that is wanted no more stays until its flight ends");
+        }
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.file.write_all_at(bytes, at).map_err(|error| Error::io("writing", &self.path, error))
+    }
+}
+
+/// `key` and `text` with their digest: 32 bytes of it, the text's length, both.
+fn word(key: &[u8], text: &[u8]) -> Result<Vec<u8>> {
+    let length = u16::try_from(text.len()).ok().filter(|_| text.len() <= TAIL_WORD_BYTES);
+    let length = length.ok_or_else(|| Error::internal("a word of a tail is too long"))?;
+    let said = [&length.to_le_bytes(), key, text].concat();
+    Ok([Digest::of(&said).as_bytes().as_slice(), &said].concat())
+}
+
+/// The text that was written with `key`, if that is what `bytes` begin with.
+fn read_word(bytes: &[u8], key: &[u8]) -> Option<Vec<u8>> {
+    let (digest, said) = bytes.split_at_checked(32)?;
+    let length = usize::from(u16::from_le_bytes(said.first_chunk().copied()?)).min(TAIL_WORD_BYTES);
+    let said = said.get(..2 + key.len() + length)?;
+    let text = said.get(2..)?.strip_prefix(key)?;
+    (Digest::of(said).as_bytes().as_slice() == digest).then(|| text.to_vec())
+}
+
+fn read_mark(place: &[u8]) -> Option<(u64, Vec<u8>)> {
+    let key: [u8; 8] = place.get(34..42)?.try_into().ok()?;
+    read_word(place, &key).map(|mark| (u64::from_le_bytes(key), mark))
+}
+
+fn u64_at(page: &[u8], at: u64) -> u64 {
+    let at = usize::try_from(at).unwrap_or_default();
+    page.get(at..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn disk(root: &Path) -> Disk {
+        let disk = Disk::open(root).unwrap();
+        disk.begin_flight("f").unwrap();
+        disk
+    }
+
+    fn read(tail: &Tail, range: std::ops::Range<u64>) -> Vec<u8> {
+        let mut buffer = vec![0; usize::try_from(range.end - range.start).unwrap()];
+        tail.read(&mut buffer, range.start).unwrap();
+        buffer
+    }
+
+    #[test]
+    fn what_was_appended_and_marked_is_found_by_the_next_that_opens_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        assert!(disk.open_tail("f").unwrap().is_none());
+        let tail = disk.make_tail("f", b"for him").unwrap();
+        let nothing = TailLeft { about: b"for him".to_vec(), end: 0, ended: false, mark: (0, Vec::new()) };
+        assert_eq!(disk.open_tail("f").unwrap().unwrap().1, nothing);
+        tail.append([b"abc".as_slice(), b"de"].into_iter(), 0).unwrap();
+        for at in [1, 3, 4] {
+            tail.mark(at, format!("at {at}").as_bytes()).unwrap();
+            tail.append([b"x".as_slice()].into_iter(), 4 + at).unwrap();
+            let (again, left) = disk.open_tail("f").unwrap().unwrap();
+            assert_eq!((left.end, left.mark), (5 + at, (at, format!("at {at}").into_bytes())));
+            again.mark(at, format!("at {at}").as_bytes()).unwrap();
+        }
+        let (again, left) = disk.open_tail("f").unwrap().unwrap();
+        assert_eq!((read(&again, 1..5).as_slice(), left.ended), (b"bcde".as_slice(), false));
+        again.set_ended(9).unwrap();
+        let left = disk.open_tail("f").unwrap().unwrap().1;
+        assert_eq!((left.end, left.ended), (9, true));
+        again.give_up();
+        again.append([b"x".as_slice()].into_iter(), 9).unwrap();
+        assert!(disk.open_tail("f").unwrap().is_none());
+    }
+
+    #[test]
+    fn the_ring_goes_round() {
+        let directory = tempfile::tempdir().unwrap();
+        let tail = disk(directory.path()).make_tail("f", b"").unwrap();
+        let at = 7 * TAIL_BYTES - 3;
+        tail.append([b"ab".as_slice(), b"cdefg"].into_iter(), at).unwrap();
+        assert_eq!(read(&tail, at..at + 7), b"abcdefg");
+        assert_eq!(read(&tail, at + 2..at + 5), b"cde");
+    }
+
+    #[test]
+    fn what_is_damaged_or_of_another_boot_is_none_and_a_torn_mark_is_the_one_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        let tail = disk.make_tail("f", b"for him").unwrap();
+        let (path, length) = (tail.path.clone(), PAGE_BYTES + 10);
+        tail.append([b"0123456789".as_slice()].into_iter(), 0).unwrap();
+        tail.mark(3, b"three").unwrap();
+        tail.mark(7, b"seven").unwrap();
+        let sound = fs::read(&path).unwrap();
+        assert_eq!(sound.len() as u64, length);
+        let left = |damage: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = sound.clone();
+            damage(&mut bytes);
+            fs::write(&path, bytes).unwrap();
+            disk.open_tail("f").unwrap().map(|(_, left)| left)
+        };
+        assert!(left(&|bytes| bytes.truncate(1023)).is_none());
+        for place in [0, 33, 36, 45, 80] {
+            assert!(left(&|bytes| bytes[place] ^= 1).is_none(), "{place}");
+        }
+        let torn = usize::try_from(MARKS_AT[1]).unwrap() + 44;
+        assert_eq!(left(&|bytes| bytes[torn] ^= 1).unwrap().mark, (3, b"three".to_vec()));
+        assert_eq!(left(&|bytes| bytes.truncate(2048)).unwrap().mark, (0, Vec::new()));
+        assert_eq!(left(&|_| {}).unwrap().mark, (7, b"seven".to_vec()));
+    }
+}

@@ -1,0 +1,187 @@
+//! The end where the tar is read, on a thread of its own: what the feed brings, behind what the tail of an earlier run has.
+//!
+//! The thread takes the SHA-512 of everything on its way, trailing zeros included, and marks its state in the tail, so that a later run goes on from
+//! there. It can be asked for the digest without ending the stream.
+
+use std::io::{self, Read};
+use std::sync::{Arc, OnceLock};
+
+use bytes::{Buf as _, Bytes};
+use sha2::digest::common::hazmat::{SerializableState as _, SerializedState};
+use sha2::{Digest as _, Sha512};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::StreamDigest;
+use super::beginning::Beginning;
+use super::settling::Settling;
+use crate::error::{Error, Kind, Result};
+
+/// Bytes between two marks: so much of the tail is kept for the digest alone.
+const MARK_BYTES: u64 = 4 << 20;
+
+/// Bytes read from the tail at a time.
+const READ_BYTES: u64 = 256 << 10;
+
+/// What passes the queue.
+pub(super) enum Message {
+    Piece(Vec<Bytes>, OwnedSemaphorePermit),
+    Digest(oneshot::Sender<StreamDigest>),
+    End,
+}
+
+/// What the reading thread found out.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub(super) tree: OnceLock<bool>,
+    pub(super) digest: OnceLock<StreamDigest>,
+}
+
+/// What an earlier run has read and hashed, and what its tail has.
+#[derive(Debug, Default)]
+pub(super) struct Before {
+    /// How far it was read, as far as that is recorded.
+    pub(super) read: u64,
+    /// How far it was hashed, with the state.
+    pub(super) hashed: (u64, Vec<u8>),
+    /// Where the tail ends.
+    pub(super) end: u64,
+}
+
+/// See the module's page; blocks.
+pub(super) struct Incoming {
+    receiver: mpsc::Receiver<Message>,
+    runs: std::vec::IntoIter<Bytes>,
+    present: Bytes,
+    /// The present piece's share of the queue.
+    counted: Option<OwnedSemaphorePermit>,
+    /// Where the next run begins.
+    at: u64,
+    /// Bytes before this one were read by an earlier run.
+    from: u64,
+    /// Where what the tail has ends.
+    replay_until: u64,
+    hashed: u64,
+    marked: u64,
+    sha512: Sha512,
+    beginning: Beginning,
+    ended: bool,
+    heard: Arc<Heard>,
+    settling: Arc<Settling>,
+}
+
+impl Incoming {
+    /// What `receiver` brings behind what was `before`.
+    ///
+    /// # Errors
+    /// A state that is none.
+    pub(super) fn new(
+        receiver: mpsc::Receiver<Message>,
+        heard: Arc<Heard>,
+        settling: Arc<Settling>,
+        before: &Before,
+    ) -> Result<Self> {
+        let (hashed, state) = &before.hashed;
+        Ok(Self {
+            receiver,
+            runs: Vec::new().into_iter(),
+            present: Bytes::new(),
+            counted: None,
+            at: before.read.min(*hashed),
+            from: before.read,
+            replay_until: before.end,
+            hashed: *hashed,
+            marked: *hashed,
+            sha512: if *hashed == 0 { Sha512::new() } else { thaw(state)? },
+            beginning: Beginning::default(),
+            ended: false,
+            heard,
+            settling,
+        })
+    }
+
+    /// Makes the next run of bytes present; whether there is one.
+    fn advance(&mut self) -> io::Result<bool> {
+        loop {
+            if self.at < self.replay_until {
+                let run = self.replayed().map_err(io::Error::other)?;
+                self.take(run);
+                return Ok(true);
+            }
+            if let Some(run) = self.runs.next() {
+                self.take(run);
+                return Ok(true);
+            }
+            self.counted = None;
+            match self.receiver.blocking_recv() {
+                Some(Message::Piece(piece, counted)) => {
+                    self.runs = piece.into_iter();
+                    self.counted = Some(counted);
+                }
+                Some(Message::Digest(answer)) => drop(answer.send(self.sha512.clone().finalize().into())),
+                Some(Message::End) => {
+                    self.ended = true;
+                    let _ = self.heard.digest.set(self.sha512.clone().finalize().into());
+                    return Ok(false);
+                }
+                None => return Err(io::Error::other(broken_off())),
+            }
+        }
+    }
+
+    fn replayed(&self) -> Result<Bytes> {
+        let length = (self.replay_until - self.at).min(READ_BYTES);
+        let mut run = vec![0; usize::try_from(length).unwrap_or_default()];
+        self.settling.read(&mut run, self.at)?;
+        Ok(run.into())
+    }
+
+    fn take(&mut self, run: Bytes) {
+        let end = self.at + run.len() as u64;
+        let behind = |place: u64| usize::try_from(place.saturating_sub(self.at)).unwrap_or(usize::MAX).min(run.len());
+        let (unhashed, unread) = (behind(self.hashed), behind(self.from));
+        if unhashed < run.len() {
+            self.sha512.update(&run[unhashed..]);
+            self.hashed = end;
+        }
+        self.listen(&run);
+        self.present = run.slice(unread..);
+        self.at = end;
+        if self.hashed >= self.marked + MARK_BYTES && self.settling.survives() {
+            self.settling.mark(self.hashed, &self.sha512.serialize());
+            self.marked = self.hashed;
+        }
+    }
+
+    fn listen(&mut self, run: &[u8]) {
+        if self.from == 0 && self.heard.tree.get().is_none() {
+            self.beginning.look(run);
+            if let Some(tree) = self.beginning.is_tree() {
+                let _ = self.heard.tree.set(tree);
+            }
+        }
+    }
+}
+
+impl Read for Incoming {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.present.is_empty() {
+            if self.ended || !self.advance()? {
+                return Ok(0);
+            }
+        }
+        let length = self.present.len().min(buffer.len());
+        self.present.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
+    }
+}
+
+/// The digester that was at `state`.
+pub(super) fn thaw(state: &[u8]) -> Result<Sha512> {
+    let damaged = || Error::corrupt("UPLOAD_TAIL_DAMAGED", "the digest of an upload cannot be gone on with");
+    let state = SerializedState::<Sha512>::try_from(state).map_err(|error| damaged().because(error))?;
+    Sha512::deserialize(&state).map_err(|error| damaged().because(error))
+}
+
+fn broken_off() -> Error {
+    Error::new(Kind::Cancelled, "UPLOAD_BROKEN", "the upload broke off before its end").remedy("upload it again")
+}
