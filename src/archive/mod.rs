@@ -64,7 +64,7 @@ pub struct Member {
     pub span: Span,
 }
 
-/// Where a member is in a tar that is not compressed, in bytes from its beginning; of members of others nothing is known.
+/// Where a member is in a tar that is not compressed, in bytes from its beginning; of members of others nothing is known ([`Span::is_known`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
     /// Where its bytes begin.
@@ -73,6 +73,13 @@ pub struct Span {
     pub end: u64,
     /// Whether its bytes are there as they are, none left out and nothing between them.
     pub plain: bool,
+}
+
+impl Span {
+    /// Whether the archive was one in which members have a place.
+    pub const fn is_known(&self) -> bool {
+        self.end > 0
+    }
 }
 
 /// What an earlier reading has given of a tar.
@@ -135,6 +142,23 @@ pub enum Archived {
 /// read in any order, as zips are, such a member is not read again.
 pub type Here = Box<dyn Fn(&EntryPath, u64) -> bool + Send>;
 
+/// How far a tar that is not compressed was read: exactly, whatever was taken of its bytes ahead. Said on the thread that reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Up to the end of a member.
+    Member(u64),
+    /// So far into a plain file whose bytes begin there.
+    Within {
+        /// The present byte.
+        at: u64,
+        /// Where they begin.
+        bytes_at: u64,
+    },
+}
+
+/// Hears how far a tar was read.
+pub type Watch = Box<dyn FnMut(Passed) + Send>;
+
 /// What is known of an archive besides its bytes.
 #[derive(Clone, Debug)]
 pub struct About {
@@ -157,10 +181,20 @@ impl Members {
         Self::begin(about.name.clone(), here, move |sink| read(bytes, &about, &dictionaries, sink))
     }
 
+    /// [`Members::read`] of a tar, which says how far it is.
+    pub fn read_watched(bytes: Archived, about: About, dictionaries: Dictionaries, watch: Watch) -> Self {
+        let here: Here = Box::new(|_, _| false);
+        Self::begin(about.name.clone(), here, move |sink| {
+            sink.watch(watch);
+            read(bytes, &about, &dictionaries, sink)
+        })
+    }
+
     /// Goes on with a tar that is not compressed behind what was `given`, where `stream` begins ([`Given::until`]). What comes first are the bytes that
     /// are left of its last member. Needs a runtime.
-    pub fn go_on(stream: Box<dyn Read + Send>, name: EntryName, given: Given) -> Self {
+    pub fn go_on(stream: Box<dyn Read + Send>, name: EntryName, given: Given, watch: Watch) -> Self {
         Self::begin(name, Box::new(|_, _| false), move |sink| {
+            sink.watch(watch);
             let mut input = Input::whole(stream, Coding::Plain, &Dictionaries::within(0))?;
             input.begins_at(given.until());
             tar::go_on(&mut input, sink, given)
@@ -235,7 +269,7 @@ fn read_stream<'a>(
     let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding, dictionaries)?;
     match about.format {
         Format::Zip => Err(Error::internal("a zip was given as a stream")),
-        Format::Tar => tar::read(&mut input, sink),
+        Format::Tar => tar::read(&mut input, sink, coding == Coding::Plain),
         Format::Single(_) => {
             sink.file(about.format.content_name(&about.name), None, about.executable)?;
             loop {

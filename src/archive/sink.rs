@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
 use super::gate::{Gate, Linked};
-use super::{Here, Member, Span, What};
+use super::{Here, Member, Passed, Span, Watch, What};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryPath;
 
@@ -26,11 +26,24 @@ pub(super) struct Sink {
     here: Here,
     /// Of the next member.
     span: Span,
+    watch: Option<Watch>,
 }
 
 impl Sink {
     pub(super) fn new(sender: Sender<Result<Message>>, here: Here) -> Self {
-        Self { sender, gate: Gate::default(), here, span: Span::default() }
+        Self { sender, gate: Gate::default(), here, span: Span::default(), watch: None }
+    }
+
+    /// Who is to hear of what is [passed](Sink::passed).
+    pub(super) fn watch(&mut self, watch: Watch) {
+        self.watch = Some(watch);
+    }
+
+    /// Says how far it was read.
+    pub(super) fn passed(&mut self, passed: Passed) {
+        if let Some(watch) = &mut self.watch {
+            watch(passed);
+        }
     }
 
     /// Says where the next member is.

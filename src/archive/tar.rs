@@ -12,21 +12,25 @@ use super::input::{Input, PIECE_BYTES, count, truncated};
 use super::pax::{self, Extended};
 use super::sink::Sink;
 use super::tar_header::{BLOCK_BYTES, Header, SparseMap, check_pieces, more_gnu_sparse};
-use super::{Given, Span, damaged, refused, unsupported};
+use super::{Given, Passed, Span, damaged, refused, unsupported};
 use crate::error::Result;
 use crate::limits;
 use crate::names::show_bytes;
 
-/// Reads everything up to the end mark, and what follows it for the compression's sake.
-pub(super) fn read(input: &mut Input, sink: &mut Sink) -> Result<()> {
-    go_on(input, sink, Given::default())
+/// Reads everything up to the end mark, and what follows it for the compression's sake. `is_plain` says whether there is none.
+pub(super) fn read(input: &mut Input, sink: &mut Sink, is_plain: bool) -> Result<()> {
+    read_all(Reading { input, sink, is_plain })
 }
 
-/// The same behind what was `given`, where `input` is.
+/// The same of a plain one behind what was `given`, where `input` is.
 pub(super) fn go_on(input: &mut Input, sink: &mut Sink, given: Given) -> Result<()> {
-    let mut reading = Reading { input, sink };
+    let mut reading = Reading { input, sink, is_plain: true };
     reading.rest(&given)?;
     drop(given);
+    read_all(reading)
+}
+
+fn read_all(mut reading: Reading) -> Result<()> {
     let mut extended = Extended::default();
     while let Some(header) = reading.header()? {
         let size = header.size()?;
@@ -36,7 +40,12 @@ pub(super) fn go_on(input: &mut Input, sink: &mut Sink, given: Given) -> Result<
             b'L' => extended = Extended { path: Some(reading.long_name(size)?), any: true, ..extended },
             b'K' => extended = Extended { link: Some(reading.long_name(size)?), any: true, ..extended },
             b'V' => reading.skip(size)?,
-            _ => reading.member(&header, std::mem::take(&mut extended))?,
+            _ => {
+                reading.member(&header, std::mem::take(&mut extended))?;
+                if reading.is_plain {
+                    reading.sink.passed(Passed::Member(reading.input.position()));
+                }
+            }
         }
     }
     if extended.any {
@@ -48,6 +57,7 @@ pub(super) fn go_on(input: &mut Input, sink: &mut Sink, given: Given) -> Result<
 struct Reading<'r, 'a> {
     input: &'r mut Input<'a>,
     sink: &'r mut Sink,
+    is_plain: bool,
 }
 
 impl Reading<'_, '_> {
@@ -55,7 +65,7 @@ impl Reading<'_, '_> {
     fn rest(&mut self, given: &Given) -> Result<()> {
         given.members.iter().try_for_each(|member| self.sink.given(member))?;
         if let Some(last) = given.members.last().filter(|_| given.left > 0) {
-            self.bytes(given.left)?;
+            self.plain_bytes(given.left, last.span.bytes_at)?;
             self.input.pieces(last.span.end.saturating_sub(self.input.position()), |_| Ok(()))?;
         }
         Ok(())
@@ -91,7 +101,11 @@ impl Reading<'_, '_> {
             b'2' => empty("symbolic link").and_then(|()| self.sink.symlink(&name, &link())),
             b'5' => empty("directory").and_then(|()| self.sink.directory(&name)),
             // Of an incremental dump: what follows names what was in it.
-            b'D' => self.sink.directory(&name).and_then(|()| self.skip(size)),
+            b'D' => {
+                self.skip(size)?;
+                self.place(0, false);
+                self.sink.directory(&name)
+            }
             b'3' | b'4' => Err(refused(format!("`{}` is a device", shown()))),
             b'6' => Err(refused(format!("`{}` is a FIFO", shown()))),
             b'M' => Err(unsupported(format!("`{}` continues from another volume", shown()))),
@@ -103,13 +117,15 @@ impl Reading<'_, '_> {
     fn place(&mut self, stored: u64, plain: bool) {
         let bytes_at = self.input.position();
         let padded = stored.checked_next_multiple_of(count(BLOCK_BYTES)).unwrap_or(stored);
-        self.sink.place(Span { bytes_at, end: bytes_at.saturating_add(padded), plain });
+        if self.is_plain {
+            self.sink.place(Span { bytes_at, end: bytes_at.saturating_add(padded), plain });
+        }
     }
 
     fn file(&mut self, name: &[u8], header: &Header, size: u64) -> Result<()> {
         self.place(size, true);
         self.sink.file(name, Some(size), header.executable())?;
-        self.bytes(size)?;
+        self.plain_bytes(size, self.input.position())?;
         self.pad(size)
     }
 
@@ -171,6 +187,19 @@ impl Reading<'_, '_> {
 
     fn bytes(&mut self, length: u64) -> Result<()> {
         self.input.pieces(length, |piece| self.sink.bytes(piece))
+    }
+
+    /// The next bytes of a file whose bytes begin at `bytes_at` of the tar.
+    fn plain_bytes(&mut self, length: u64, bytes_at: u64) -> Result<()> {
+        let mut at = self.input.position();
+        self.input.pieces(length, |piece| {
+            at += count(piece.len());
+            self.sink.bytes(piece)?;
+            if self.is_plain {
+                self.sink.passed(Passed::Within { at, bytes_at });
+            }
+            Ok(())
+        })
     }
 
     fn zeros(&mut self, length: u64) -> Result<()> {

@@ -106,6 +106,7 @@ impl Instance {
             let (web, tokens) = until_bound(serves, || listen_for_transfers(config, &floors.store)).await?;
             floors.tokens = tokens;
             let web = transfers(config, &floors, web, sent).await;
+            floors.finish_sweeping().await;
             Ok((floors, tcp, web))
         };
         let (floors, tcp, web): (Floors, _, _) = composed.await.inspect_err(|_: &Error| {

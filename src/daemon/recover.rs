@@ -57,7 +57,6 @@ pub(super) async fn recover(floors: &Floors, holder: &Holder, secrets: &Arc<Secr
     for record in floors.await_senders(uploads).await {
         finish_removal(floors, &record).await;
     }
-    floors.finish_sweeping().await;
     Ok(transfers)
 }
 

@@ -7,7 +7,8 @@
 //! # Layout
 //! A file in the flight's directory under a number that no other has ([`TAIL_NUMBER`]), a page and then a ring of [`TAIL_BYTES`]: byte `n` of the
 //! upload is at `n` modulo its length. The page says for whom it is and in which boot it was made (written once), how far the bytes go
-//! ([`Tail::append`]), and, in two places by turns, a mark: what whoever reads wants to find again, and where ([`Tail::mark`]).
+//! ([`Tail::append`]) and whether that is all, and, in two places by turns, a mark: what whoever reads wants to find again, and where
+//! ([`Tail::mark`]).
 //!
 //! # What survives
 //! The page cache does, so nothing here is ever flushed: a tail outlives its daemon, and not the boot it was made in ([`Disk::open_tail`] finds none
@@ -15,13 +16,14 @@
 //! piece that nobody was told of.
 //!
 //! # Limits
-//! What is not recorded can be [`TAIL_BYTES`] at most; whoever appends waits for room. Where it cannot be written, or is wanted no more
-//! ([`Tail::give_up`]), the upload goes on without it and does not outlive the daemon.
+//! What is not recorded can be [`TAIL_BYTES`] at most; whoever appends waits for room. Space is taken as it is written, and never what is kept free. Where
+//! it cannot be written, or is wanted no more ([`Tail::give_up`]), the upload goes on without it and does not outlive the daemon.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Disk;
@@ -37,6 +39,9 @@ pub const TAIL_NUMBER: u64 = 0;
 
 /// Longest description of an upload, and longest mark.
 pub const TAIL_WORD_BYTES: usize = 512;
+
+/// Length of the digest of all: SHA-512.
+pub const TAIL_DIGEST_BYTES: usize = 64;
 
 /// Identity of the running kernel.
 const BOOT: &str = "/proc/sys/kernel/random/boot_id";
@@ -55,6 +60,7 @@ const MARKS_AT: [u64; 2] = [2048, 3072];
 /// See the module's page. All of it blocks for as long as the page cache takes writes.
 #[derive(Debug)]
 pub struct Tail {
+    disk: Arc<Disk>,
     file: File,
     path: PathBuf,
     marks: AtomicU64,
@@ -68,26 +74,26 @@ pub struct TailLeft {
     pub about: Vec<u8>,
     /// How far the bytes go.
     pub end: u64,
-    /// Whether all has come.
-    pub ended: bool,
+    /// The digest of all, where all has come.
+    pub ended: Option<[u8; TAIL_DIGEST_BYTES]>,
     /// The last mark and where it was made; 0 and nothing where there is none.
     pub mark: (u64, Vec<u8>),
 }
 
 impl Disk {
-    /// Makes the tail of a flight whose directory is there, in place of one that is.
+    /// Makes the tail of a flight whose directory is there and has none.
     ///
     /// # Errors
     /// The I/O error; internal for an `about` that is too long.
-    pub fn make_tail(&self, flight: &str, about: &[u8]) -> Result<Tail> {
+    pub fn make_tail(self: &Arc<Self>, flight: &str, about: &[u8]) -> Result<Tail> {
         self.check_healthy()?;
         let path = self.filling_path(flight, TAIL_NUMBER);
         let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
         let mut page = word(&[MAGIC.as_slice(), boot.as_bytes()].concat(), about)?;
-        page.resize(usize::try_from(END_AT + 16).unwrap_or_default(), 0);
-        let made = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
+        page.resize(usize::try_from(MARKS_AT[0]).unwrap_or_default(), 0);
+        let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let file = made.map_err(|error| Error::io("creating", &path, error))?;
-        let tail = Tail { file, path, marks: AtomicU64::new(0), given_up: AtomicBool::new(false) };
+        let tail = Tail::of(self, file, path, 0);
         tail.write(&page, 0)?;
         Ok(tail)
     }
@@ -96,7 +102,7 @@ impl Disk {
     ///
     /// # Errors
     /// The I/O error.
-    pub fn open_tail(&self, flight: &str) -> Result<Option<(Tail, TailLeft)>> {
+    pub fn open_tail(self: &Arc<Self>, flight: &str) -> Result<Option<(Tail, TailLeft)>> {
         let path = self.filling_path(flight, TAIL_NUMBER);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -105,7 +111,7 @@ impl Disk {
         let mut page = vec![0; usize::try_from(PAGE_BYTES).unwrap_or_default()];
         let fault = |error| Error::io("reading", &path, error);
         let length = file.metadata().map_err(fault)?.len();
-        if length < END_AT {
+        if length < MARKS_AT[0] {
             return Ok(None);
         }
         let here = usize::try_from(length.min(PAGE_BYTES)).unwrap_or_default();
@@ -113,22 +119,27 @@ impl Disk {
         let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
         let key = [MAGIC.as_slice(), boot.as_bytes()].concat();
         let Some(about) = read_word(&page, &key) else { return Ok(None) };
-        let (end, ended) = (u64_at(&page, END_AT), u64_at(&page, END_AT + 8) != 0);
+        let digest = page[usize::try_from(END_AT).unwrap_or_default() + 16..].first_chunk().copied();
+        let (end, ended) = (u64_at(&page, END_AT), digest.filter(|_| u64_at(&page, END_AT + 8) != 0));
         let marks = MARKS_AT.map(|at| read_mark(&page[usize::try_from(at).unwrap_or_default()..]));
         let mark = marks.into_iter().flatten().max_by_key(|(at, _)| *at).unwrap_or_default();
         // Which of the two places is older does not matter: the other has the later mark.
         let turn =
             u64::from(read_mark(&page[usize::try_from(MARKS_AT[0]).unwrap_or_default()..]).as_ref() == Some(&mark));
-        let tail = Tail { file, path, marks: AtomicU64::new(turn), given_up: AtomicBool::new(false) };
+        let tail = Tail::of(self, file, path, turn);
         Ok(Some((tail, TailLeft { about, end, ended, mark })))
     }
 }
 
 impl Tail {
+    fn of(disk: &Arc<Disk>, file: File, path: PathBuf, marks: u64) -> Self {
+        Self { disk: Arc::clone(disk), file, path, marks: AtomicU64::new(marks), given_up: AtomicBool::new(false) }
+    }
+
     /// Adds the piece that begins at `at`, where the last one ended, and is `runs` together; its sender may be told of it then.
     ///
     /// # Errors
-    /// The I/O error.
+    /// `NO_SPACE`, the I/O error.
     pub fn append<'a>(&self, runs: impl Iterator<Item = &'a [u8]>, at: u64) -> Result<()> {
         let mut end = at;
         for run in runs {
@@ -137,25 +148,24 @@ impl Tail {
                 let place = end % TAIL_BYTES;
                 let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(rest.len());
                 let (now, later) = rest.split_at(most);
+                if end < TAIL_BYTES {
+                    // The first time round.
+                    self.disk.check_room(now.len() as u64)?;
+                }
                 self.write(now, PAGE_BYTES + place)?;
                 end += now.len() as u64;
                 rest = later;
             }
         }
-        self.set_end(end, false)
+        self.write(&end.to_le_bytes(), END_AT)
     }
 
-    /// Notes that all has come, which ends at `end`.
+    /// Notes that all has come, and has this digest.
     ///
     /// # Errors
     /// The I/O error.
-    pub fn set_ended(&self, end: u64) -> Result<()> {
-        self.set_end(end, true)
-    }
-
-    fn set_end(&self, end: u64, ended: bool) -> Result<()> {
-        let said = [end.to_le_bytes(), u64::from(ended).to_le_bytes()].concat();
-        self.write(&said, END_AT)
+    pub fn set_ended(&self, digest: &[u8; TAIL_DIGEST_BYTES]) -> Result<()> {
+        self.write(&[1_u64.to_le_bytes().as_slice(), digest].concat(), END_AT + 8)
     }
 
     /// Keeps `mark`, which was made at byte `at`, in place of the one before the last.
@@ -184,11 +194,27 @@ impl Tail {
         Ok(())
     }
 
-    /// Makes it none: its space goes, and what is written to it from now on goes nowhere.
+    /// What is written to it from now on goes nowhere. Does not block.
     pub fn give_up(&self) {
         self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes one that was given up none: nobody finds it any more, and it can be read still.
+    pub fn remove(&self) {
+        let is_own = match (self.file.metadata(), fs::symlink_metadata(&self.path)) {
+            (Ok(own), Ok(there)) => own.ino() == there.ino(),
+            // Gone, or of a file system that fails.
+            _ => false,
+        };
+        if is_own && let Err(error) = super::remove_file(&self.path) {
+            tracing::warn!(error = %error.report(), "a tail that is wanted no more stays until its flight ends");
+        }
+    }
+
+    /// Gives back the space of one that was removed: it is not read any more.
+    pub fn release(&self) {
         if let Err(error) = self.file.set_len(0) {
-            tracing::warn!(path = %self.path.display(), %error, "a tail that is wanted no more stays until its flight ends");
+            tracing::warn!(path = %self.path.display(), %error, "a tail that is wanted no more keeps its space");
         }
     }
 
@@ -233,8 +259,8 @@ mod tests {
 
     use super::*;
 
-    fn disk(root: &Path) -> Disk {
-        let disk = Disk::open(root).unwrap();
+    fn disk(root: &Path) -> Arc<Disk> {
+        let disk = Arc::new(Disk::open(root).unwrap());
         disk.begin_flight("f").unwrap();
         disk
     }
@@ -251,7 +277,7 @@ mod tests {
         let disk = disk(directory.path());
         assert!(disk.open_tail("f").unwrap().is_none());
         let tail = disk.make_tail("f", b"for him").unwrap();
-        let nothing = TailLeft { about: b"for him".to_vec(), end: 0, ended: false, mark: (0, Vec::new()) };
+        let nothing = TailLeft { about: b"for him".to_vec(), end: 0, ended: None, mark: (0, Vec::new()) };
         assert_eq!(disk.open_tail("f").unwrap().unwrap().1, nothing);
         tail.append([b"abc".as_slice(), b"de"].into_iter(), 0).unwrap();
         for at in [1, 3, 4] {
@@ -262,13 +288,18 @@ mod tests {
             again.mark(at, format!("at {at}").as_bytes()).unwrap();
         }
         let (again, left) = disk.open_tail("f").unwrap().unwrap();
-        assert_eq!((read(&again, 1..5).as_slice(), left.ended), (b"bcde".as_slice(), false));
-        again.set_ended(9).unwrap();
+        assert_eq!((read(&again, 1..5).as_slice(), left.ended), (b"bcde".as_slice(), None));
+        again.set_ended(&[7; 64]).unwrap();
         let left = disk.open_tail("f").unwrap().unwrap().1;
-        assert_eq!((left.end, left.ended), (9, true));
+        assert_eq!((left.end, left.ended), (9, Some([7; 64])));
+        assert!(disk.make_tail("f", b"another").is_err(), "one that is there is not another's");
         again.give_up();
         again.append([b"x".as_slice()].into_iter(), 9).unwrap();
+        again.remove();
         assert!(disk.open_tail("f").unwrap().is_none());
+        assert_eq!(read(&again, 1..5), b"bcde", "whoever reads it does so to the end");
+        again.release();
+        assert!(again.read(&mut [0], 1).is_err());
     }
 
     #[test]
@@ -298,7 +329,7 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             disk.open_tail("f").unwrap().map(|(_, left)| left)
         };
-        assert!(left(&|bytes| bytes.truncate(1023)).is_none());
+        assert!(left(&|bytes| bytes.truncate(2047)).is_none());
         for place in [0, 33, 36, 45, 80] {
             assert!(left(&|bytes| bytes[place] ^= 1).is_none(), "{place}");
         }

@@ -4,7 +4,7 @@
 //! (`extract=false` keeps it). What its members become is [`super::stream`]'s; here its bytes are brought to who reads the archive:
 //!
 //! * a tar or a single compressed file is read in order: a task fetches and a bounded channel carries. A connection that breaks
-//!   is taken up where it broke, if the source has ranges;
+//!   is taken up where it broke, if the source has ranges. A tar that is not compressed is then gone on with after a restart, too ([`tar`]);
 //! * a zip is read where its directory says, in ranges, a connection for the directory and one for the members. Nothing of it is on
 //!   disk but its members;
 //! * a zip that its source gives only whole, or of unknown size, is spooled into the flight's directory first, as a file
@@ -12,7 +12,7 @@
 //!
 //! What cannot be taken up begins anew along the ladder, as does the whole after a restart. Members of a zip that were sealed before, of this
 //! very revision, are settled by their rows and not fetched again: its directory tells where the others are. Their sums were
-//! verified before they were sealed. A tar or a compressed file has to be read from its beginning, and nothing before its end says that it is
+//! verified before they were sealed. What is compressed has to be read from its beginning, and nothing before its end says that it is
 //! sound: there what is sealed is found again by its digest.
 //! Digests that the source states of the archive are verified where it is read in order; members of zips have their own sums.
 
@@ -32,6 +32,7 @@ use super::flying::Flying;
 use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};
+use super::tar;
 use crate::archive::{self, About, Archived, Format, Members};
 use crate::catalog::fills;
 use crate::digest::Digest;
@@ -57,9 +58,9 @@ const CURSORS: usize = 2;
 /// An archive to be extracted.
 #[derive(Clone, Debug)]
 pub(super) struct Archive {
-    about: About,
-    file: File,
-    path: EntryPath,
+    pub(super) about: About,
+    pub(super) file: File,
+    pub(super) path: EntryPath,
 }
 
 impl Archive {
@@ -88,15 +89,25 @@ pub(super) async fn extract(flying: &Arc<Flying>, archive: &Archive) -> Result<M
     let mut ladder = Ladder::new(shared.settings.attempts);
     loop {
         flying.progress.restart();
-        shared.store.disk().clear_flight(&flying.key, &[])?;
-        shared.store.disk().begin_flight(&flying.key)?;
         let attempt = async {
-            let entries = open(flying, archive, sealed(flying, archive).await?).await?;
-            stream::fill(shared, &flying.key, Box::new(entries), &flying.progress).await
+            let entries: Box<dyn EntryStream> = if tar::has_places(archive) {
+                Box::new(tar::open(flying, archive).await?)
+            } else {
+                shared.store.disk().clear_flight(&flying.key, &[])?;
+                shared.store.disk().begin_flight(&flying.key)?;
+                Box::new(open(flying, archive, sealed(flying, archive).await?).await?)
+            };
+            stream::fill(shared, &flying.key, entries, &flying.progress).await
         };
         match attempt.await {
             Ok((_, manifest)) => return Ok(manifest),
-            Err(error) => ladder.wait(error).await?,
+            Err(error) => {
+                if error.kind() == Kind::Corrupt && tar::has_places(archive) {
+                    // Which of it was wrong is not known.
+                    tar::forget(flying).await?;
+                }
+                ladder.wait(error).await?;
+            }
         }
     }
 }
@@ -129,7 +140,7 @@ async fn open(flying: &Arc<Flying>, archive: &Archive, sealed: Sealed) -> Result
         }
         (Format::Tar | Format::Single(_), _) => {
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
-            let task = tokio::spawn(pump(Arc::clone(flying), archive.file.clone(), sender));
+            let task = tokio::spawn(pump(Arc::clone(flying), archive.file.clone(), 0, sender));
             let verifier = Verifier::new(&archive.file.expected, archive.file.size.unwrap_or(0));
             let reader = PieceReader::new(pieces, verifier, archive.path.clone());
             (Archived::Stream(Box::new(reader)), Some(task.abort_handle()))
@@ -185,23 +196,23 @@ impl EntryStream for Extracting {
 }
 
 /// Nobody fetches any more.
-fn given_up() -> io::Error {
+pub(super) fn given_up() -> io::Error {
     io::Error::other(Error::new(Kind::Cancelled, "ARCHIVE_GIVEN_UP", "nobody fetches it any more"))
 }
 
 /// Pieces on their way; `None` is the end, so that it can be told from a fetcher that went away.
 pub(super) type Piece = Result<Option<Bytes>>;
 
-/// Fetches a file from its beginning to its end.
-async fn pump(flying: Arc<Flying>, file: File, sender: mpsc::Sender<Piece>) {
-    let outcome = pump_all(&flying, &file, &sender).await;
+/// Fetches a file from byte `from` to its end.
+pub(super) async fn pump(flying: Arc<Flying>, file: File, from: u64, sender: mpsc::Sender<Piece>) {
+    let outcome = pump_all(&flying, &file, from, &sender).await;
     let _ = sender.send(outcome.map(|()| None)).await;
 }
 
-async fn pump_all(flying: &Arc<Flying>, file: &File, sender: &mpsc::Sender<Piece>) -> Result<()> {
+async fn pump_all(flying: &Arc<Flying>, file: &File, from: u64, sender: &mpsc::Sender<Piece>) -> Result<()> {
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let end = file.size.unwrap_or(u64::MAX);
-    let mut at = 0;
+    let mut at = from;
     loop {
         let before = at;
         let fetched = {

@@ -1,4 +1,4 @@
-//! Uploads that a dead daemon had under way: what of them is durable, from where their senders go on.
+//! Uploads that a dead daemon had under way, and tars that it extracted: what of them is durable, from where they go on.
 //!
 //! What is believed are the entries that are recorded ([`uploads`]), from the first on: a directory, a link, a file that is sealed or all of whose units
 //! are durable. The first that has less is the last, where some of it is durable, and its bytes end with the first unit that is not. All else is as
@@ -11,9 +11,10 @@ use std::collections::HashMap;
 use super::{Ingests, Kept};
 use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::fills::{self, FillRow};
-use crate::catalog::uploads;
+use crate::catalog::{Catalog, uploads};
 use crate::error::Result;
 use crate::source::{Begun, Here};
+use crate::store::Store;
 use crate::store::filling::UnitMap;
 
 /// Rows that go in one transaction: some milliseconds of the catalog's one writer.
@@ -49,33 +50,49 @@ impl Ingests {
         record: &Record,
         decode: impl Fn(&[u8]) -> Result<Decoded<E>>,
     ) -> Result<Option<Left<E>>> {
-        let flight = record.id.clone();
-        let read = move |tx: &rusqlite::Connection| {
-            let Some(begun) = uploads::get(tx, &flight)? else { return Ok(None) };
-            if checkpoints::flight_of(tx, &flight)? != flight {
-                // It had been given back.
-                return Ok(None);
-            }
-            Ok(Some((begun, uploads::entries(tx, &flight)?, fills::of_flight(tx, &flight)?)))
-        };
-        let Some((begun, rows, files)) = self.0.store.catalog().read(read).await? else { return Ok(None) };
-        let mut files = files.into_iter().map(|row| (row.path.clone(), row)).collect();
-        let left = Left::of(begun, rows, &mut files, decode)?;
-        self.cut(&record.id, left.entries.len() as u64, files.into_keys().collect()).await?;
-        Ok(Some(left))
-    }
-
-    /// Forgets the entries from `from` on, and these files.
-    async fn cut(&self, flight: &str, from: u64, files: Vec<Vec<u8>>) -> Result<()> {
-        let catalog = self.0.store.catalog();
-        let cut = |flight: String| move |tx: &rusqlite::Connection| uploads::cut(tx, &flight, from, CUT_AT_A_TIME);
-        while catalog.write(cut(flight.to_owned())).await? {}
-        for some in files.chunks(CUT_AT_A_TIME) {
-            let (flight, some) = (flight.to_owned(), some.to_vec());
-            catalog.write(move |tx| fills::forget_files(tx, &flight, &some)).await?;
+        let id = record.id.clone();
+        let flight = self.0.store.catalog().read(move |tx| checkpoints::flight_of(tx, &id)).await?;
+        if flight != record.id {
+            // It had been given back.
+            return Ok(None);
         }
-        Ok(())
+        left_of(&self.0.store, &flight, decode).await
     }
+}
+
+/// What is durable of the entries of a flight, and nothing else of it any more; `None` where none are recorded.
+///
+/// # Errors
+/// As [`Ingests::left_of`].
+pub(super) async fn left_of<E>(
+    store: &Store,
+    flight: &str,
+    decode: impl Fn(&[u8]) -> Result<Decoded<E>>,
+) -> Result<Option<Left<E>>> {
+    let key = flight.to_owned();
+    let read = move |tx: &rusqlite::Connection| {
+        let Some(begun) = uploads::get(tx, &key)? else { return Ok(None) };
+        Ok(Some((begun, uploads::entries(tx, &key)?, fills::of_flight(tx, &key)?)))
+    };
+    let Some((begun, rows, files)) = store.catalog().read(read).await? else { return Ok(None) };
+    let mut files = files.into_iter().map(|row| (row.path.clone(), row)).collect();
+    let left = Left::of(begun, rows, &mut files, decode)?;
+    forget_from(store.catalog(), flight, left.entries.len() as u64, files.into_keys().collect()).await?;
+    Ok(Some(left))
+}
+
+/// Forgets the entries from `from` on, and these files.
+///
+/// # Errors
+/// Those of the catalog.
+pub(super) async fn forget_from(catalog: &Catalog, flight: &str, from: u64, files: Vec<Vec<u8>>) -> Result<()> {
+    let cut = |flight: String| move |tx: &rusqlite::Connection| uploads::cut(tx, &flight, from, CUT_AT_A_TIME);
+    while catalog.write(cut(flight.to_owned())).await? {}
+    for some in files.chunks(CUT_AT_A_TIME) {
+        let (flight, some) = (flight.to_owned(), some.to_vec());
+        catalog.write(move |tx| fills::forget_files(tx, &flight, &some)).await?;
+    }
+    Ok(())
 }
 
 impl<E> Left<E> {

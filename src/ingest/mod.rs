@@ -37,6 +37,7 @@ mod flying;
 mod healing;
 mod in_place;
 mod left;
+mod marks;
 pub mod plan;
 pub mod progress;
 mod publish;
@@ -49,6 +50,7 @@ mod sending;
 mod small;
 mod stream;
 mod taker;
+mod tar;
 mod tasks;
 mod unpack;
 

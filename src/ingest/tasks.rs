@@ -216,6 +216,13 @@ impl Shared {
         let _ = tokio::task::spawn_blocking(move || holder.let_go(&id)).await;
     }
 
+    /// Lets a task stay when the daemon is drained: what it fills cannot be gone on with after all.
+    pub(super) fn let_stay(&self, id: &str) {
+        if let Some(task) = lock(&self.tasks).get_mut(id) {
+            task.at_pause = AtPause::Stays;
+        }
+    }
+
     pub(super) async fn until_paused(&self) {
         // Cannot fail: the sender is ours.
         let _ = self.paused.subscribe().wait_for(|paused| *paused).await;

@@ -92,7 +92,12 @@ impl Unpacked {
         let Some(first) = self.sent.next_entry().await? else { return Ok(None) };
         let Some((about, size)) = self.archive(&first) else { return Ok(Some(first)) };
         self.unpacks = true;
-        self.sent.is_not_recorded();
+        if self.sent.recorded().is_some() {
+            // Who receives it ends it, unless all of it is here.
+            self.sent.is_not_recorded();
+            self.survives = false;
+            self.shared.let_stay(&self.flight);
+        }
         let dictionaries = self.shared.settings.dictionaries.clone();
         if about.format != Format::Zip && self.sent.is_alone() {
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);

@@ -32,6 +32,7 @@ mod kaggle;
 pub mod local;
 mod objects;
 mod patience;
+pub mod recorded;
 mod regional;
 mod rights;
 mod spec;

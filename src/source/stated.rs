@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use sha1::Digest as _;
+use sha1::digest::common::hazmat::SerializableState as _;
 
 use crate::error::{Error, Result};
 
@@ -74,6 +75,11 @@ impl Verifier {
         Self(all.into_iter().flatten().collect())
     }
 
+    /// Whether there is nothing to verify.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         for (taken, _) in &mut self.0 {
@@ -86,6 +92,30 @@ impl Verifier {
                 Taken::Crc32(state) => state.update(bytes),
             }
         }
+    }
+
+    /// The state as it is now, for [`Verifier::thaw`]; `None` where a digest has none that can be kept.
+    pub fn freeze(&self) -> Option<Vec<u8>> {
+        let mut all = Vec::new();
+        for (taken, _) in &self.0 {
+            let state = taken.freeze()?;
+            all.push(u8::try_from(state.len()).ok()?);
+            all.extend_from_slice(&state);
+        }
+        Some(all)
+    }
+
+    /// For the same file, from a state that [`Verifier::freeze`] gave; `None` where it is none.
+    pub fn thaw(expected: &Expected, size: u64, state: &[u8]) -> Option<Self> {
+        let mut verifier = Self::new(expected, size);
+        let mut rest = state;
+        for (taken, _) in &mut verifier.0 {
+            let (length, behind) = rest.split_first()?;
+            let (own, behind) = behind.split_at_checked(usize::from(*length))?;
+            taken.thaw(own)?;
+            rest = behind;
+        }
+        rest.is_empty().then_some(verifier)
     }
 
     /// All bytes of `what` came.
@@ -107,6 +137,31 @@ impl Verifier {
 }
 
 impl Taken {
+    fn freeze(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Sha256(state) => Some(state.serialize().to_vec()),
+            Self::GitSha1(state) => Some(state.serialize().to_vec()),
+            Self::Md5(state) => Some(state.serialize().to_vec()),
+            Self::Crc64Nvme(_) => None,
+            Self::Crc32c(state) => Some(state.to_be_bytes().to_vec()),
+            Self::Crc32(state) => Some(state.clone().finalize().to_be_bytes().to_vec()),
+        }
+    }
+
+    fn thaw(&mut self, state: &[u8]) -> Option<()> {
+        match self {
+            Self::Sha256(own) => *own = sha2::Sha256::deserialize(state.try_into().ok()?).ok()?,
+            Self::GitSha1(own) => *own = sha1::Sha1::deserialize(state.try_into().ok()?).ok()?,
+            Self::Md5(own) => *own = md5::Md5::deserialize(state.try_into().ok()?).ok()?,
+            Self::Crc64Nvme(_) => return None,
+            Self::Crc32c(own) => *own = u32::from_be_bytes(state.try_into().ok()?),
+            Self::Crc32(own) => {
+                *own = crc32fast::Hasher::new_with_initial(u32::from_be_bytes(state.try_into().ok()?));
+            }
+        }
+        Some(())
+    }
+
     /// Its name, and its bytes, the most significant first.
     fn finish(self) -> (&'static str, Vec<u8>) {
         match self {
@@ -134,19 +189,20 @@ mod tests {
         verifier.finish("a")
     }
 
+    /// `git hash-object` of a file with the bytes `hello`.
+    const GIT_ID: [u8; 20] = [
+        0xb6, 0xfc, 0x4c, 0x62, 0x0b, 0x67, 0xd9, 0x5f, 0x95, 0x3a, 0x5c, 0x1c, 0x12, 0x30, 0xaa, 0xab, 0x5d, 0xb5,
+        0xa1, 0xb0,
+    ];
+
     #[test]
     fn stated_digests_are_verified() {
         let sha256 = sha2::Sha256::digest(b"hello").into();
-        // git hash-object of a file with the bytes `hello`.
-        let git: [u8; 20] = [
-            0xb6, 0xfc, 0x4c, 0x62, 0x0b, 0x67, 0xd9, 0x5f, 0x95, 0x3a, 0x5c, 0x1c, 0x12, 0x30, 0xaa, 0xab, 0x5d, 0xb5,
-            0xa1, 0xb0,
-        ];
         let none = Expected::default();
         let stated = Stated::default();
         for alone in [
             Stated { sha256: Some(sha256), ..stated.clone() },
-            Stated { git_sha1: Some(git), ..stated.clone() },
+            Stated { git_sha1: Some(GIT_ID), ..stated.clone() },
             Stated { md5: Some(md5::Md5::digest(b"hello").into()), ..stated.clone() },
             // What `gsutil hash` prints for `hello`, and what zip keeps of it.
             Stated { crc32c: Some(0x9a71_bb4c), ..stated.clone() },
@@ -157,6 +213,33 @@ mod tests {
             assert_eq!(verify(&alone, b"hellO").unwrap_err().reason(), "DIGEST_MISMATCH", "{alone:?}");
         }
         assert!(none.is_empty() && verify(&none, b"x").is_ok());
+    }
+
+    #[test]
+    fn a_state_is_gone_on_with_by_whoever_has_it() {
+        let check = Stated {
+            sha256: Some(sha2::Sha256::digest(b"123456789").into()),
+            md5: Some(md5::Md5::digest(b"123456789").into()),
+            crc32c: Some(0xe306_9283),
+            crc32: Some(0xcbf4_3926),
+            ..Stated::default()
+        };
+        let git = Expected::from(Stated { git_sha1: Some(GIT_ID), ..Stated::default() });
+        let expected = Expected::from(check);
+        for (expected, bytes) in [(expected, b"123456789".as_slice()), (git, b"hello")] {
+            for at in 0..=bytes.len() {
+                let mut first = Verifier::new(&expected, bytes.len() as u64);
+                first.update(&bytes[..at]);
+                let state = first.freeze().unwrap();
+                let mut second = Verifier::thaw(&expected, bytes.len() as u64, &state).unwrap();
+                second.update(&bytes[at..]);
+                second.finish("a").unwrap();
+                assert!(Verifier::thaw(&expected, 9, &state[1..]).is_none());
+                assert!(Verifier::thaw(&expected, 9, &[state.as_slice(), &[0]].concat()).is_none());
+            }
+        }
+        let nvme = Expected::from(Stated { crc64nvme: Some(1), ..Stated::default() });
+        assert!(Verifier::new(&nvme, 9).freeze().is_none());
     }
 
     #[test]

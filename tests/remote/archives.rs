@@ -40,7 +40,7 @@ fn of_python() -> PathBuf {
 }
 
 /// What Python's standard library makes of `tree`.
-fn packed(tree: &Path, kind: &str) -> Arc<Vec<u8>> {
+pub(super) fn packed(tree: &Path, kind: &str) -> Arc<Vec<u8>> {
     let out = tree.with_extension(kind);
     run(Command::new("python3").arg(of_python()).arg(kind).arg(tree).arg(&out)).ok();
     Arc::new(fs::read(out).unwrap())
@@ -123,6 +123,59 @@ fn a_kill_in_the_middle_of_an_archive_is_made_good() {
         daemon.wait_state(name, "ready", PATIENCE);
         assert_mounted(&tree, &daemon.attach(&format!("job-{name}"), name));
     }
+}
+
+/// A tree whose tar has small members, links, and then files of several fill units, the last of which is larger than all before.
+pub(super) fn tree_to_go_on(place: &Place) -> PathBuf {
+    let tree = place.dir("on");
+    odd_tree(&tree, seed());
+    (100..3000).for_each(|index| fs::remove_file(tree.join(format!("deep/f{index}"))).unwrap());
+    (0..6).for_each(|number| random_file(&tree.join(format!("x{number}.bin")), seed() ^ number, 5 << 20));
+    random_file(&tree.join("z.bin"), seed(), 60 << 20);
+    tree
+}
+
+#[test]
+fn a_tar_goes_on_after_each_kill_where_what_is_recorded_of_it_ends() {
+    let (place, site, mut daemon) = (Place::new(), Site::open(), Daemon::start_with(&[LOOPBACK]));
+    let tree = tree_to_go_on(&place);
+    let tar = packed(&tree, "tar-pax");
+    let whole = u64::try_from(tar.len()).unwrap();
+    let url = site.put("/a.tar", Page::Ranged(tar));
+    site.narrow();
+    site.limit(20 << 20);
+    daemon.ctl(&["create", "tar", "--uri", &url]).ok();
+    // Among the members, within the last one, and at once again.
+    let mut recorded = 0;
+    for until in [12 << 20, 50 << 20, 0] {
+        wait_until("more of it is durable", PATIENCE, || daemon.recorded_bytes("tar") >= until);
+        recorded = daemon.recorded_bytes("tar");
+        assert!(recorded < u64::MAX, "it is ready before it was killed");
+        daemon.kill9();
+        site.take_sent();
+        daemon.restart();
+    }
+    site.limit(0);
+    daemon.wait_state("tar", "ready", PATIENCE);
+    let sent = site.take_sent();
+    // Headers and small members are not counted as recorded until they are sealed.
+    assert!(sent <= whole - recorded + (4 << 20), "{sent} of {whole} bytes were sent again, {recorded} were here");
+    assert_mounted(&tree, &daemon.attach("job", "tar"));
+    daemon.wait_empty("filling");
+
+    // Of another revision nothing is kept.
+    site.limit(20 << 20);
+    daemon.ctl(&["create", "other", "--uri", &url, "--owner", "somebody"]).ok();
+    wait_until("some of it is durable", PATIENCE, || daemon.recorded_bytes("other") >= 12 << 20);
+    daemon.kill9();
+    (0..6).for_each(|number| random_file(&tree.join(format!("x{number}.bin")), !seed() ^ number, 5 << 20));
+    site.put("/a.tar", Page::Ranged(packed(&tree, "tar-pax")));
+    site.limit(0);
+    daemon.restart();
+    daemon.wait_state("other", "ready", PATIENCE);
+    let target = daemon.place().dir("at-other");
+    daemon.ctl(&["attach", "job2", "other", "--owner", "somebody", "--at", target.to_str().unwrap()]).ok();
+    assert_mounted(&tree, &target);
 }
 
 #[test]

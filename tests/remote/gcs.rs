@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::archives::two_archives;
+use super::archives::{packed, tree_to_go_on, two_archives};
 use super::buckets::{
     ENDURING, HASTY, assert_comes_back_later, assert_goes_on_after_a_kill, assert_kept_nowhere, create, python, reason,
-    replace_midway, spoil_files, start, tree,
+    replace_midway, spoil_files, start, tree, wait_bytes,
 };
 use super::faltering;
 use crate::support::corpus::random_file;
@@ -115,6 +115,54 @@ impl FakeGcs {
 
 fn endpoint(faults: &Faults) -> String {
     format!("endpoint={}", faults.url(""))
+}
+
+/// Its digests are of the whole tar, so that what takes them has to go on as well.
+#[test]
+fn a_tar_with_a_stated_checksum_goes_on_after_a_kill_and_is_held_to_it() {
+    let place = Place::new();
+    let tree = tree_to_go_on(&place);
+    let folder = place.dir("packed");
+    let tar = packed(&tree, "tar-pax");
+    let server = FakeGcs::start();
+    fs::write(folder.join("a.tar"), &*tar).unwrap();
+    server.fill(&json!({"buckets": ["open"], "trees": [["open", "", folder]]}));
+    let faults = Faults::before(server.0.port);
+    let mut daemon = Daemon::start_with(HASTY);
+    for (name, is_sound) in [("sound", true), ("wrong", false)] {
+        if !is_sound {
+            // In the bytes of a member that is sealed before the kill.
+            faults.spoil("alt=media", Fault::Damage(10 << 20), 2);
+        }
+        let before = faults.body_bytes();
+        faults.slow_down(20 << 20);
+        let owner = ["--owner", name];
+        daemon
+            .ctl(
+                &[
+                    &["create", name, "--type", "gcp", "--uri", "gs://open/a.tar", "--option", &endpoint(&faults)],
+                    owner.as_slice(),
+                ]
+                .concat(),
+            )
+            .ok();
+        wait_bytes(&daemon, name, 72 << 20);
+        daemon.kill9();
+        faults.slow_down(0);
+        daemon.restart();
+        daemon.wait_state(name, if is_sound { "ready" } else { "failed" }, Duration::from_secs(180));
+        let bytes = faults.body_bytes() - before;
+        if is_sound {
+            assert!(bytes < tar.len() as u64 + (40 << 20), "{bytes} bytes were fetched for {}", tar.len());
+        } else {
+            assert_eq!(reason(&daemon, name), "DIGEST_MISMATCH");
+            // Nothing that came with it is believed any more.
+            daemon.ctl(&["retry", name, "--wait"]).ok();
+        }
+        let target = daemon.place().dir(name);
+        daemon.ctl(&["attach", name, name, "--owner", name, "--at", target.to_str().unwrap()]).ok();
+        assert_mounted(&tree, &target);
+    }
 }
 
 #[test]

@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use super::upload::Upload;
 use super::uploads::{Transfers, extracts, id_of};
-use crate::archive::{Member, What};
+use crate::archive::Member;
 use crate::catalog::checkpoints::Record;
 use crate::error::{Error, Kind, Result};
 #[cfg(doc)]
 use crate::ingest::Ingests;
 use crate::ingest::{Decoded, Kept};
-use crate::source::local;
+use crate::source::{local, recorded};
 
 impl Transfers {
     /// Goes on with what an earlier run of the daemon had under way for `records`; those that nobody can go on with wait for another upload.
@@ -58,18 +58,16 @@ impl Transfers {
             }
         };
         tracing::info!(checkpoint, bytes = expected, "an upload waits for its sender");
-        let upload = self.go_on(record.clone(), Upload::left(id, record.created_ms, feed, expected), entries, kept);
-        if ended {
-            tokio::spawn(async move { upload.end_again().await });
+        let upload =
+            self.go_on(record.clone(), Upload::left(id, record.created_ms, feed, (expected, ended)), entries, kept);
+        if let Some(digest) = ended {
+            tokio::spawn(async move { upload.end_again(digest).await });
         }
     }
 }
 
 fn decode(row: &[u8]) -> Result<Decoded<Member>> {
-    let member = local::recorded_member(row)?;
-    let file = match member.what {
-        What::File { size, .. } => size.map(|size| (member.path.as_bytes().to_vec(), size)),
-        What::Directory | What::Symlink(_) | What::SameAs(_) => None,
-    };
+    let (member, _) = recorded::decode(row)?;
+    let file = recorded::file_of(&member);
     Ok((member, file))
 }

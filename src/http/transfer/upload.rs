@@ -66,15 +66,22 @@ impl Drop for Waiting<'_> {
 impl Upload {
     /// One that begins.
     pub(super) fn new(id: &str, took_place_of: String, created_ms: i64, feed: Feed) -> Self {
-        Self::at(0, id, took_place_of, created_ms, feed)
+        Self::at((0, None), id, took_place_of, created_ms, feed)
     }
 
     /// One that an earlier run of the daemon had under way, whose next piece begins at `expected`.
-    pub(super) fn left(id: &str, created_ms: i64, feed: Feed, expected: u64) -> Self {
-        Self::at(expected, id, String::new(), created_ms, feed)
+    /// All of it is here where it has this digest.
+    pub(super) fn left(id: &str, created_ms: i64, feed: Feed, (expected, ended): (u64, Option<StreamDigest>)) -> Self {
+        Self::at((expected, ended), id, String::new(), created_ms, feed)
     }
 
-    fn at(expected: u64, id: &str, took_place_of: String, created_ms: i64, feed: Feed) -> Self {
+    fn at(
+        (expected, ended): (u64, Option<StreamDigest>),
+        id: &str,
+        took_place_of: String,
+        created_ms: i64,
+        feed: Feed,
+    ) -> Self {
         let position = Position {
             expected,
             touched: Instant::now(),
@@ -82,7 +89,7 @@ impl Upload {
             keeping: false,
             held: false,
             wrong: false,
-            ended: None,
+            ended,
             closed: None,
         };
         Self {
@@ -167,15 +174,15 @@ impl Upload {
         self.lock().held
     }
 
-    /// Ends one of which an earlier run of the daemon had been told that all had come, with the digest that it has.
-    pub(super) async fn end_again(&self) {
+    /// Ends one that an earlier run of the daemon knew to be all here, once what it kept was read again and is what it was.
+    pub(super) async fn end_again(&self, digest: StreamDigest) {
         let Some(found) = self.feed.digest().await else { return };
-        let expected = {
-            let mut position = self.lock();
-            position.ended = Some(found);
-            position.expected
-        };
-        self.feed.end(expected).await;
+        if found == digest {
+            return self.feed.end(digest).await;
+        }
+        tracing::error!("what was kept of an upload is not what it was any more: it is to be sent again");
+        self.lock().ended = None;
+        self.give_up();
     }
 
     /// Says that all is sent and has `digest`; repeating it does nothing.
@@ -209,7 +216,7 @@ impl Upload {
             }
             position.ended = Some(found);
         }
-        self.feed.end(expected).await;
+        self.feed.end(found).await;
         Ok(())
     }
 

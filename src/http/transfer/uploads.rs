@@ -198,8 +198,15 @@ impl Transfers {
         }
         tracing::info!(checkpoint = record.id, goes_on = kept.is_some(), "an upload begins");
         let survives = Some(Survives { one_file: extracts(&record), kept });
+        let announced = Announced { bytes: 0, survives };
         let outcome = tokio::select! {
-            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), Announced { bytes: 0, survives }) => outcome,
+            biased;
+            // First: what the entries end with then is for the next daemon.
+            () = self.drained(&upload) => {
+                self.ingests.start_over(&record).await;
+                Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
+            }
+            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), announced) => outcome,
             silent = upload.abandoned(self.idle) => {
                 self.ingests.start_over(&record).await;
                 if silent {
@@ -208,10 +215,6 @@ impl Transfers {
                     self.note("UPLOAD_EXPIRED", &record, &what).await;
                 }
                 Err(Error::new(Kind::Cancelled, "UPLOAD_DROPPED", "the upload was dropped").remedy("start it again"))
-            }
-            () = self.drained(&upload) => {
-                self.ingests.start_over(&record).await;
-                Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
             }
         };
         if outcome.is_err() && upload.is_held() {

@@ -41,7 +41,7 @@ pub(super) struct Heard {
 pub(super) struct Before {
     /// How far it was read, as far as that is recorded.
     pub(super) read: u64,
-    /// How far it was hashed, with the state.
+    /// How far it was hashed, with the state: not farther.
     pub(super) hashed: (u64, Vec<u8>),
     /// Where the tail ends.
     pub(super) end: u64,
@@ -54,13 +54,12 @@ pub(super) struct Incoming {
     present: Bytes,
     /// The present piece's share of the queue.
     counted: Option<OwnedSemaphorePermit>,
-    /// Where the next run begins.
+    /// Where the next run begins, and how far the digest is.
     at: u64,
     /// Bytes before this one were read by an earlier run.
     from: u64,
     /// Where what the tail has ends.
     replay_until: u64,
-    hashed: u64,
     marked: u64,
     sha512: Sha512,
     beginning: Beginning,
@@ -86,10 +85,9 @@ impl Incoming {
             runs: Vec::new().into_iter(),
             present: Bytes::new(),
             counted: None,
-            at: before.read.min(*hashed),
+            at: *hashed,
             from: before.read,
             replay_until: before.end,
-            hashed: *hashed,
             marked: *hashed,
             sha512: if *hashed == 0 { Sha512::new() } else { thaw(state)? },
             beginning: Beginning::default(),
@@ -105,6 +103,9 @@ impl Incoming {
             if self.at < self.replay_until {
                 let run = self.replayed().map_err(io::Error::other)?;
                 self.take(run);
+                if self.at >= self.replay_until {
+                    self.settling.is_read();
+                }
                 return Ok(true);
             }
             if let Some(run) = self.runs.next() {
@@ -137,18 +138,14 @@ impl Incoming {
 
     fn take(&mut self, run: Bytes) {
         let end = self.at + run.len() as u64;
-        let behind = |place: u64| usize::try_from(place.saturating_sub(self.at)).unwrap_or(usize::MAX).min(run.len());
-        let (unhashed, unread) = (behind(self.hashed), behind(self.from));
-        if unhashed < run.len() {
-            self.sha512.update(&run[unhashed..]);
-            self.hashed = end;
-        }
+        let unread = usize::try_from(self.from.saturating_sub(self.at)).unwrap_or(usize::MAX).min(run.len());
+        self.sha512.update(&run);
         self.listen(&run);
         self.present = run.slice(unread..);
         self.at = end;
-        if self.hashed >= self.marked + MARK_BYTES && self.settling.survives() {
-            self.settling.mark(self.hashed, &self.sha512.serialize());
-            self.marked = self.hashed;
+        if end >= self.marked + MARK_BYTES {
+            self.settling.offer(end, self.sha512.serialize().to_vec());
+            self.marked = end;
         }
     }
 

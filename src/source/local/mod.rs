@@ -6,12 +6,11 @@
 
 mod beginning;
 mod incoming;
-mod row;
 mod sent;
 mod settling;
 mod token;
 
-pub use sent::{Feed, Left, PIECE_BYTES, Room, SentTar, go_on, recorded_member, stream};
+pub use sent::{Feed, Left, PIECE_BYTES, Room, SentTar, go_on, stream};
 pub use token::{Bearer, Tokens};
 
 /// SHA-512 of a stream.

@@ -17,14 +17,16 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::incoming::{Before, Heard, Incoming, Message, thaw};
-use super::settling::{From, Settling};
-use super::{StreamDigest, revision, row};
+use super::settling::{From, Settling, Told};
+use super::{StreamDigest, revision};
 use crate::archive::{About, Archived, Dictionaries, Format, Given, Member, Members, What};
-use crate::disk::{Disk, Tail, TailLeft};
+use crate::digest::Digest;
+use crate::disk::{Disk, TAIL_BYTES, Tail, TailLeft};
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::manifest::Manifest;
 use crate::names::EntryName;
+use crate::source::recorded::{self, Next, RecordedMembers};
 use crate::source::{Begun, EntryStream, Here, Listed, Recorded, listed_member};
 
 /// Largest piece: the protocol's client means to send 5 MiB, and sends 64 to 192 KiB.
@@ -90,10 +92,10 @@ impl Feed {
         digest.await.ok()
     }
 
-    /// Says that this is all, which has so many bytes. A later run knows it as well.
-    pub async fn end(&self, bytes: u64) {
+    /// Says that this is all, and has this digest. A later run knows it as well.
+    pub async fn end(&self, digest: StreamDigest) {
         let settling = Arc::clone(&self.settling);
-        let _ = tokio::task::spawn_blocking(move || settling.set_ended(bytes)).await;
+        let _ = tokio::task::spawn_blocking(move || settling.set_ended(&digest)).await;
         // Where nobody reads any more, the outcome says why.
         let _ = self.sender.send(Message::End).await;
     }
@@ -120,8 +122,8 @@ impl Room {
 pub struct Left {
     tail: Tail,
     said: TailLeft,
+    entries: Vec<(Member, Here)>,
     given: Given,
-    here: Vec<Here>,
     from: From,
 }
 
@@ -131,28 +133,25 @@ impl Left {
     /// # Errors
     /// `UPLOAD_TAIL_DAMAGED` where the tail does not go on behind them.
     pub fn new((tail, said): (Tail, TailLeft), entries: Vec<(Member, Here)>) -> Result<Self> {
-        let (members, here): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
-        let mut from = From { marked: said.mark.0, members: members.len() as u64, ..From::default() };
-        let mut given = Given { members, left: 0 };
-        if let (Some(Member { what: What::File { size: Some(size), .. }, span, .. }), Some(Here::Begun(begun))) =
-            (given.members.last(), here.last())
-            && begun.bytes < *size
-        {
-            given.left = size - begun.bytes;
-            from.members -= 1;
-            from.begun = Some((*span, begun.bytes));
-        }
-        from.settled = given.until();
-        let ends_before =
-            from.settled.min(from.marked) > said.end || from.settled.saturating_sub(said.end) > PADDING_BYTES;
-        let damaged = || Error::corrupt("UPLOAD_TAIL_DAMAGED", "what had come of an upload is not all there");
-        if ends_before || said.end - from.settled.min(from.marked) > crate::disk::TAIL_BYTES {
-            return Err(damaged());
+        let given = recorded::given(&entries);
+        let begun = match entries.last() {
+            Some((Member { span, .. }, Here::Begun(begun))) if given.left > 0 => Some((*span, begun.bytes)),
+            _ => None,
+        };
+        let members = entries.len() as u64 - u64::from(begun.is_some());
+        let from = From { members, begun, settled: given.until(), marked: said.mark.0 };
+        // Where less is recorded than was, what lies between is nowhere, or does not go through the digest any more.
+        let is_there = from.marked <= from.settled.min(said.end) && said.end - from.marked <= TAIL_BYTES;
+        let fits = from.settled.saturating_sub(said.end) <= PADDING_BYTES;
+        let has_place =
+            entries.iter().all(|(member, _)| member.span.is_known()) && begun.is_none_or(|(span, _)| span.plain);
+        if !is_there || !fits || !has_place {
+            return Err(Error::corrupt("UPLOAD_TAIL_DAMAGED", "what had come of an upload is not all there"));
         }
         if from.marked > 0 {
             thaw(&said.mark.1)?;
         }
-        Ok(Self { tail, said, given, here, from })
+        Ok(Self { tail, said, entries, given, from })
     }
 
     /// How many bytes its sender was told have come.
@@ -160,8 +159,8 @@ impl Left {
         self.said.end
     }
 
-    /// Whether all has come.
-    pub fn ended(&self) -> bool {
+    /// The digest of all, where all has come.
+    pub fn ended(&self) -> Option<StreamDigest> {
         self.said.ended
     }
 }
@@ -171,8 +170,7 @@ impl Left {
 /// # Errors
 /// None that can be met.
 pub fn stream(about: Vec<u8>, extract: bool) -> Result<(Feed, SentTar)> {
-    let settling = Arc::new(Settling::new(about));
-    connected(settling, &Before::default(), Given::default(), Vec::new(), extract)
+    connected(Arc::new(Settling::new(about)), &Before::default(), Vec::new(), Given::default(), extract)
 }
 
 /// The same behind what an earlier run of the daemon has left.
@@ -180,93 +178,61 @@ pub fn stream(about: Vec<u8>, extract: bool) -> Result<(Feed, SentTar)> {
 /// # Errors
 /// As [`Left::new`].
 pub fn go_on(left: Left, extract: bool) -> Result<(Feed, SentTar)> {
-    let Left { tail, said, given, here, from } = left;
+    let Left { tail, said, entries, given, from } = left;
     let before = Before { read: from.settled, hashed: said.mark, end: said.end };
     let settling = Arc::new(Settling::left(said.about, tail, &from));
-    connected(settling, &before, given, here, extract)
+    connected(settling, &before, entries, given, extract)
 }
 
 fn connected(
     settling: Arc<Settling>,
     before: &Before,
+    recorded: Vec<(Member, Here)>,
     given: Given,
-    here: Vec<Here>,
     extract: bool,
 ) -> Result<(Feed, SentTar)> {
     let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
     let heard = Arc::<Heard>::default();
     let incoming = Box::new(Incoming::new(receiver, Arc::clone(&heard), Arc::clone(&settling), before)?);
-    let name = EntryName::new(*b"the upload")?;
-    let left_of_last = given.left > 0;
-    let given_before: Vec<_> = given.members.iter().cloned().zip(here).collect();
-    let members = if given.members.is_empty() {
+    let (name, left_bytes) = (EntryName::new(*b"the upload")?, given.left);
+    let members = if recorded.is_empty() {
         let about = About { name, format: Format::Tar, executable: false };
         // The protocol's client does not compress; who does has what need not be claimed.
         Members::read(Archived::Stream(incoming), about, Dictionaries::within(0))
     } else {
-        Members::go_on(incoming, name, given)
+        Members::go_on(incoming, name, given, Box::new(|_| ()))
     };
     let left = watch::Sender::new(None);
-    let given = given_before.into_iter();
-    let entries = SentTar {
-        members,
-        given,
-        left_of_last,
-        present: Present::default(),
-        entries: 0,
-        heard,
-        extract,
-        left: left.subscribe(),
-        settling: Arc::clone(&settling),
-    };
+    let members = RecordedMembers::new(members, recorded, left_bytes);
+    let (hearing, settled) = (left.subscribe(), Arc::clone(&settling));
+    let entries = SentTar { members, row: None, heard, extract, left: hearing, settling: settled };
     let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)), settling, left };
     Ok((feed, entries))
 }
 
 /// Entries of a tar as they are sent.
 pub struct SentTar {
-    members: Members,
-    /// What was given before this run of the daemon, and was not given again yet.
-    given: std::vec::IntoIter<(Member, Here)>,
-    /// Whether bytes of the last of them are still to come.
-    left_of_last: bool,
-    present: Present,
-    /// Entries that were given.
-    entries: u64,
+    members: RecordedMembers,
+    row: Option<(u64, Vec<u8>)>,
     heard: Arc<Heard>,
     extract: bool,
     left: watch::Receiver<Option<Arc<Error>>>,
     settling: Arc<Settling>,
 }
 
-/// The present entry.
-#[derive(Debug, Default)]
-struct Present {
-    here: Option<Here>,
-    row: Option<(u64, Vec<u8>)>,
-    /// Whether what comes next are its bytes.
-    comes: bool,
-}
-
 impl SentTar {
-    /// An entry of which an earlier run has something.
-    fn again(&mut self, member: Member, here: Here) -> Listed {
-        let begun = matches!(here, Here::Begun(_));
-        let comes = self.given.len() == 0 && self.left_of_last;
-        self.present = Present { here: Some(here), row: begun.then(|| (self.entries, row::encode(&member))), comes };
-        self.entries += 1;
-        listed_member(member)
-    }
-
-    fn new_entry(&mut self, member: Member) -> Listed {
-        let is_large = matches!(member.what, What::File { size, .. } if size.is_none_or(|size| size > UNIT_BYTES));
-        if is_large && !member.span.plain {
-            self.is_not_recorded();
+    fn entry(&mut self, next: Next) -> Listed {
+        let Next { member, position, is_recorded } = next;
+        if !is_recorded {
+            let is_large = matches!(member.what, What::File { size, .. } if size.is_none_or(|size| size > UNIT_BYTES));
+            if !member.span.is_known() || (is_large && !member.span.plain) {
+                // Of a compressed tar, or with holes: where its bytes are in what is sent cannot be told.
+                self.is_not_recorded();
+            }
+            self.settling.add(member.span);
         }
-        let row = self.settling.survives().then(|| (self.entries, row::encode(&member)));
-        self.settling.add(member.span);
-        self.present = Present { here: None, row, comes: true };
-        self.entries += 1;
+        let is_wanted = self.members.begun().is_some() || (!is_recorded && self.settling.survives());
+        self.row = is_wanted.then(|| (position, recorded::encode(&member, None)));
         listed_member(member)
     }
 }
@@ -287,21 +253,16 @@ async fn left(left: &mut watch::Receiver<Option<Arc<Error>>>) -> Error {
 #[async_trait]
 impl EntryStream for SentTar {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        if let Some((member, here)) = self.given.next() {
-            return Ok(Some(self.again(member, here)));
-        }
+        self.settling.is_asked();
         let next = tokio::select! {
             biased;
             why = left(&mut self.left) => return Err(why),
             next = self.members.next() => next?,
         };
-        Ok(next.map(|member| self.new_entry(member)))
+        Ok(next.map(|next| self.entry(next)))
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
-        if !self.present.comes {
-            return Ok(None);
-        }
         tokio::select! {
             biased;
             why = left(&mut self.left) => Err(why),
@@ -309,20 +270,20 @@ impl EntryStream for SentTar {
         }
     }
 
-    fn sealed(&self) -> Option<(u64, crate::digest::Digest)> {
-        if let Some(Here::Sealed(size, digest)) = self.present.here { Some((size, digest)) } else { None }
+    fn sealed(&self) -> Option<(u64, Digest)> {
+        self.members.sealed()
     }
 
     fn begun(&self) -> Option<Begun> {
-        if let Some(Here::Begun(begun)) = self.present.here { Some(begun) } else { None }
+        self.members.begun()
     }
 
     fn to_record(&self) -> Option<(u64, Vec<u8>)> {
-        self.present.row.clone()
+        self.row.clone()
     }
 
     fn recorded(&self) -> Option<Arc<dyn Recorded>> {
-        Some(Arc::clone(&self.settling) as Arc<dyn Recorded>)
+        Some(Arc::new(Told(Arc::clone(&self.settling))))
     }
 
     async fn begin(&mut self, disk: &Arc<Disk>, flight: &str) {
@@ -330,8 +291,7 @@ impl EntryStream for SentTar {
     }
 
     fn is_not_recorded(&mut self) {
-        let settling = Arc::clone(&self.settling);
-        tokio::task::spawn_blocking(move || settling.give_up());
+        self.settling.give_up();
     }
 
     fn revision(&self, _tree: &Manifest) -> String {
@@ -343,20 +303,11 @@ impl EntryStream for SentTar {
     }
 }
 
-/// What is recorded of a member.
-///
-/// # Errors
-/// `CATALOG_DAMAGED`.
-pub fn recorded_member(encoded: &[u8]) -> Result<Member> {
-    row::decode(encoded)
-}
-
 #[cfg(test)]
 mod tests {
     use sha2::{Digest as _, Sha512};
 
     use super::*;
-    use crate::digest::Digest;
 
     /// A disk on which the directory of the flight `f` is begun.
     fn disk(root: &std::path::Path) -> Arc<Disk> {
@@ -429,7 +380,7 @@ mod tests {
         assert!(entries.one_file());
         put(&feed, tar.len(), &[0; 512]).await;
         tar.extend_from_slice(&[0; 512]);
-        feed.end(tar.len() as u64).await;
+        feed.end(sha512(&tar)).await;
         assert!(entries.next_entry().await.unwrap().is_none());
         assert_eq!(entries.revision(&Manifest::new(Vec::new()).unwrap()), revision(&sha512(&tar)));
     }
@@ -492,7 +443,7 @@ mod tests {
                     crate::source::What::File(file) => file.size,
                     _ => None,
                 };
-                let member = recorded_member(&entries.to_record().unwrap().1).unwrap();
+                let member = recorded::decode(&entries.to_record().unwrap().1).unwrap().0;
                 let here = match size {
                     Some(size) if size < UNIT_BYTES => Here::Sealed(size, Digest::of(b"")),
                     Some(size) => Here::Begun(Begun { number: 9, bytes: large.unwrap_or(size) }),
@@ -520,7 +471,7 @@ mod tests {
         let sending = async {
             put_all(&feed, &tar, sent, 70_000).await;
             let digest = feed.digest().await.unwrap();
-            feed.end(tar.len() as u64).await;
+            feed.end(digest).await;
             digest
         };
         let taking = async {
