@@ -92,6 +92,11 @@ impl Meter {
         self.0.taken.set(self.0.taken.get().saturating_add(count(bytes)));
     }
 
+    fn begin(&self, bytes: u64) {
+        self.0.taken.set(self.0.taken.get().saturating_add(bytes));
+        self.0.given.set(self.0.given.get().saturating_add(bytes));
+    }
+
     /// Counts bytes given.
     ///
     /// # Errors
@@ -141,9 +146,10 @@ impl<'a> Input<'a> {
         Ok(Self { reader, meter, claimed, position: 0 })
     }
 
-    /// Says that the first byte is this one of something larger.
+    /// Says that the first byte is this one of something larger, as much of which was taken and given before.
     pub(super) fn begins_at(&mut self, position: u64) {
         self.position = position;
+        self.meter.begin(position);
     }
 
     /// Which the next byte is.

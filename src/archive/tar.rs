@@ -67,6 +67,7 @@ impl Reading<'_, '_> {
         if let Some(last) = given.members.last().filter(|_| given.left > 0) {
             self.plain_bytes(given.left, last.span.bytes_at)?;
             self.input.pieces(last.span.end.saturating_sub(self.input.position()), |_| Ok(()))?;
+            self.sink.passed(Passed::Member(self.input.position()));
         }
         Ok(())
     }

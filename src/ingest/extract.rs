@@ -40,7 +40,7 @@ use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::layout::ReadAt;
 use crate::manifest::Manifest;
 use crate::names::{EntryName, EntryPath};
-use crate::source::{ByteStream, EntryStream, File, Listed, Listing, Verifier, What, listed_member};
+use crate::source::{ByteStream, EntryStream, File, Listed, Listing, SOURCE_CHANGED, Verifier, What, listed_member};
 use crate::store::filling::Filling;
 
 /// Pieces of an archive between who fetches and who reads: with those of HTTP (64 KiB and less) half a MiB.
@@ -102,8 +102,8 @@ pub(super) async fn extract(flying: &Arc<Flying>, archive: &Archive) -> Result<M
         match attempt.await {
             Ok((_, manifest)) => return Ok(manifest),
             Err(error) => {
-                if error.kind() == Kind::Corrupt && tar::has_places(archive) {
-                    // Which of it was wrong is not known.
+                if tar::has_places(archive) && (error.kind() == Kind::Corrupt || error.reason() == SOURCE_CHANGED) {
+                    // Which of it was wrong, or of what the source has no more, is not known.
                     tar::forget(flying).await?;
                 }
                 ladder.wait(error).await?;

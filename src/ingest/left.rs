@@ -95,6 +95,16 @@ pub(super) async fn forget_from(catalog: &Catalog, flight: &str, from: u64, file
     Ok(())
 }
 
+/// Forgets all that is recorded of the entries of a flight.
+///
+/// # Errors
+/// Those of the catalog.
+pub(super) async fn forget_all(store: &Store, flight: &str) -> Result<()> {
+    let key = flight.to_owned();
+    let files = store.catalog().read(move |tx| fills::of_flight(tx, &key)).await?;
+    forget_from(store.catalog(), flight, 0, files.into_iter().map(|row| row.path).collect()).await
+}
+
 impl<E> Left<E> {
     /// Of `rows`; of `files` those are left that are not of it.
     fn of(

@@ -13,13 +13,11 @@ use tokio::sync::mpsc;
 
 use super::extract::{Piece, given_up};
 use crate::archive::{Member, Passed};
-use crate::catalog::{Catalog, uploads};
 use crate::error::Result;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
 use crate::source::recorded::{self, Mark};
 use crate::source::{Recorded, Verifier};
-use crate::store::Store;
 
 /// Bytes between two marks, and so the most that is fetched and written again.
 const MARK_BYTES: u64 = 16 * UNIT_BYTES;
@@ -28,11 +26,7 @@ const MARK_BYTES: u64 = 16 * UNIT_BYTES;
 const LAG_BYTES: u64 = 256 << 10;
 
 /// See the module's page.
-pub(super) struct Marks {
-    catalog: Catalog,
-    flight: String,
-    state: Mutex<State>,
-}
+pub(super) struct Marks(Mutex<State>);
 
 struct State {
     /// Taken at the end.
@@ -54,8 +48,8 @@ struct State {
 }
 
 impl Marks {
-    /// Of a flight whose tar is read from byte `from` on, which `verifier` has taken up to there.
-    pub(super) fn new(store: &Store, flight: &str, from: u64, verifier: Verifier) -> Self {
+    /// Of a tar that is read from byte `from` on, which `verifier` has taken up to there; the last member before that ends at `last_end`.
+    pub(super) fn new((from, last_end): (u64, u64), verifier: Verifier) -> Self {
         let state = State {
             is_wanted: !verifier.is_empty(),
             verifier: Some(verifier),
@@ -63,11 +57,11 @@ impl Marks {
             behind: VecDeque::new(),
             given: from,
             made: VecDeque::new(),
-            last_end: from,
+            last_end,
             last: from,
             present: None,
         };
-        Self { catalog: store.catalog().clone(), flight: flight.to_owned(), state: Mutex::new(state) }
+        Self(Mutex::new(state))
     }
 
     /// Notes bytes that are given to the reader.
@@ -125,7 +119,7 @@ impl Marks {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -147,19 +141,11 @@ impl State {
 }
 
 impl Recorded for Marks {
-    fn whole(&self, _position: u64) {}
-
-    fn begun(&self, position: u64, bytes: u64) {
+    fn row(&self, position: u64, bytes: u64) -> Option<Vec<u8>> {
         let present = self.lock().present.clone();
-        let Some((_, member)) = present.filter(|(present, _)| *present == position) else { return };
-        let Some(mark) = self.before(member.span.bytes_at.saturating_add(bytes)) else { return };
-        let (catalog, flight) = (self.catalog.clone(), self.flight.clone());
-        let row = (position, recorded::encode(&member, Some(&mark)));
-        tokio::spawn(async move {
-            if let Err(error) = catalog.write(move |tx| uploads::put(tx, &flight, &[row])).await {
-                tracing::debug!(error = %error.report(), "a mark of a tar was not written: more of it may be fetched again");
-            }
-        });
+        let (_, member) = present.filter(|(present, _)| *present == position)?;
+        let mark = self.before(member.span.bytes_at.saturating_add(bytes))?;
+        Some(recorded::encode(&member, Some(&mark)))
     }
 }
 
@@ -208,15 +194,12 @@ mod tests {
     use super::*;
     use crate::source::{Expected, Stated};
 
-    #[tokio::test]
-    async fn a_mark_is_the_state_at_exactly_its_byte_whatever_was_taken_ahead() {
-        let directory = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
-        let place = directory.path().to_owned();
-        let store = tokio::task::spawn_blocking(move || Store::open(&place)).await.unwrap().unwrap();
+    #[test]
+    fn a_mark_is_the_state_at_exactly_its_byte_whatever_was_taken_ahead() {
         let all: Vec<u8> = (0..3 * MARK_BYTES).map(|at| u8::try_from(at % 251).unwrap()).collect();
         let size = all.len() as u64;
         let expected = Expected::from(Stated { sha256: Some(sha2::Sha256::digest(&all).into()), ..Stated::default() });
-        let marks = Marks::new(&store, "f", 0, Verifier::new(&expected, size));
+        let marks = Marks::new((0, 0), Verifier::new(&expected, size));
         let (end, within) = (MARK_BYTES + 512, 2 * MARK_BYTES + 4 * UNIT_BYTES);
         let mut at = 0;
         for piece in all.chunks(100_000) {

@@ -137,7 +137,16 @@ impl Taker<'_> {
         expected: &Expected,
         unrecorded: &mut Vec<uploads::Sent>,
     ) -> Result<Digested> {
-        let filling = self.open(bound, size)?;
+        let filling = match self.open(bound, size) {
+            Err(error) if bound.begun.is_some() => {
+                // What it has is not believed again.
+                let (flight, path) = (self.flight.to_owned(), bound.path.clone());
+                let forget = move |tx: &rusqlite::Connection| fills::forget_units(tx, &flight, path.as_bytes());
+                self.shared.store.catalog().write(forget).await?;
+                return Err(error);
+            }
+            opened => opened?,
+        };
         let from = filling.here_bytes();
         self.progress.resume(from);
         let _give_up = GiveUp(filling.clone());
@@ -310,14 +319,19 @@ impl Recorder<'_> {
         let units = blocking(move || flushing.flush()).await?;
         let (flight, path, number) = (self.taker.flight.to_owned(), self.bound.path.clone(), self.bound.number);
         // Kept until they are written: this may be given up at any moment.
-        let rows = self.unrecorded.clone();
+        let mut rows = self.unrecorded.clone();
         let (size, bytes) = (units.size(), units.frontier_bytes());
+        let own = self.bound.row.as_ref().map(|(position, _)| *position);
+        if let Some((position, recorded)) = own.zip(self.taker.recorded)
+            && let Some(row) = recorded.row(position, bytes)
+        {
+            rows.push((position, row));
+        }
         let record = move |tx: &rusqlite::Connection| {
             fills::set_units(tx, &flight, path.as_bytes(), number, units.size(), &units.to_bytes())?;
             uploads::put(tx, &flight, &rows)
         };
         self.taker.shared.store.catalog().write(record).await?;
-        let own = self.bound.row.as_ref().map(|(position, _)| *position);
         for (position, _) in std::mem::take(self.unrecorded) {
             if Some(position) != own {
                 self.taker.is_recorded(position);

@@ -9,6 +9,7 @@
 //!
 //! What is compressed, and what comes without ranges, has no places to go on from: it begins anew.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ use tokio::task::AbortHandle;
 
 use super::extract::{Archive, QUEUE_PIECES, pump};
 use super::flying::Flying;
-use super::left::{Decoded, forget_from, left_of};
+use super::left::{Decoded, forget_all, forget_from, left_of};
 use super::marks::{MarkedReader, Marks};
 use crate::archive::{Archived, Format, Member, Members, What};
 use crate::catalog::uploads;
@@ -27,34 +28,38 @@ use crate::error::Result;
 use crate::limits::UNIT_BYTES;
 use crate::manifest::Manifest;
 use crate::source::recorded::{self, Mark, Next, RecordedMembers};
-use crate::source::{Begun, EntryStream, Here, Listed, Recorded, Verifier, listed_member};
+use crate::source::{Begun, EntryStream, File, Here, Listed, Recorded, Verifier, listed_member};
+use crate::store::Store;
 
 /// Whether members of `archive` have places from which it can be gone on with, as far as that is known before its first byte.
 pub(super) fn has_places(archive: &Archive) -> bool {
-    archive.about.format == Format::Tar && archive.file.ranges && archive.file.size.is_some()
+    let File { ranges, size, expected, .. } = &archive.file;
+    archive.about.format == Format::Tar && *ranges && size.is_some() && Verifier::new(expected, 0).freeze().is_some()
 }
 
-/// A member that is recorded, with a mark before it or within it.
+/// A member that is recorded, with a mark before it, at its end or within it.
 type Marked = (Member, Option<Mark>);
 
 /// The members of `archive` behind what is believed of them in the directory of the flight, which has nothing else then.
 ///
 /// # Errors
-/// Those of the catalog and the disk.
+/// Those of the catalog and the disk; `CATALOG_DAMAGED`.
 pub(super) async fn open(flying: &Arc<Flying>, archive: &Archive) -> Result<Extracting> {
     let shared = &flying.shared;
     let (entries, verifier) = believed(flying, archive).await?;
     let begun: Vec<_> = entries.iter().filter_map(|(_, here)| number_of(*here)).collect();
     shared.store.disk().clear_flight(&flying.key, &begun)?;
     shared.store.disk().begin_flight(&flying.key)?;
-    let key = flying.key.clone();
-    let is_begun = uploads::Begun { bytes_total: 0, one_file: false };
-    shared.store.catalog().write(move |tx| uploads::begin(tx, &key, is_begun)).await?;
-    let last_mark = entries.last().and_then(|((_, mark), _)| mark.clone());
-    let entries: Vec<_> = entries.into_iter().map(|((member, _), here)| (member, here)).collect();
+    let (marked, here): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
+    let (members, own): (Vec<_>, Vec<_>) = marked.into_iter().unzip();
+    let own = (0..).zip(own).filter(|(at, _)| matches!(here.get(*at), Some(Here::Begun(_))));
+    let own = own.filter_map(|(at, mark)| Some((at as u64, mark?))).collect();
+    let entries: Vec<_> = members.into_iter().zip(here).collect();
     let given = recorded::given(&entries);
     let (from, left_bytes) = (given.until(), given.left);
-    let marks = Arc::new(Marks::new(&shared.store, &flying.key, from, verifier));
+    let whole = &entries[..entries.len() - usize::from(left_bytes > 0)];
+    let last_end = whole.last().map_or(0, |(member, _)| member.span.end);
+    let marks = Arc::new(Marks::new((from, last_end), verifier));
     let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
     let task = tokio::spawn(pump(Arc::clone(flying), archive.file.clone(), from, sender)).abort_handle();
     let reader = MarkedReader::new(pieces, Arc::clone(&marks), archive.path.clone());
@@ -67,8 +72,10 @@ pub(super) async fn open(flying: &Arc<Flying>, archive: &Archive) -> Result<Extr
         tracing::info!(flight = flying.key, from, "a tar is gone on with");
         Members::go_on(Box::new(reader), archive.about.name.clone(), given, watch)
     };
+    let records = !entries.is_empty();
     let members = RecordedMembers::new(members, entries, left_bytes);
-    Ok(Extracting { members, task, row: None, marks, last_mark, last_end: from })
+    let (store, flight) = (shared.store.clone(), flying.key.clone());
+    Ok(Extracting { members, task, row: None, marks, own, last_end: from, records, store, flight })
 }
 
 /// Forgets what is recorded of the tar of a flight: the next attempt begins anew.
@@ -77,31 +84,40 @@ pub(super) async fn open(flying: &Arc<Flying>, archive: &Archive) -> Result<Extr
 /// Those of the catalog.
 pub(super) async fn forget(flying: &Flying) -> Result<()> {
     let store = &flying.shared.store;
-    let Some(left) = left_of(store, &flying.key, decode).await? else { return Ok(()) };
-    let files = left.entries.into_iter().filter_map(|((member, _), _)| Some(recorded::file_of(&member)?.0));
-    forget_from(store.catalog(), &flying.key, 0, files.collect()).await
+    forget_all(store, &flying.key).await?;
+    store.begin_sweeping().await.map(drop)
 }
 
 /// What is to be gone on behind, and what has taken the digests of exactly that. Nothing else is recorded any more.
 async fn believed(flying: &Arc<Flying>, archive: &Archive) -> Result<(Vec<(Marked, Here)>, Verifier)> {
     let size = archive.file.size.unwrap_or(0);
-    let expected = &archive.file.expected;
-    let left = left_of(&flying.shared.store, &flying.key, decode).await?;
+    let (store, expected) = (&flying.shared.store, &archive.file.expected);
+    let left = left_of(store, &flying.key, decode).await?;
     let mut entries = left.map(|left| left.entries).unwrap_or_default();
     if expected.is_empty() {
         return Ok((entries, Verifier::new(expected, size)));
     }
     let found = last_mark(&entries);
-    let thawed = found.and_then(|(kept, mark)| Some((kept, Verifier::thaw(expected, size, &mark.state)?)));
-    let (Kept { count, of_last }, verifier) =
-        thawed.unwrap_or_else(|| (Kept::default(), Verifier::new(expected, size)));
+    let thawed =
+        found.and_then(|(kept, mark)| Some((kept, mark.clone(), Verifier::thaw(expected, size, &mark.state)?)));
+    let Some((Kept { count, of_last }, mark, verifier)) = thawed else {
+        if !entries.is_empty() {
+            forget(flying).await?;
+        }
+        return Ok((Vec::new(), Verifier::new(expected, size)));
+    };
     let beyond = entries.split_off(count);
     if let (Some(bytes), Some((_, Here::Begun(begun)))) = (of_last, entries.last_mut()) {
         begun.bytes = bytes;
     }
-    if !beyond.is_empty() {
+    if let Some(((member, own), _)) = entries.last_mut().filter(|_| !beyond.is_empty()) {
+        // It may be in a row that goes.
+        *own = Some(mark);
+        let (key, row) = (flying.key.clone(), (count as u64 - 1, recorded::encode(member, own.as_ref())));
+        store.catalog().write(move |tx| uploads::put(tx, &key, &[row])).await?;
         let files = beyond.into_iter().filter_map(|((member, _), _)| Some(recorded::file_of(&member)?.0));
-        forget_from(flying.shared.store.catalog(), &flying.key, count as u64, files.collect()).await?;
+        forget_from(store.catalog(), &flying.key, count as u64, files.collect()).await?;
+        store.begin_sweeping().await?;
     }
     Ok((entries, verifier))
 }
@@ -147,10 +163,14 @@ pub(super) struct Extracting {
     task: AbortHandle,
     row: Option<(u64, Vec<u8>)>,
     marks: Arc<Marks>,
-    /// Of the last entry that was recorded.
-    last_mark: Option<Mark>,
+    /// Of entries that an earlier run has begun, by their positions.
+    own: HashMap<u64, Mark>,
     /// Where the last entry ended.
     last_end: u64,
+    /// Whether the flight is noted as one whose entries are recorded.
+    records: bool,
+    store: Store,
+    flight: String,
 }
 
 impl Drop for Extracting {
@@ -165,8 +185,8 @@ impl Extracting {
         let is_large = matches!(member.what, What::File { size, .. } if size.is_none_or(|size| size > UNIT_BYTES));
         let has_place = member.span.is_known() && (member.span.plain || !is_large);
         self.row = if is_recorded {
-            let mark = self.last_mark.as_ref();
-            self.members.begun().map(|_| (position, recorded::encode(&member, mark)))
+            let mark = self.own.remove(&position);
+            self.members.begun().map(|_| (position, recorded::encode(&member, mark.as_ref())))
         } else {
             let mark = self.marks.before(self.last_end);
             has_place.then(|| (position, recorded::encode(&member, mark.as_ref())))
@@ -182,7 +202,14 @@ impl Extracting {
 #[async_trait]
 impl EntryStream for Extracting {
     async fn next_entry(&mut self) -> Result<Option<Listed>> {
-        Ok(self.members.next().await?.map(|next| self.entry(next)))
+        let Some(next) = self.members.next().await? else { return Ok(None) };
+        let listed = self.entry(next);
+        if self.row.is_some() && !self.records {
+            let (key, begun) = (self.flight.clone(), uploads::Begun { bytes_total: 0, one_file: false });
+            self.store.catalog().write(move |tx| uploads::begin(tx, &key, begun)).await?;
+            self.records = true;
+        }
+        Ok(Some(listed))
     }
 
     async fn next_bytes(&mut self) -> Result<Option<Bytes>> {

@@ -137,6 +137,11 @@ impl Ingests {
         self.note_change(&record.id);
     }
 
+    /// Lets a task stay when the daemon is drained: what it fills cannot be gone on with after all, and is all here.
+    pub fn let_stay(&self, id: &str) {
+        self.0.let_stay(id);
+    }
+
     pub(super) fn spawn<F, W>(&self, record: &Record, at_pause: AtPause, work: W)
     where
         W: FnOnce(Arc<Progress>) -> F,
@@ -194,6 +199,15 @@ impl Shared {
         }
     }
 
+    /// As [`Ingests::let_stay`].
+    pub(super) fn let_stay(&self, id: &str) {
+        if let Some(task) = lock(&self.tasks).get_mut(id) {
+            task.at_pause = AtPause::Stays;
+        }
+        // A drain that waits for it waits no longer.
+        let _ = self.changes.send(id.to_owned());
+    }
+
     /// Has the secrets of a request held beyond the process, or what was held for the record let go where there are none.
     pub(super) async fn hold_secrets(self: &Arc<Self>, record: &Record, given: Credentials) {
         if given.is_empty() {
@@ -214,13 +228,6 @@ impl Shared {
     pub(super) async fn let_go_of_secrets(&self, id: &str) {
         let (holder, id) = (self.settings.secrets.clone(), id.to_owned());
         let _ = tokio::task::spawn_blocking(move || holder.let_go(&id)).await;
-    }
-
-    /// Lets a task stay when the daemon is drained: what it fills cannot be gone on with after all.
-    pub(super) fn let_stay(&self, id: &str) {
-        if let Some(task) = lock(&self.tasks).get_mut(id) {
-            task.at_pause = AtPause::Stays;
-        }
     }
 
     pub(super) async fn until_paused(&self) {

@@ -26,6 +26,8 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::backing::DeviceBackings;
 use super::buffers::ReadBuffers;
 use super::content::Content;
@@ -180,7 +182,7 @@ impl Session {
         let taking = Taking::of(config.resend && features.resend);
         let fuse = handshake::begin(adapter, &device, &head.init, config.loops.max(1), taking).map_err(undo)?;
         raise_read_ahead(number, config.read_ahead_kib);
-        let ended = run(fuse).map_err(undo)?;
+        let ended = run(fuse, &device, kept.is_some()).map_err(undo)?;
         let mount =
             mount.show(&place).map_err(|error| undo(Error::io("mounting a session at", &config.mountpoint, error)))?;
         tracing::debug!(mountpoint = %config.mountpoint.display(), %number, passthrough, "a session is mounted");
@@ -224,7 +226,7 @@ impl Session {
         }
         let taking = Taking::of(config.resend && features.resend);
         let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking)?;
-        let ended = run(fuse)?;
+        let ended = run(fuse, &device, true)?;
         // Also where this process takes through a clone: its predecessor may have been configured otherwise.
         if features.resend
             && let Err(error) = handshake::resend(&device)
@@ -433,11 +435,19 @@ fn raise_read_ahead(number: Device, kib: u32) {
 }
 
 /// Runs the loops; the receiver hears when all have ended.
-fn run(fuse: fuser::Session<Adapter>) -> Result<Receiver<()>> {
+///
+/// Where they fail and the connection has not ended, nobody would answer its jobs any more. Somebody who holds it can have that done by another
+/// process, and that is the one thing that is proven to be unnoticed: so this one ends.
+fn run(fuse: fuser::Session<Adapter>, device: &Arc<OwnedFd>, is_held: bool) -> Result<Receiver<()>> {
     let (said, ended) = mpsc::channel();
+    let device = Arc::clone(device);
     let work = move || {
         if let Err(error) = fuse.run() {
-            tracing::warn!(%error, "a session's loops ended early");
+            let is_connected = is_connected(device.as_fd());
+            tracing::error!(%error, is_connected, is_held, "the threads of a session have failed");
+            if is_connected && is_held {
+                std::process::abort();
+            }
         }
         // Nobody waits where the session was dropped.
         let _ = said.send(());
@@ -448,4 +458,11 @@ fn run(fuse: fuser::Session<Adapter>) -> Result<Receiver<()>> {
             .because(error)
     })?;
     Ok(ended)
+}
+
+/// Whether a connection is one still: the kernel says `POLLERR` of one that was ended (`fuse_dev_poll`).
+fn is_connected(device: BorrowedFd<'_>) -> bool {
+    let mut asked = [PollFd::new(device, PollFlags::POLLIN)];
+    let polled = poll(&mut asked, PollTimeout::ZERO);
+    polled.is_ok() && asked[0].revents().is_none_or(|said| !said.contains(PollFlags::POLLERR))
 }

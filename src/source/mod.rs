@@ -298,10 +298,15 @@ pub enum Here {
 /// Hears how far the entries of a stream are recorded, each by its position ([`EntryStream::to_record`]).
 pub trait Recorded: Send + Sync {
     /// All of it is.
-    fn whole(&self, position: u64);
+    fn whole(&self, _position: u64) {}
 
     /// So many bytes of a file are, from its beginning.
-    fn begun(&self, position: u64, bytes: u64);
+    fn begun(&self, _position: u64, _bytes: u64) {}
+
+    /// The row of a file of which so many bytes are about to be recorded, where it is another by now; written with them.
+    fn row(&self, _position: u64, _bytes: u64) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// Begins a revision that equals no other: nobody vouches for the bytes.

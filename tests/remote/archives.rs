@@ -126,7 +126,7 @@ fn a_kill_in_the_middle_of_an_archive_is_made_good() {
 }
 
 /// A tree whose tar has small members, links, and then files of several fill units, the last of which is larger than all before.
-pub(super) fn tree_to_go_on(place: &Place) -> PathBuf {
+fn tree_to_go_on(place: &Place) -> PathBuf {
     let tree = place.dir("on");
     odd_tree(&tree, seed());
     (100..3000).for_each(|index| fs::remove_file(tree.join(format!("deep/f{index}"))).unwrap());

@@ -248,7 +248,7 @@ impl Upload {
                 () = tokio::time::sleep_until(until) => {}
             }
             let mut position = self.lock();
-            if position.ended.is_some() || position.waiting > 0 || position.held {
+            if position.ended.is_some() || position.waiting > 0 || position.keeping || position.held {
                 position.touched = Instant::now();
             } else if position.touched + idle <= Instant::now() {
                 position.closed = Some("the upload was silent for too long and was dropped; start it again");

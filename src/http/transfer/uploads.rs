@@ -202,7 +202,7 @@ impl Transfers {
         let outcome = tokio::select! {
             biased;
             // First: what the entries end with then is for the next daemon.
-            () = self.drained(&upload) => {
+            () = self.drained(&record.id, &upload) => {
                 self.ingests.start_over(&record).await;
                 Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
             }
@@ -226,13 +226,14 @@ impl Transfers {
     }
 
     /// Resolves when the daemon is drained before all of `upload` is here, and no other can go on with it; then it takes nothing any more.
-    async fn drained(&self, upload: &Upload) {
+    async fn drained(&self, checkpoint: &str, upload: &Upload) {
         self.ingests.until_paused().await;
         if upload.hold(draining()) {
             std::future::pending::<()>().await;
         }
         if !upload.close("ckptd is being drained: start the upload again when it has been restarted") {
             // What is here is sealed.
+            self.ingests.let_stay(checkpoint);
             std::future::pending::<()>().await;
         }
     }

@@ -80,6 +80,9 @@ impl Incoming {
         before: &Before,
     ) -> Result<Self> {
         let (hashed, state) = &before.hashed;
+        if *hashed >= before.end {
+            settling.is_read();
+        }
         Ok(Self {
             receiver,
             runs: Vec::new().into_iter(),
