@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -20,7 +21,7 @@ use support::daemon::{Daemon, LOOPBACK, NO_PASSTHROUGH};
 use support::files::{assert_same_tree, xattr};
 use support::memory::ShortOfMemory;
 use support::place::mounts_at;
-use support::ran::{run, shell, wait_until};
+use support::ran::{run, shell, wait_for, wait_until};
 use support::site::{Page, Site};
 use support::still::Still;
 use support::waiting::waiting_requests;
@@ -208,6 +209,23 @@ fn a_restart_that_is_asked_for_and_a_hang_are_not_seen() {
     reader.goes_on();
     assert!(has_event(&daemon, "DAEMON_RESTARTED", "no sign of life"));
     reader.end();
+}
+
+#[test]
+fn a_session_whose_threads_fail_is_answered_by_a_successor() {
+    let (daemon, source, targets) = kept(&[NO_PASSTHROUGH]);
+    let readers = targets.each_ref().map(|at| Reader::of(at.join("w.bin"), source.join("w.bin")));
+    readers.iter().for_each(Reader::goes_on);
+    let before = daemon.server();
+    // Each of them gets EIO for what it asks the kernel for next.
+    let mut spoiling = Command::new("strace");
+    spoiling.args(["-f", "-o", "/dev/null", "-P", "/dev/fuse", "-e", "trace=read", "-e", "inject=read:error=EIO"]);
+    let mut spoiler = spoiling.arg("-p").arg(before.to_string()).stderr(Stdio::null()).spawn().unwrap();
+    daemon.successor(before);
+    assert_eq!(wait_for(&mut spoiler, LIMIT), Some(0), "it ends with whom it spoils");
+    readers.iter().for_each(Reader::goes_on);
+    readers.into_iter().for_each(Reader::end);
+    wait_until("it is told", LIMIT, || has_event(&daemon, "DAEMON_RESTARTED", "SIGABRT"));
 }
 
 #[test]
