@@ -67,6 +67,8 @@ pub struct Member {
 /// Where a member is in a tar that is not compressed, in bytes from its beginning; of members of others nothing is known ([`Span::is_known`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Span {
+    /// Where what tells of it begins: where the member before ended, 0 for the first.
+    pub at: u64,
     /// Where its bytes begin.
     pub bytes_at: u64,
     /// Where the next header is.

@@ -19,13 +19,14 @@ use crate::names::show_bytes;
 
 /// Reads everything up to the end mark, and what follows it for the compression's sake. `is_plain` says whether there is none.
 pub(super) fn read(input: &mut Input, sink: &mut Sink, is_plain: bool) -> Result<()> {
-    read_all(Reading { input, sink, is_plain })
+    read_all(Reading { input, sink, is_plain, at: 0 })
 }
 
 /// The same of a plain one behind what was `given`, where `input` is.
 pub(super) fn go_on(input: &mut Input, sink: &mut Sink, given: Given) -> Result<()> {
-    let mut reading = Reading { input, sink, is_plain: true };
+    let mut reading = Reading { input, sink, is_plain: true, at: 0 };
     reading.rest(&given)?;
+    reading.at = reading.input.position();
     drop(given);
     read_all(reading)
 }
@@ -42,6 +43,7 @@ fn read_all(mut reading: Reading) -> Result<()> {
             b'V' => reading.skip(size)?,
             _ => {
                 reading.member(&header, std::mem::take(&mut extended))?;
+                reading.at = reading.input.position();
                 if reading.is_plain {
                     reading.sink.passed(Passed::Member(reading.input.position()));
                 }
@@ -58,6 +60,8 @@ struct Reading<'r, 'a> {
     input: &'r mut Input<'a>,
     sink: &'r mut Sink,
     is_plain: bool,
+    /// Where the last member ended.
+    at: u64,
 }
 
 impl Reading<'_, '_> {
@@ -119,7 +123,7 @@ impl Reading<'_, '_> {
         let bytes_at = self.input.position();
         let padded = stored.checked_next_multiple_of(count(BLOCK_BYTES)).unwrap_or(stored);
         if self.is_plain {
-            self.sink.place(Span { bytes_at, end: bytes_at.saturating_add(padded), plain });
+            self.sink.place(Span { at: self.at, bytes_at, end: bytes_at.saturating_add(padded), plain });
         }
     }
 

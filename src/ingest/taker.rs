@@ -4,6 +4,7 @@
 //! A large file that a later run may go on with is recorded while it comes, every [`RECORD_BYTES`] and where it grows slower every second: its bytes are made durable, then its row says how
 //! far they go, in one transaction with the rows of the entries up to it. That goes on beside the writing, and once more when the daemon is drained.
 
+use std::fs::File as OpenFile;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -137,55 +138,68 @@ impl Taker<'_> {
         expected: &Expected,
         unrecorded: &mut Vec<uploads::Sent>,
     ) -> Result<Digested> {
-        let filling = match self.open(bound, size) {
-            Err(error) if bound.begun.is_some() => {
-                // What it has is not believed again.
-                let (flight, path) = (self.flight.to_owned(), bound.path.clone());
-                let forget = move |tx: &rusqlite::Connection| fills::forget_units(tx, &flight, path.as_bytes());
-                self.shared.store.catalog().write(forget).await?;
-                return Err(error);
-            }
-            opened => opened?,
-        };
-        let from = filling.here_bytes();
-        self.progress.resume(from);
+        let filling = self.open(bound, size).await?;
         let _give_up = GiveUp(filling.clone());
         let sealer = {
             let (filling, path, expected) = (filling.clone(), bound.path.clone(), expected.clone());
             blocking(move || seal::follow(&filling, &path, &expected, seal::LayoutFrom::Filling))
         };
-        let is_recorded = bound.row.is_some() || bound.begun.is_some();
-        unrecorded.extend(bound.row.clone());
-        let mut recorder = Recorder { taker: self, bound, filling: &filling, unrecorded };
-        let filler = async {
-            let (grown, growing) = watch::channel(from);
-            let written = self.write_all(stream, &bound.path, size, &filling, grown);
-            let filled =
-                if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
-            // Now: the sealer may be at what an earlier run brought for long.
-            // Whole is as good as sealed: what comes behind it need not wait for that.
-            if is_recorded
-                && filled.as_ref().map_or_else(is_draining, |()| self.recorded.is_some())
-                && let Err(error) = recorder.record().await
-            {
-                tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
-            }
-            if filled.is_err() {
-                filling.give_up();
-            }
-            filled
-        };
-        let (filled, sealed) = tokio::join!(filler, sealer);
+        let (filled, sealed) = tokio::join!(self.fill(stream, bound, size, &filling, unrecorded), sealer);
         filled?;
         sealed
     }
 
+    /// Takes a file as it is and seals nothing: it is to be read by whoever takes it apart. What comes is recorded as that of a large file.
+    ///
+    /// # Errors
+    /// As [`Taker::take`].
+    pub(super) async fn spool(&self, stream: &mut dyn EntryStream, bound: &Bound, size: u64) -> Result<OpenFile> {
+        let filling = self.open(bound, size).await?;
+        self.fill(stream, bound, size, &filling, &mut Vec::new()).await?;
+        filling.file().try_clone().map_err(|error| Error::io("opening", filling.path(), error))
+    }
+
+    /// Writes what comes of a file, and records it where it has a row.
+    async fn fill(
+        &self,
+        stream: &mut dyn EntryStream,
+        bound: &Bound,
+        size: u64,
+        filling: &Arc<Filling>,
+        unrecorded: &mut Vec<uploads::Sent>,
+    ) -> Result<()> {
+        let from = filling.here_bytes();
+        self.progress.resume(from);
+        let is_recorded = bound.row.is_some() || bound.begun.is_some();
+        unrecorded.extend(bound.row.clone());
+        let mut recorder = Recorder { taker: self, bound, filling, unrecorded };
+        let (grown, growing) = watch::channel(from);
+        let written = self.write_all(stream, &bound.path, size, filling, grown);
+        let filled =
+            if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
+        // Now: the sealer may be at what an earlier run brought for long. Whole is as good as sealed: what comes behind it need not wait for that.
+        if is_recorded
+            && filled.as_ref().map_or_else(is_draining, |()| self.recorded.is_some())
+            && let Err(error) = recorder.record().await
+        {
+            tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+        }
+        if filled.is_err() {
+            filling.give_up();
+        }
+        filled
+    }
+
     /// The file that a large one is filled into, with what an earlier run has of it.
-    fn open(&self, bound: &Bound, size: u64) -> Result<Arc<Filling>> {
+    async fn open(&self, bound: &Bound, size: u64) -> Result<Arc<Filling>> {
         let here = bound.begun.map_or(0, |begun| begun.bytes);
         let units = UnitMap::of_beginning(size, here);
         let filling = Filling::open(self.shared.store.disk().clone(), self.flight, bound.number, units)?;
         if filling.here_bytes() != here {
+            // It is not believed again.
+            let (flight, path) = (self.flight.to_owned(), bound.path.clone());
+            let forget = move |tx: &rusqlite::Connection| fills::forget_units(tx, &flight, path.as_bytes());
+            self.shared.store.catalog().write(forget).await?;
             let message = format!("what had come of `{}` is not there any more", bound.path);
             return Err(Error::internal(message).remedy("send it again"));
         }

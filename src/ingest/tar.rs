@@ -245,7 +245,7 @@ mod tests {
     use crate::names::EntryPath;
 
     fn entry(bytes_at: u64, size: u64, mark: Option<u64>, here: Here) -> (Marked, Here) {
-        let span = Span { bytes_at, end: bytes_at + size.next_multiple_of(512), plain: true };
+        let span = Span { at: 0, bytes_at, end: bytes_at + size.next_multiple_of(512), plain: true };
         let path = EntryPath::new(bytes_at.to_string().into_bytes()).unwrap();
         let what = What::File { size: Some(size), executable: false, here: false };
         ((Member { path, what, span }, mark.map(|at| Mark { at, state: Vec::new() })), here)

@@ -4,10 +4,10 @@
 //! bytes go to the thread that reads it through a bounded channel, and nothing of it is on disk but its members.
 //!
 //! Otherwise whether it is all that was sent is known only when the next entry is asked for; and a zip's directory is at its end. So
-//! its bytes are spooled into a file of the flight, which has no name any more while it is used: it is gone with the process, and with
-//! whoever fills. Was it not all, the file is given as it came, and what follows behind it.
+//! its bytes are spooled into a file of the flight. Was it not all, the file is given as it came, and what follows behind it.
 //!
-//! Either way it is sent anew after a restart.
+//! What is taken apart while it comes is sent anew after a restart. A spool is recorded like a large file, where entries are: the next run goes on with it, and
+//! takes it apart from its beginning.
 
 use std::fs::File as OpenFile;
 use std::os::unix::fs::FileExt as _;
@@ -22,12 +22,13 @@ use super::Shared;
 use super::extract::{Piece, PieceReader, QUEUE_PIECES};
 use super::fetch::blocking;
 use super::quota::Growth;
+use super::taker::{Bound, Taker};
 use super::tasks::draining;
 use crate::archive::{About, Archived, Format, Member, Members};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
-use crate::names::EntryName;
+use crate::names::{EntryName, EntryPath};
 use crate::source::{Begun, EntryStream, Expected, File, Listed, Recorded, Verifier, What, listed_member};
 
 /// Bytes read back from the spool at a time.
@@ -91,24 +92,24 @@ impl Unpacked {
         self.state = State::Plain;
         let Some(first) = self.sent.next_entry().await? else { return Ok(None) };
         let Some((about, size)) = self.archive(&first) else { return Ok(Some(first)) };
-        self.unpacks = true;
-        if self.sent.recorded().is_some() {
-            // Who receives it ends it, unless all of it is here.
-            self.sent.is_not_recorded();
-            self.survives = false;
-            self.shared.let_stay(&self.flight);
-        }
         let dictionaries = self.shared.settings.dictionaries.clone();
         if about.format != Format::Zip && self.sent.is_alone() {
+            self.unpacks = true;
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
             let reader = PieceReader::new(pieces, Verifier::new(&Expected::default(), size), first.path);
             let members = Members::read(Archived::Stream(Box::new(reader)), about, dictionaries);
             self.state = State::Arriving(Arriving { members, feed: Feed { sender: Some(sender), piece: None } });
             return self.next_entry().await;
         }
-        let spool = self.spool(size).await?;
-        match self.sent.next_entry().await? {
+        let spool = self.spool(&first.path, size).await?;
+        let behind = self.sent.next_entry().await?;
+        self.unpacks = true;
+        match behind {
             Some(behind) => {
+                // What comes behind it has a place that no later run comes to.
+                self.sent.is_not_recorded();
+                self.survives = false;
+                self.shared.let_stay(&self.flight);
                 self.state = State::Again { spool, at: 0, behind: Some(behind) };
                 Ok(Some(first))
             }
@@ -126,7 +127,7 @@ impl Unpacked {
     /// What `first` is, if it is an archive to be taken apart.
     fn archive(&self, first: &Listed) -> Option<(About, u64)> {
         let What::File(File { size: Some(size), executable, .. }) = first.what else { return None };
-        if self.sent.sealed().is_some() || self.sent.begun().is_some() {
+        if self.sent.sealed().is_some() {
             // It was taken as a file before the restart.
             return None;
         }
@@ -135,28 +136,27 @@ impl Unpacked {
         Some((About { name, format, executable }, size))
     }
 
-    async fn spool(&mut self, size: u64) -> Result<Spool> {
-        Growth::new(&self.shared, &self.flight).reach(size).await?;
-        self.shared.admit_more(size).await?;
-        let number = self.shared.next_number.fetch_add(1, Ordering::Relaxed);
-        let (disk, flight) = (self.shared.store.disk().clone(), self.flight.clone());
-        let file = blocking(move || {
-            let (file, _) = disk.open_filling(&flight, number, size)?;
-            disk.remove_filling(&flight, number)?;
-            Ok(file)
-        });
-        let file = Arc::new(file.await?);
-        let mut at = 0;
-        while let Some(piece) = self.sent.next_bytes().await? {
-            let (disk, spool, start) = (self.shared.store.disk().clone(), file.clone(), at);
-            at += piece.len() as u64;
-            blocking(move || {
-                disk.check_room(piece.len() as u64)?;
-                spool.write_all_at(&piece, start).map_err(|error| Error::io("writing", "the spool of an upload", error))
-            })
-            .await?;
-        }
-        Ok(Spool { file, size: at })
+    async fn spool(&mut self, path: &EntryPath, size: u64) -> Result<Spool> {
+        let growth = Growth::new(&self.shared, &self.flight);
+        growth.reach(size).await?;
+        let begun = self.sent.begun();
+        self.shared.admit_more(size.saturating_sub(begun.map_or(0, |begun| begun.bytes))).await?;
+        let number =
+            begun.map_or_else(|| self.shared.next_number.fetch_add(1, Ordering::Relaxed), |begun| begun.number);
+        let bound = Bound { path: path.clone(), number, row: self.sent.to_record(), begun };
+        let recorded = self.sent.recorded();
+        // What is counted are the members.
+        let uncounted = Arc::default();
+        let (shared, flight) = (self.shared.clone(), self.flight.clone());
+        let taker = Taker {
+            shared: &shared,
+            flight: &flight,
+            progress: &uncounted,
+            growth: &growth,
+            recorded: recorded.as_ref(),
+        };
+        let file = Arc::new(taker.spool(&mut *self.sent, &bound, size).await?);
+        Ok(Spool { file, size })
     }
 }
 

@@ -39,6 +39,8 @@ struct Row {
     mark_at: u64,
     #[prost(bytes = "vec", tag = "10")]
     mark: Vec<u8>,
+    #[prost(uint64, tag = "11")]
+    at: u64,
 }
 
 /// The state of what takes the digest of a tar, at a byte of it that is before what the row speaks of.
@@ -52,9 +54,9 @@ pub struct Mark {
 
 /// `member` as it is recorded, with a mark where there is a new one.
 pub fn encode(member: &Member, mark: Option<&Mark>) -> Vec<u8> {
-    let Span { bytes_at, end, plain } = member.span;
+    let Span { at, bytes_at, end, plain } = member.span;
     let (mark_at, mark) = mark.map(|mark| (mark.at, mark.state.clone())).unwrap_or_default();
-    let row = Row { path: member.path.as_bytes().to_vec(), bytes_at, end, plain, mark_at, mark, ..Row::default() };
+    let row = Row { path: member.path.as_bytes().to_vec(), at, bytes_at, end, plain, mark_at, mark, ..Row::default() };
     let row = match &member.what {
         What::Directory => Row { kind: DIRECTORY, ..row },
         What::Symlink(target) => Row { kind: SYMLINK, target: target.to_vec(), ..row },
@@ -72,7 +74,7 @@ pub fn encode(member: &Member, mark: Option<&Mark>) -> Vec<u8> {
 /// `CATALOG_DAMAGED`.
 pub fn decode(row: &[u8]) -> Result<(Member, Option<Mark>)> {
     let damaged = || Error::corrupt("CATALOG_DAMAGED", "an entry of an upload is damaged");
-    let Row { path, kind, target, size, executable, bytes_at, end, plain, mark_at, mark } =
+    let Row { path, kind, target, size, executable, bytes_at, end, plain, mark_at, mark, at } =
         Row::decode(row).map_err(|error| damaged().because(error))?;
     let what = match kind {
         DIRECTORY => What::Directory,
@@ -83,7 +85,7 @@ pub fn decode(row: &[u8]) -> Result<(Member, Option<Mark>)> {
     };
     let path = EntryPath::new(path).map_err(|error| damaged().because(error))?;
     let mark = (mark_at > 0).then_some(Mark { at: mark_at, state: mark });
-    Ok((Member { path, what, span: Span { bytes_at, end, plain } }, mark))
+    Ok((Member { path, what, span: Span { at, bytes_at, end, plain } }, mark))
 }
 
 /// Path and size of a member that is a file.
@@ -181,13 +183,13 @@ mod tests {
     const GOLDEN: [&str; 4] = [
         "0a01641001308004388004",
         "0a036420781002 1a0461 2f2062 308004 388004",
-        "0a01661003200728013080063880084001",
-        "0a016710041a016630 8008388008",
+        "0a01661003200728013080063880084001588002",
+        "0a016710041a016630 80083880085880 04",
     ];
 
     fn members() -> [Member; 4] {
         let path = |text: &str| EntryPath::new(text.as_bytes()).unwrap();
-        let span = |bytes_at, end, plain| Span { bytes_at, end, plain };
+        let span = |bytes_at, end, plain| Span { at: bytes_at - 512, bytes_at, end, plain };
         [
             Member { path: path("d"), what: What::Directory, span: span(512, 512, false) },
             Member { path: path("d x"), what: What::Symlink(b"a/ b".as_slice().into()), span: span(512, 512, false) },

@@ -96,6 +96,24 @@ fn one_archive_begins_anew_after_a_restart_and_is_sent_by_itself() {
 }
 
 #[test]
+fn one_zip_goes_on_after_a_restart() {
+    let mut daemon = Daemon::start();
+    let (tree, _) = tree(&daemon);
+    let archive = daemon.place().dir("archive").join("m.zip");
+    support::ran::shell("cd \"$2\" && zip -0 -q -r -y \"$1\" .", &[&archive, &tree]).ok();
+    let way = Way::to(&daemon, &[Break::Stall(90 * MIB)]);
+    let client = way.spawn(&upload(&archive, &[]));
+    wait_until("it begins", LIMIT, || !daemon.rows("list").is_empty());
+    wait_recorded(&daemon, 70 * MIB);
+    daemon.kill9();
+    daemon.restart();
+    let ran = client.ended().ok();
+    assert!(!ran.stderr.contains("at entry 0, byte 0"), "{ran}");
+    assert!(way.passed() < 160 * MIB, "{} bytes passed for 121 MiB", way.passed());
+    assert_arrived(&daemon, &tree);
+}
+
+#[test]
 fn a_tree_that_changed_while_the_daemon_was_away_is_refused_and_nothing_stays() {
     let mut daemon = Daemon::start();
     let (source, _) = tree(&daemon);

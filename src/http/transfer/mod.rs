@@ -34,8 +34,8 @@
 //! A daemon that is drained takes no piece any more (503: the client tries until there is another daemon), and `/finalize` is left without an answer; what was
 //! all here becomes ready still, or with the next daemon.
 //!
-//! Two things do not survive, and their clients are told to start again (410): what came before the host was restarted, and one archive that is sent as
-//! a file to be taken apart.
+//! A restart of the host ends an upload. So does a kill where what is sent is a compressed tar, or has large files with holes, as the platform's client
+//! never sends it. Clients are told to start again then (410).
 //!
 //! # Cost
 //! A piece costs one keyed hash, one look-up in memory, one queue, and one thread that writes it to the page cache once more, for the tail: no row is read, and the

@@ -12,7 +12,6 @@ use sha2::{Digest as _, Sha512};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::StreamDigest;
-use super::beginning::Beginning;
 use super::settling::Settling;
 use crate::error::{Error, Kind, Result};
 
@@ -32,7 +31,6 @@ pub(super) enum Message {
 /// What the reading thread found out.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
-    pub(super) tree: OnceLock<bool>,
     pub(super) digest: OnceLock<StreamDigest>,
 }
 
@@ -62,7 +60,6 @@ pub(super) struct Incoming {
     replay_until: u64,
     marked: u64,
     sha512: Sha512,
-    beginning: Beginning,
     ended: bool,
     heard: Arc<Heard>,
     settling: Arc<Settling>,
@@ -93,7 +90,6 @@ impl Incoming {
             replay_until: before.end,
             marked: *hashed,
             sha512: if *hashed == 0 { Sha512::new() } else { thaw(state)? },
-            beginning: Beginning::default(),
             ended: false,
             heard,
             settling,
@@ -143,21 +139,11 @@ impl Incoming {
         let end = self.at + run.len() as u64;
         let unread = usize::try_from(self.from.saturating_sub(self.at)).unwrap_or(usize::MAX).min(run.len());
         self.sha512.update(&run);
-        self.listen(&run);
         self.present = run.slice(unread..);
         self.at = end;
         if end >= self.marked + MARK_BYTES {
             self.settling.offer(end, self.sha512.serialize().to_vec());
             self.marked = end;
-        }
-    }
-
-    fn listen(&mut self, run: &[u8]) {
-        if self.from == 0 && self.heard.tree.get().is_none() {
-            self.beginning.look(run);
-            if let Some(tree) = self.beginning.is_tree() {
-                let _ = self.heard.tree.set(tree);
-            }
         }
     }
 }

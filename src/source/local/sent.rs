@@ -205,7 +205,7 @@ fn connected(
     let left = watch::Sender::new(None);
     let members = RecordedMembers::new(members, recorded, left_bytes);
     let (hearing, settled) = (left.subscribe(), Arc::clone(&settling));
-    let entries = SentTar { members, row: None, heard, extract, left: hearing, settling: settled };
+    let entries = SentTar { members, row: None, is_first: false, heard, extract, left: hearing, settling: settled };
     let feed = Feed { sender, bytes: Arc::new(Semaphore::new(QUEUE_BYTES)), settling, left };
     Ok((feed, entries))
 }
@@ -214,6 +214,8 @@ fn connected(
 pub struct SentTar {
     members: RecordedMembers,
     row: Option<(u64, Vec<u8>)>,
+    /// Whether the present entry is what the tar begins with.
+    is_first: bool,
     heard: Arc<Heard>,
     extract: bool,
     left: watch::Receiver<Option<Arc<Error>>>,
@@ -223,6 +225,7 @@ pub struct SentTar {
 impl SentTar {
     fn entry(&mut self, next: Next) -> Listed {
         let Next { member, position, is_recorded } = next;
+        self.is_first = member.span.at == 0;
         if !is_recorded {
             let is_large = matches!(member.what, What::File { size, .. } if size.is_none_or(|size| size > UNIT_BYTES));
             if !member.span.is_known() || (is_large && !member.span.plain) {
@@ -298,8 +301,9 @@ impl EntryStream for SentTar {
         self.heard.digest.get().map(revision).unwrap_or_default()
     }
 
+    /// `tar -C DIR .` begins with the directory itself, which is no entry; `tar -C PARENT FILE` with the file.
     fn one_file(&self) -> bool {
-        self.extract && self.heard.tree.get() == Some(&false)
+        self.extract && self.is_first
     }
 }
 
@@ -530,7 +534,7 @@ mod tests {
         drop(tail);
         let spans = [(512, 1211, true), (512, 1213, false)];
         for (bytes_at, end, is_sound) in spans {
-            let span = crate::archive::Span { bytes_at, end, plain: true };
+            let span = crate::archive::Span { at: 0, bytes_at, end, plain: true };
             let path = crate::names::EntryPath::new(*b"a").unwrap();
             let member = Member { path, what: What::File { size: Some(5), executable: false, here: false }, span };
             let rows = vec![(member, Here::Sealed(5, Digest::of(b"")))];

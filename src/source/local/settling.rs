@@ -7,7 +7,7 @@
 //! tail has room.
 //!
 //! What cannot be settled so gives the tail up, and the upload goes on without ([`Settling::give_up`]): where the tail cannot be written, where what
-//! comes is an archive to be taken apart, a compressed tar, or one large file with holes, and where room is waited for in vain ([`IN_VAIN`]): a tar may go
+//! comes is a compressed tar, one large file with holes, or an archive that was not all, and where room is waited for in vain ([`IN_VAIN`]): a tar may go
 //! on for ever without a member. What an earlier run has acknowledged is read to its end all the same.
 
 use std::collections::VecDeque;
@@ -310,7 +310,7 @@ mod tests {
     use super::*;
 
     fn span(bytes_at: u64, end: u64) -> Span {
-        Span { bytes_at, end, plain: true }
+        Span { at: 0, bytes_at, end, plain: true }
     }
 
     async fn begun(root: &std::path::Path) -> Arc<Settling> {
