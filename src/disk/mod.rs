@@ -21,6 +21,7 @@
 //!
 //! Nothing here takes a lock or waits for anything but the disk; all of it blocks and belongs on blocking threads.
 
+mod boot;
 mod extents;
 mod mending;
 mod occupancy;
@@ -47,6 +48,7 @@ use crate::error::{Error, Result};
 use crate::limits::{DISK_BLOCK_BYTES, DISK_KEPT_BYTES};
 use crate::units::show_bytes;
 
+pub use boot::boot_id;
 pub use extents::{FileId, SealedFile, clone_file};
 pub use occupancy::{Filesystem, Occupied};
 pub use scratch::Scratch;

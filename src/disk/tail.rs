@@ -43,9 +43,6 @@ pub const TAIL_WORD_BYTES: usize = 512;
 /// Length of the digest of all: SHA-512.
 pub const TAIL_DIGEST_BYTES: usize = 64;
 
-/// Identity of the running kernel.
-const BOOT: &str = "/proc/sys/kernel/random/boot_id";
-
 const MAGIC: &[u8; 8] = b"ckptdtl1";
 
 /// Where the ring begins.
@@ -88,7 +85,7 @@ impl Disk {
     pub fn make_tail(self: &Arc<Self>, flight: &str, about: &[u8]) -> Result<Tail> {
         self.check_healthy()?;
         let path = self.filling_path(flight, TAIL_NUMBER);
-        let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
+        let boot = super::boot_id()?;
         let mut page = word(&[MAGIC.as_slice(), boot.as_bytes()].concat(), about)?;
         page.resize(usize::try_from(MARKS_AT[0]).unwrap_or_default(), 0);
         let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
@@ -116,7 +113,7 @@ impl Disk {
         }
         let here = usize::try_from(length.min(PAGE_BYTES)).unwrap_or_default();
         file.read_exact_at(&mut page[..here], 0).map_err(fault)?;
-        let boot = fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
+        let boot = super::boot_id()?;
         let key = [MAGIC.as_slice(), boot.as_bytes()].concat();
         let Some(about) = read_word(&page, &key) else { return Ok(None) };
         let digest = page[usize::try_from(END_AT).unwrap_or_default() + 16..].first_chunk().copied();

@@ -13,8 +13,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Identity of the running kernel.
-const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+use crate::disk::boot_id;
 
 /// Name of the file.
 const NAME: &str = "strays";
@@ -30,7 +29,7 @@ pub(super) struct Strays {
 impl Strays {
     /// What is known in a runtime directory.
     pub(super) fn of(runtime_dir: &Path) -> Self {
-        Self::since(runtime_dir, fs::read_to_string(BOOT).ok())
+        Self::since(runtime_dir, boot_id().ok())
     }
 
     fn since(runtime_dir: &Path, boot: Option<String>) -> Self {

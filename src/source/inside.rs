@@ -34,10 +34,8 @@ use nix::sys::statfs::fstatfs;
 use super::beneath::{Root, unfit};
 use super::covering;
 use super::rights::Rights;
+use crate::disk::boot_id;
 use crate::error::{Error, Result};
-
-/// Identity of the running kernel.
-const BOOT: &str = "/proc/sys/kernel/random/boot_id";
 
 /// `/proc/<pid>/stat` is some 300 bytes; the name in it, which is the process's to choose, has 64 at most.
 const STAT_BYTES: u64 = 4096;
@@ -100,8 +98,7 @@ impl ProcessId {
     fn of_directory(pid: u32, directory: &OwnedFd) -> Result<Self> {
         let stat = said(pid, directory, "stat", STAT_BYTES)?;
         let began = began(&stat).ok_or_else(|| Error::internal("the kernel says nothing of when a process began"))?;
-        let boot = std::fs::read_to_string(BOOT).map_err(|error| Error::io("reading", BOOT, error))?;
-        Ok(Self { pid, began, boot: boot.trim().to_owned() })
+        Ok(Self { pid, began, boot: boot_id()? })
     }
 }
 
