@@ -182,7 +182,7 @@ impl Upload {
         }
         tracing::error!("what was kept of an upload is not what it was any more: it is to be sent again");
         self.lock().ended = None;
-        self.give_up();
+        self.give_up_because("what was kept of the upload is not what was sent any more; start it again");
     }
 
     /// Says that all is sent and has `digest`; repeating it does nothing.
@@ -222,7 +222,11 @@ impl Upload {
 
     /// Gives it up for the sake of another, unless all of it is here; whether it was.
     pub(super) fn give_up(&self) -> bool {
-        let given_up = self.close("another upload of this checkpoint took the place of this one");
+        self.give_up_because("another upload of this checkpoint took the place of this one")
+    }
+
+    fn give_up_because(&self, why: &'static str) -> bool {
+        let given_up = self.close(why);
         if given_up {
             self.given_up.notify_one();
         }
