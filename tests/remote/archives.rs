@@ -163,19 +163,34 @@ fn a_tar_goes_on_after_each_kill_where_what_is_recorded_of_it_ends() {
     assert_mounted(&tree, &daemon.attach("job", "tar"));
     daemon.wait_empty("filling");
 
-    // Of another revision nothing is kept.
-    site.limit(20 << 20);
-    daemon.ctl(&["create", "other", "--uri", &url, "--owner", "somebody"]).ok();
-    wait_until("some of it is durable", PATIENCE, || daemon.recorded_bytes("other") >= 12 << 20);
+    assert_keeps_nothing_of_another_revision(&mut daemon, &site, &tree, ("/a.tar", "tar-pax"), || {
+        (0..6).for_each(|number| random_file(&tree.join(format!("x{number}.bin")), !seed() ^ number, 5 << 20));
+    });
+}
+
+/// Kills the daemon while it extracts the archive of `tree` at a path for somebody else, and has `change` write other bytes of the same names and sizes.
+fn assert_keeps_nothing_of_another_revision(
+    daemon: &mut Daemon,
+    site: &Site,
+    tree: &Path,
+    (path, kind): (&str, &str),
+    change: impl FnOnce(),
+) {
+    site.limit(16 << 20);
+    daemon.ctl(&["create", "other", "--uri", &site.url(path), "--owner", "somebody"]).ok();
+    wait_until("some of it is durable", PATIENCE, || {
+        daemon.files_done("other") >= 5 && daemon.recorded_bytes("other") >= 12 << 20
+    });
+    assert!(daemon.files_done("other") < u64::MAX, "it is ready before it was killed");
     daemon.kill9();
-    (0..6).for_each(|number| random_file(&tree.join(format!("x{number}.bin")), !seed() ^ number, 5 << 20));
-    site.put("/a.tar", Page::Ranged(packed(&tree, "tar-pax")));
+    change();
+    site.put(path, Page::Ranged(packed(tree, kind)));
     site.limit(0);
     daemon.restart();
     daemon.wait_state("other", "ready", PATIENCE);
     let target = daemon.place().dir("at-other");
     daemon.ctl(&["attach", "job2", "other", "--owner", "somebody", "--at", target.to_str().unwrap()]).ok();
-    assert_mounted(&tree, &target);
+    assert_mounted(tree, &target);
 }
 
 #[test]
@@ -206,19 +221,9 @@ fn members_of_a_zip_that_were_sealed_before_a_kill_are_not_fetched_again() {
     );
     assert_mounted(&tree, &daemon.attach("job", "zip"));
 
-    // Of another revision nothing is kept, though names and sizes are the same.
-    site.limit(16 << 20);
-    daemon.ctl(&["create", "other", "--uri", &ranged, "--owner", "somebody"]).ok();
-    wait_until("some members are sealed", PATIENCE, || daemon.files_done("other") >= 5);
-    daemon.kill9();
-    (0..16).for_each(|number| random_file(&tree.join(format!("{number:02}.bin")), !seed() ^ number, each));
-    site.put("/a.zip", Page::Ranged(packed(&tree, "zip-deflated")));
-    site.limit(0);
-    daemon.restart();
-    daemon.wait_state("other", "ready", PATIENCE);
-    let target = daemon.place().dir("at-other");
-    daemon.ctl(&["attach", "job2", "other", "--owner", "somebody", "--at", target.to_str().unwrap()]).ok();
-    assert_mounted(&tree, &target);
+    assert_keeps_nothing_of_another_revision(&mut daemon, &site, &tree, ("/a.zip", "zip-deflated"), || {
+        (0..16).for_each(|number| random_file(&tree.join(format!("{number:02}.bin")), !seed() ^ number, each));
+    });
 }
 
 #[test]
