@@ -33,8 +33,8 @@ use crate::units::now_unix_ms;
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
-/// What came for a reader is written after this time at the latest: a slow source must not hold memory of what others wait for.
-const LULL: Duration = Duration::from_millis(500);
+/// What came is written after this time at the latest, if nothing else comes: a slow source must not hold memory of what others wait for.
+pub(super) const LULL: Duration = Duration::from_millis(500);
 
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
@@ -183,6 +183,7 @@ pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
             if !arriving.go_on(&step.step, next).await {
                 return Ok(());
             }
+            tracing::trace!(path = %file.path, units = ?(next..step.step.units.end), "a stretch is fetched");
             fetch_units(flying, &file, &filling, &step, &mut next).await
         };
         // A stream that breaks behind its last byte has given everything.
@@ -245,12 +246,14 @@ async fn fetch_units(
         if until > range.end {
             return Err(too_long(range.end - range.start));
         }
-        let pauses = !matches!(piece, Ok(Some(Ok(_))));
-        if until > at && (pauses || gathered.len() >= WRITE_BYTES || until == range.end) {
+        let is_all = !matches!(piece, Ok(Some(Ok(_)))) || until == range.end;
+        let until = if is_all { until } else { until - until % WRITE_BYTES as u64 };
+        if until > at {
             let whole = *next..(*next..end).find(|unit| map.range(*unit).end > until).unwrap_or(end);
-            let came = write(filling, gathered.take(), at, whole.clone()).await?;
+            let pieces = gathered.take_first(usize::try_from(until - at).unwrap_or(usize::MAX));
+            let came = write(filling, pieces, at, whole.clone()).await?;
             flying.progress.arrived(came);
-            memory = None;
+            memory = memory.filter(|_| gathered.len() > 0).map(|(claimed, _)| (claimed, Instant::now() + LULL));
             at = until;
             *next = whole.end;
             let moved = !whole.is_empty();
@@ -273,12 +276,8 @@ async fn fetch_units(
 async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64, whole: Range<u64>) -> Result<u64> {
     let filling = filling.clone();
     blocking(move || {
-        let mut at = at;
         filling.check_room(pieces.iter().map(|piece| piece.len() as u64).sum())?;
-        for piece in pieces {
-            filling.write_at(&piece, at)?;
-            at += piece.len() as u64;
-        }
+        filling.write_pieces_at(&pieces, at)?;
         Ok(whole.map(|unit| filling.complete(unit)).sum())
     })
     .await
