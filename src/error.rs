@@ -11,7 +11,6 @@
 
 use std::fmt;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Duration;
 
@@ -320,21 +319,6 @@ impl Error {
             source: None,
         }))
     }
-}
-
-/// Runs `work` on a thread that others depend on: a panic in it becomes its error, and the thread goes on. The caller sees to it that what
-/// `work` may have left half done is right or is put right.
-///
-/// # Errors
-/// Those of `work`; internal for a panic.
-pub fn guarded<R>(what: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
-        let said = payload.downcast_ref::<&str>().map(|said| (*said).to_owned());
-        let said = said.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_default();
-        let error = Error::internal(format!("a panic ended {what}")).because(said);
-        tracing::error!("{}", error.report());
-        Err(error)
-    })
 }
 
 /// Reason of a system call that this kernel does not have, or a filter hides.

@@ -27,6 +27,7 @@ pub mod digest;
 pub mod error;
 pub mod limits;
 pub mod names;
+pub mod panics;
 pub mod places;
 pub mod units;
 

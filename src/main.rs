@@ -10,6 +10,7 @@ use ckptd::daemon::config::{self, Config};
 use ckptd::daemon::holder::{self, Inherited};
 use ckptd::daemon::{Instance, keeper, logging, quickstart, stop_signal};
 use ckptd::error::{Error, Result};
+use ckptd::panics::Essential;
 
 /// Brings model checkpoints onto this host, keeps them once, and shows them to jobs read-only
 ///
@@ -126,6 +127,8 @@ fn run_serve(arguments: Serve) -> Result<()> {
         config.tls_listen = arguments.listen;
     }
     let runtime = runtime()?;
+    // Before the runtime goes, which would wait for what blocks.
+    let _essential = Essential::new("what the daemon stands on");
     let outcome = runtime.block_on(serve(config, inherited));
     // Copies under way on blocking threads are nothing to wait for.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

@@ -30,8 +30,9 @@ use std::path::Path;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::error::{Error, Kind, Result, guarded};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
+use crate::panics::guarded;
 
 type Command = Box<dyn FnOnce(&mut Connection) + Send>;
 

@@ -190,6 +190,7 @@ where
                 return Box::pin(std::future::ready(Ok(refused)));
             }
         };
+        tracing::debug!(caller = caller.name, path = request.uri().path(), "a call");
         request.extensions_mut().insert(caller);
         let answer = self.inner.call(request);
         Box::pin(async move {

@@ -24,6 +24,7 @@ impl Floors {
     /// Fills again what is lost, for as long as it runs; never ends.
     pub async fn heal_from_sources(&self) {
         loop {
+            tracing::trace!("a look for what is lost");
             let all_well = self.heal_what_is_lost().await.unwrap_or_else(|error| {
                 tracing::warn!(error = %error.report(), "looking for lost bytes failed");
                 false

@@ -25,6 +25,7 @@ use super::caller::Peer;
 use super::tls::Certificates;
 use crate::error::{Error, Kind, Result};
 use crate::limits;
+use crate::panics::Essential;
 
 /// Longest handshake: a distant peer needs two round trips.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
@@ -132,6 +133,7 @@ pub(super) fn connections(listeners: Listeners) -> mpsc::Receiver<io::Result<Con
 type Queue = mpsc::Sender<io::Result<Connection>>;
 
 async fn accept_local(listener: UnixListener, queue: Queue) {
+    let _essential = Essential::new("the listener of the socket");
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -139,6 +141,7 @@ async fn accept_local(listener: UnixListener, queue: Queue) {
         };
         match accepted.and_then(|(stream, _)| Ok((peer_of(&stream)?, stream))) {
             Ok((peer, stream)) => {
+                tracing::trace!(?peer, "a connection by the socket");
                 let connection = Connection { stream: Stream::Unix(stream), peer, _place: None };
                 if queue.send(Ok(connection)).await.is_err() {
                     return;
@@ -150,6 +153,7 @@ async fn accept_local(listener: UnixListener, queue: Queue) {
 }
 
 async fn accept_remote(listener: TcpListener, certificates: Arc<Certificates>, places: Arc<Semaphore>, queue: Queue) {
+    let _essential = Essential::new("a listener by TCP");
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let accepted = tokio::select! {

@@ -244,6 +244,7 @@ impl Holder {
         };
         let reading = async {
             loop {
+                tracing::trace!("a sign of life");
                 match tokio::time::timeout(period, catalog.read(|_| Ok(()))).await {
                     _ if writes_hang.load(Ordering::Relaxed) => tracing::error!("the catalog takes no writes"),
                     Ok(Ok(())) => self.say("WATCHDOG=1"),

@@ -32,6 +32,7 @@ use crate::control::{self, Facts, Floors, Listeners, Uploads};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
 use crate::ingest::{Connector, Ingests, MakeRoom, Settings};
+use crate::panics;
 use crate::retain::Retention;
 use crate::retain::scrub::Scrubber;
 use crate::serve::attachments::{Attachments, KernelWishes};
@@ -47,6 +48,9 @@ use holder::{Holder, Inherited};
 
 /// File of the secret that tokens of local transfers are derived from.
 const TRANSFER_KEY: &str = "transfer.key";
+
+/// File of the runtime directory that says when the process last ended for a panic.
+const PANICKED: &str = "panicked";
 
 /// How long a listener is tried while jobs are served.
 const BIND_FOR: Duration = Duration::from_secs(30);
@@ -139,6 +143,9 @@ impl Instance {
         let (floors, healing) = (self.floors.clone(), self.floors.clone());
         let (retention, changes) = (self.floors.retention.clone(), self.floors.ingests.changes());
         let (leases, lease_grace) = (self.floors.attachments.clone(), self.lease_grace);
+        if holder.name() != "none" && attachments.features().resend {
+            panics::first_ends_the_process(self.floors.facts.runtime_dir.join(PANICKED));
+        }
         holder.ready();
         let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
         let serving = control::serve(self.floors, self.listeners, self.roles, async move {

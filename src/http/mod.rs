@@ -76,6 +76,7 @@ async fn accept(listener: &TcpListener) -> TcpStream {
             Ok((stream, _)) => {
                 // Answers are small and waited for; without it they may wait too.
                 let _ = stream.set_nodelay(true);
+                tracing::trace!("a connection by HTTP");
                 return stream;
             }
             Err(error) => {

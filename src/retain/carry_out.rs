@@ -101,6 +101,7 @@ impl Retention {
     /// Keeps the store below its high watermark for as long as it runs, looking whenever something changed; never ends.
     pub async fn run(&self, mut changes: broadcast::Receiver<String>) {
         loop {
+            tracing::trace!("a look at the watermark");
             let relieved = self.relieve().await.unwrap_or_else(|error| {
                 tracing::warn!(error = %error.report(), "keeping room in the store failed");
                 false

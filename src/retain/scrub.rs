@@ -24,8 +24,9 @@ use tokio::sync::Notify;
 
 use crate::catalog::blobs::{self, BlobRow};
 use crate::catalog::scrubs::{self, Scope};
-use crate::error::{Error, Result, guarded};
+use crate::error::{Error, Result};
 use crate::limits;
+use crate::panics::guarded;
 use crate::store::Store;
 use crate::store::verify::{Rot, Verdict};
 use crate::units::now_unix_ms;
@@ -306,10 +307,13 @@ impl Scrubber {
     /// Reads a blob; where it is lost, returns those that have copies of it. `None`: it was given up half-way.
     fn read_again(&self, blob: &BlobRow, reading: &mut Reading) -> Result<Option<Vec<BlobRow>>> {
         let (store, pass) = (&self.0.store, reading.pass);
-        let verdict = store.verify(blob, &mut |bytes| {
-            self.note(&pass, |report| report.bytes += bytes);
-            self.pause(reading.pacer.after(bytes, Instant::now()));
-            !self.is_interrupted()
+        // One that always fails must not keep those behind it from being read.
+        let verdict = guarded("reading a blob again", || {
+            store.verify(blob, &mut |bytes| {
+                self.note(&pass, |report| report.bytes += bytes);
+                self.pause(reading.pacer.after(bytes, Instant::now()));
+                !self.is_interrupted()
+            })
         });
         let found = match verdict {
             Ok(Verdict::Stopped) => return Ok(None),

@@ -154,7 +154,10 @@ fn refuse(inode: u64, refusal: &Refusal) -> Errno {
 
 /// Runs one request; a panic in it is noted and goes no further.
 fn guarded(operation: &'static str, inode: INodeNo, work: impl FnOnce()) {
-    let _span = tracing::trace_span!("fuse", operation, inode = inode.0).entered();
+    let work = || {
+        let _span = tracing::trace_span!("fuse", operation, inode = inode.0).entered();
+        work();
+    };
     if catch_unwind(AssertUnwindSafe(work)).is_err() {
         tracing::error!(operation, inode = inode.0, "a panic ended a request of a reader");
     }

@@ -42,6 +42,7 @@ use super::view::View;
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::Tree;
+use crate::panics::Essential;
 
 /// Threads that answer one session. More than the read-ahead of two readers keeps busy does not help.
 pub const LOOPS_DEFAULT: usize = 3;
@@ -225,6 +226,7 @@ impl Session {
             open.end_passthrough();
         }
         let taking = Taking::of(config.resend && features.resend);
+        let _essential = Essential::new("taking a session over, which two must not serve");
         let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking)?;
         let ended = run(fuse, &device, true)?;
         // Also where this process takes through a clone: its predecessor may have been configured otherwise.

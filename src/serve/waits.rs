@@ -26,7 +26,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::error::guarded;
+use crate::panics::guarded;
 
 /// How long a read waits before anybody looks at who asked: most are answered before.
 const GRACE: Duration = Duration::from_millis(200);

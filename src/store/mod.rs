@@ -115,7 +115,7 @@ impl Store {
     pub async fn publish(&self, sealing: Sealing) -> Result<()> {
         let (answer, receiver) = oneshot::channel();
         self.publisher.send(Command::Publish(sealing, answer)).await.map_err(|_| stopped())?;
-        receiver.await.map_err(|_| stopped())?
+        receiver.await.map_err(|_| unanswered())?
     }
 
     /// The reading side of one manifest's blobs.
@@ -155,6 +155,11 @@ impl Store {
     pub fn hold(&self, digest: Digest) -> read::Hold {
         self.holds.hold(vec![digest])
     }
+}
+
+/// What was taken and is not answered: see [`guarded`](crate::panics::guarded).
+fn unanswered() -> Error {
+    Error::internal("a panic ended a turn of the publisher")
 }
 
 fn stopped() -> Error {

@@ -25,9 +25,10 @@ use crate::catalog::blobs::{self, ChunkRow, Home};
 use crate::catalog::{Catalog, fills, uploads};
 use crate::digest::Digest;
 use crate::disk::Disk;
-use crate::error::{Error, Kind, Result, guarded};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
 use crate::names::EntryPath;
+use crate::panics::guarded;
 
 /// A filled file that is to be sealed.
 #[derive(Debug)]
@@ -92,7 +93,7 @@ impl Publisher {
             if next.is_none() && (sweeps.is_empty() || receiver.is_closed()) {
                 return;
             }
-            // Whoever waits for what a panic ended hears that the store has stopped; what can be told more exactly is, further in.
+            // Whoever waits for what a panic ended hears that it is a bug; what can be told more exactly is, further in.
             let _ = guarded("a turn of the publisher", || {
                 self.take_commands(next, &mut receiver, &mut sweeps);
                 if let Some(mut sweep) = sweeps.pop_front()

@@ -208,7 +208,7 @@ impl Store {
     pub async fn give_up_duplicates(&self, blob: BlobRow) -> Result<u64> {
         let (answer, receiver) = oneshot::channel();
         self.publisher.send(Command::GiveUp(blob, answer)).await.map_err(|_| stopped())?;
-        receiver.await.map_err(|_| stopped())?
+        receiver.await.map_err(|_| super::unanswered())?
     }
 
     async fn begin(&self, (sweep, watched): (Sweep, watch::Receiver<Progress>)) -> Result<Removal> {

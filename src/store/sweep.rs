@@ -23,8 +23,9 @@ use super::removal::{Ending, Progress, Swept};
 use crate::catalog::blobs::{self, BlobRow, Condemned};
 use crate::catalog::{checkpoints, fills, placements, retention};
 use crate::digest::Digest;
-use crate::error::{Error, Kind, Result, guarded};
+use crate::error::{Error, Kind, Result};
 use crate::limits;
+use crate::panics::guarded;
 
 /// What is to be given back, and from where on.
 #[derive(Debug)]

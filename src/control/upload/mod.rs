@@ -37,6 +37,7 @@ use crate::catalog::events::NewEvent;
 use crate::error::{Error, Result};
 use crate::ingest::{Announced, Survives, draining};
 use crate::limits;
+use crate::panics::guarded_task;
 use crate::source::SourceKind;
 use sent::{Sent, protocol};
 use under_way::{EXPIRED, Heard, Upload};
@@ -240,28 +241,12 @@ async fn resume(
     Ok(Begun::UnderWay(Call { uploads: Arc::clone(&floors.uploads), upload, heard }))
 }
 
-/// The life of an upload.
+/// The life of an upload, and what comes of it.
 async fn follow(floors: Floors, upload: Arc<Upload>, record: Record, sent: Sent, announced: Announced) {
-    let filling = floors.ingests.fill_from_stream(&record, Box::new(sent), announced);
-    tokio::pin!(filling);
-    let outcome = tokio::select! {
-        outcome = &mut filling => Some(outcome),
-        why = upload.ended(floors.uploads.idle) => Some(Err(why)),
-        () = floors.ingests.until_paused() => None,
-    };
-    let (outcome, is_kept) = match outcome {
-        Some(outcome) => (outcome, false),
-        None if upload.resumes() => {
-            upload.pause(kept(&record, drained(&record)));
-            match filling.await {
-                // The one is what it was paused for, the other that the drain did not wait for it any longer.
-                Err(error) if matches!(error.reason(), "DRAINING" | "INGEST_CANCELLED") => {
-                    (Err(kept(&record, drained(&record))), true)
-                }
-                outcome => (outcome, false),
-            }
-        }
-        None => (Err(drained(&record).remedy("upload it again when ckptd has been restarted")), false),
+    let outcome = guarded_task("an upload", async { Ok(outcome_of(&floors, &upload, &record, sent, announced).await) });
+    let (outcome, is_kept) = match outcome.await {
+        Ok(outcome) => outcome,
+        Err(bug) => (Err(bug.remedy("report it, then upload it again")), false),
     };
     if let Err(error) = &outcome
         && !is_kept
@@ -270,6 +255,38 @@ async fn follow(floors: Floors, upload: Arc<Upload>, record: Record, sent: Sent,
     }
     floors.uploads.forget(&upload);
     upload.ending().conclude(outcome);
+}
+
+/// What comes of an upload, and whether it is kept for the next daemon to go on with.
+async fn outcome_of(
+    floors: &Floors,
+    upload: &Upload,
+    record: &Record,
+    sent: Sent,
+    announced: Announced,
+) -> (Result<()>, bool) {
+    tracing::debug!(checkpoint = record.id, "an upload is received");
+    let filling = floors.ingests.fill_from_stream(record, Box::new(sent), announced);
+    tokio::pin!(filling);
+    let outcome = tokio::select! {
+        outcome = &mut filling => Some(outcome),
+        why = upload.ended(floors.uploads.idle) => Some(Err(why)),
+        () = floors.ingests.until_paused() => None,
+    };
+    match outcome {
+        Some(outcome) => (outcome, false),
+        None if upload.resumes() => {
+            upload.pause(kept(record, drained(record)));
+            match filling.await {
+                // The one is what it was paused for, the other that the drain did not wait for it any longer.
+                Err(error) if matches!(error.reason(), "DRAINING" | "INGEST_CANCELLED") => {
+                    (Err(kept(record, drained(record))), true)
+                }
+                outcome => (outcome, false),
+            }
+        }
+        None => (Err(drained(record).remedy("upload it again when ckptd has been restarted")), false),
+    }
 }
 
 impl Floors {

@@ -15,6 +15,7 @@ use super::chunk::{Body, DEFAULT_ID, Range};
 use super::refusal::Refusal;
 use crate::error::{Error, Result};
 use crate::ingest::Ending;
+use crate::panics::Essential;
 use crate::source::local::{Feed, Room, StreamDigest};
 
 /// How long a piece waits for room: half of what the client waits for an answer. Then it is asked to come again.
@@ -147,8 +148,8 @@ impl Upload {
             room.keep(&piece.0, range.start);
             keeping.put(range, room, piece)
         });
-        let bug = |error| Refusal::Failed(Error::internal("keeping a piece ended early").because(error));
-        kept.await.map_err(bug)?
+        // A bug of ours, which the log shows. What was kept of it is kept again.
+        kept.await.map_err(|_| Refusal::Busy("keeping the piece ended early"))?
     }
 
     fn put(&self, range: Range, room: Room, piece: Body) -> Result<u64, Refusal> {
@@ -175,10 +176,10 @@ impl Upload {
     }
 
     /// Ends one that an earlier run of the daemon knew to be all here, once what it kept was read again and is what it was.
-    pub(super) async fn end_again(&self, digest: StreamDigest) {
+    pub(super) async fn end_again(self: &Arc<Self>, digest: StreamDigest) {
         let Some(found) = self.feed.digest().await else { return };
         if found == digest {
-            return self.feed.end(digest).await;
+            return self.say_end(digest).await;
         }
         tracing::error!("what was kept of an upload is not what it was any more: it is to be sent again");
         self.lock().ended = None;
@@ -186,7 +187,7 @@ impl Upload {
     }
 
     /// Says that all is sent and has `digest`; repeating it does nothing.
-    pub(super) async fn end(&self, digest: StreamDigest) -> Result<(), Refusal> {
+    pub(super) async fn end(self: &Arc<Self>, digest: StreamDigest) -> Result<(), Refusal> {
         let (expected, ended) = {
             let position = self.lock();
             if position.held && position.ended.is_none() {
@@ -216,8 +217,18 @@ impl Upload {
             }
             position.ended = Some(found);
         }
-        self.feed.end(found).await;
+        self.say_end(found).await;
         Ok(())
+    }
+
+    /// Has the entries end, also where whoever asked for it goes away: it is not asked for twice.
+    async fn say_end(self: &Arc<Self>, digest: StreamDigest) {
+        let upload = Arc::clone(self);
+        let said = tokio::spawn(async move {
+            let _essential = Essential::new("an upload that is all here and would never end");
+            upload.feed.end(digest).await;
+        });
+        let _ = said.await;
     }
 
     /// Gives it up for the sake of another, unless all of it is here; whether it was.

@@ -16,6 +16,7 @@ use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::error::{Error, Kind, Result};
 use crate::ingest::{Announced, Ingests, Kept, Survives, draining};
+use crate::panics::guarded_task;
 use crate::source::SourceKind;
 use crate::source::local::{self, Bearer, SentTar, StreamDigest, Tokens};
 use crate::store::Store;
@@ -182,7 +183,7 @@ impl Transfers {
         upload
     }
 
-    /// The life of an upload.
+    /// The life of an upload, and what comes of it.
     async fn follow(
         self: Arc<Self>,
         upload: Arc<Upload>,
@@ -191,30 +192,13 @@ impl Transfers {
         kept: Option<Kept>,
         before: Option<Arc<Upload>>,
     ) {
-        if let Some(before) = before {
-            // What came of it was told to who sent it.
-            let _ = before.ending().concluded().await;
-            self.note("UPLOAD_REPLACED", &record, "a new upload took the place of one that was under way").await;
-        }
-        tracing::info!(checkpoint = record.id, goes_on = kept.is_some(), "an upload begins");
-        let survives = Some(Survives { one_file: extracts(&record), kept });
-        let announced = Announced { bytes: 0, survives };
-        let outcome = tokio::select! {
-            biased;
-            // First: what the entries end with then is for the next daemon.
-            () = self.drained(&record.id, &upload) => {
+        let outcome =
+            guarded_task("an upload", async { Ok(self.outcome_of(&upload, &record, entries, kept, before).await) });
+        let outcome = match outcome.await {
+            Ok(outcome) => outcome,
+            Err(bug) => {
                 self.ingests.start_over(&record).await;
-                Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
-            }
-            outcome = self.ingests.fill_from_stream(&record, Box::new(entries), announced) => outcome,
-            silent = upload.abandoned(self.idle) => {
-                self.ingests.start_over(&record).await;
-                if silent {
-                    let idle_s = self.idle.as_secs();
-                    let what = format!("the upload was silent for {idle_s} s and was dropped; the checkpoint waits for another");
-                    self.note("UPLOAD_EXPIRED", &record, &what).await;
-                }
-                Err(Error::new(Kind::Cancelled, "UPLOAD_DROPPED", "the upload was dropped").remedy("start it again"))
+                Err(bug.remedy("report it, then start the upload again"))
             }
         };
         if outcome.is_err() && upload.is_held() {
@@ -223,6 +207,42 @@ impl Transfers {
         }
         self.forget(&record.id, &upload);
         upload.ending().conclude(outcome);
+    }
+
+    async fn outcome_of(
+        &self,
+        upload: &Arc<Upload>,
+        record: &Record,
+        entries: SentTar,
+        kept: Option<Kept>,
+        before: Option<Arc<Upload>>,
+    ) -> Result<()> {
+        if let Some(before) = before {
+            // What came of it was told to who sent it.
+            let _ = before.ending().concluded().await;
+            self.note("UPLOAD_REPLACED", record, "a new upload took the place of one that was under way").await;
+        }
+        tracing::info!(checkpoint = record.id, goes_on = kept.is_some(), "an upload begins");
+        let survives = Some(Survives { one_file: extracts(record), kept });
+        let announced = Announced { bytes: 0, survives };
+        tokio::select! {
+            biased;
+            // First: what the entries end with then is for the next daemon.
+            () = self.drained(&record.id, upload) => {
+                self.ingests.start_over(record).await;
+                Err(draining().during("receiving an upload").remedy("start it again when ckptd has been restarted"))
+            }
+            outcome = self.ingests.fill_from_stream(record, Box::new(entries), announced) => outcome,
+            silent = upload.abandoned(self.idle) => {
+                self.ingests.start_over(record).await;
+                if silent {
+                    let idle_s = self.idle.as_secs();
+                    let what = format!("the upload was silent for {idle_s} s and was dropped; the checkpoint waits for another");
+                    self.note("UPLOAD_EXPIRED", record, &what).await;
+                }
+                Err(Error::new(Kind::Cancelled, "UPLOAD_DROPPED", "the upload was dropped").remedy("start it again"))
+            }
+        }
     }
 
     /// Resolves when the daemon is drained before all of `upload` is here, and no other can go on with it; then it takes nothing any more.

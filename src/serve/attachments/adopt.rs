@@ -16,6 +16,7 @@ use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState};
 use crate::error::{Error, Kind, Result};
+use crate::panics::guarded_task;
 use crate::serve::Session;
 use crate::serve::keeping::Orphan;
 use crate::units::now_unix_ms;
@@ -37,7 +38,10 @@ impl Attachments {
         let (mut adopted, mut dropped) = (0, 0);
         for orphan in orphans {
             let checkpoint = orphan.checkpoint().to_owned();
-            match self.take_over(orphan, &rows).await {
+            let (own, rows) = (self.clone(), rows.clone());
+            // A panic of one keeps no other from being taken over.
+            let taken = guarded_task("taking a session over", async move { own.take_over(orphan, &rows).await }).await;
+            match taken {
                 Ok(()) => adopted += 1,
                 Err(error) if !is_final(&error) => {
                     // What it shows stays what is filled.

@@ -62,6 +62,7 @@ impl Attachments {
         let mut watch = Watch::default();
         let mut held_up = HashSet::new();
         loop {
+            tracing::trace!("a look for rights that are over");
             let (again_ms, all_well) = match self.look(&mut watch, &mut held_up, grace).await {
                 Ok(looked) => looked,
                 Err(error) => {

@@ -21,6 +21,7 @@ use super::StreamDigest;
 use crate::archive::Span;
 use crate::disk::{Disk, TAIL_BYTES, Tail};
 use crate::error::{Error, Result};
+use crate::panics::guarded;
 use crate::source::Recorded;
 
 /// How long room in the tail is waited for: longer than a slow disk needs to record what waits.
@@ -253,7 +254,7 @@ impl Settling {
         state.is_marking = true;
         let own = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            own.write(|tail| tail.mark(at, &digest));
+            own.write(|tail| guarded("keeping a mark of an upload", || tail.mark(at, &digest)));
             let mut state = own.lock();
             state.is_marking = false;
             state.marked = at;

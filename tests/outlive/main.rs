@@ -2,6 +2,8 @@
 
 #![cfg(test)]
 
+mod panics;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::fs::{self, File};
