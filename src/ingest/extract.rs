@@ -17,12 +17,12 @@
 //! Digests that the source states of the archive are verified where it is read in order; members of zips have their own sums.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
@@ -33,13 +33,14 @@ use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};
 use super::tar;
-use crate::archive::{self, About, Archived, Format, Members};
+use crate::archive::{self, About, Archived, Format, Members, Stream};
 use crate::catalog::fills;
 use crate::digest::Digest;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::layout::ReadAt;
 use crate::manifest::Manifest;
 use crate::names::{EntryName, EntryPath};
+use crate::panics::guarded_task;
 use crate::source::{ByteStream, EntryStream, File, Listed, Listing, SOURCE_CHANGED, Verifier, What, listed_member};
 use crate::store::filling::Filling;
 
@@ -205,7 +206,7 @@ pub(super) type Piece = Result<Option<Bytes>>;
 
 /// Fetches a file from byte `from` to its end.
 pub(super) async fn pump(flying: Arc<Flying>, file: File, from: u64, sender: mpsc::Sender<Piece>) {
-    let outcome = pump_all(&flying, &file, from, &sender).await;
+    let outcome = guarded_task("fetching an archive", pump_all(&flying, &file, from, &sender)).await;
     let _ = sender.send(outcome.map(|()| None)).await;
 }
 
@@ -271,8 +272,8 @@ impl PieceReader {
     }
 }
 
-impl Read for PieceReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl Stream for PieceReader {
+    fn at_hand(&mut self) -> io::Result<usize> {
         while self.present.is_empty() {
             let Some(verifier) = &mut self.verifier else { return Ok(0) };
             match self.pieces.blocking_recv().ok_or_else(given_up)?.map_err(io::Error::other)? {
@@ -286,9 +287,11 @@ impl Read for PieceReader {
                 }
             }
         }
-        let length = buffer.len().min(self.present.len());
-        self.present.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
+        Ok(self.present.len())
+    }
+
+    fn take(&mut self, length: usize) -> Bytes {
+        self.present.split_to(length.min(self.present.len()))
     }
 }
 
@@ -338,7 +341,7 @@ impl Ranges {
 
     async fn serve(mut self, mut asked: mpsc::Receiver<Ask>) {
         while let Some(Ask { offset, most, answer }) = asked.recv().await {
-            let _ = answer.send(self.read(offset, most).await);
+            let _ = answer.send(guarded_task("fetching of an archive", self.read(offset, most)).await);
         }
     }
 
