@@ -9,6 +9,7 @@ use super::support::daemon::Daemon;
 use super::support::files::regular_files;
 use super::support::ran::shell;
 use super::table::{Scale, Table, best, three};
+use super::warm::warm;
 
 pub(crate) fn take(scale: &Scale, table: &mut Table) {
     let daemon = Daemon::start();
@@ -17,7 +18,9 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
         // New bytes every round: what is known already would not be written again.
         let source = daemon.place().dir(&format!("source-{round}"));
         write_source(scale, &source, seed() + round as u64);
+        warm(scale.bytes());
         copies.push(1.0 / seconds_of_copy(&source, &daemon.place().join("copy")));
+        warm(scale.bytes());
         let began = Instant::now();
         daemon.capture(&format!("k{round}"), &source);
         captures.push(1.0 / began.elapsed().as_secs_f64());

@@ -28,6 +28,7 @@ mod table;
 mod transfer;
 mod unpack;
 mod walk;
+mod warm;
 mod web;
 
 use table::{Scale, Table};

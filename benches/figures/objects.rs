@@ -14,6 +14,7 @@ use super::support::files::regular_files;
 use super::support::ran::shell;
 use super::support::server::{Server, free_port, tool};
 use super::table::{Scale, Table, best, three};
+use super::warm::warm;
 
 /// Large files of the prefix.
 const LARGE: usize = 4;
@@ -31,6 +32,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
         write_prefix(scale, &store.join("ckpt/prefix"), seed() + 100 * round as u64);
         let server = serve(&store);
         let copy = daemon.place().join("copy");
+        warm(scale.bytes());
         let began = Instant::now();
         copy_with_rclone(&server, &copy);
         copies.push(1.0 / began.elapsed().as_secs_f64());
@@ -40,6 +42,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
         fs::remove_dir_all(&copy).unwrap();
         shell("sync -f \"$1\"", &[&store]).ok();
         let (name, endpoint) = (format!("s3-{round}"), format!("endpoint={}", server.url("")));
+        warm(scale.bytes());
         let began = Instant::now();
         let options = ["--type", "aws", "--uri", "s3://ckpt/prefix/", "--option", "anonymous=true", "--option"];
         daemon.ctl(&[&["create", &name, "--wait"][..], &options, &[&endpoint]].concat()).ok();

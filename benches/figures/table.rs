@@ -32,6 +32,11 @@ impl Scale {
         if std::env::var("CKPTD_BENCH_SHORT").is_ok_and(|value| value == "1") { Self::short() } else { Self::long() }
     }
 
+    /// Bytes of a checkpoint.
+    pub(crate) const fn bytes(&self) -> usize {
+        self.tensors * self.tensor_bytes
+    }
+
     /// The same, with so many checkpoints served.
     pub(crate) fn with_checkpoints(&self, checkpoints: usize) -> Self {
         Self { checkpoints, ..*self }

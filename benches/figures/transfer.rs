@@ -14,6 +14,7 @@ use super::support::ran::{shell, wait_until};
 use super::support::server::free_port;
 use super::support::webserver::nginx;
 use super::table::{Scale, Table, float, three};
+use super::warm::warm;
 
 /// Bytes of a body: what the platform's client sends is between 64 and 192 KiB.
 const BODY_BYTES: usize = 128 << 10;
@@ -22,7 +23,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     let listen = format!("\"127.0.0.1:{}\"", free_port());
     let daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &listen)]);
     let tree = daemon.place().dir("tree");
-    random_file(&tree.join("weights.bin"), seed(), (scale.tensors * scale.tensor_bytes) as u64);
+    random_file(&tree.join("weights.bin"), seed(), scale.bytes() as u64);
     let tar = daemon.place().join("upload.tar");
     shell("tar -c -C \"$1\" -f \"$2\" .; sync -f \"$2\"; cat \"$2\" > /dev/null", &[&tree, &tar]).ok();
 
@@ -33,6 +34,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
         &site,
         "location /put/ { dav_methods PUT; client_max_body_size 8m; } keepalive_requests 10000000;",
     );
+    warm(scale.bytes());
     let before = cpu_seconds_of_group(server.pid());
     send_to_nginx(&tar, server.port);
     let native = cpu_seconds_of_group(server.pid()) - before;
@@ -41,6 +43,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
     let address = transfer["url"].as_str().unwrap().trim_start_matches("http://").trim_end_matches('/').to_owned();
     // Beforehand: the client's own work on the other core would slow the server down.
     let digest = sha512_of(&tar);
+    warm(scale.bytes());
     let before = cpu_seconds(daemon.pid());
     let began = Instant::now();
     send_to_ckptd(&tar, &address, transfer["token"].as_str().unwrap(), &digest);

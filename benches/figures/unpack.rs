@@ -9,6 +9,7 @@ use super::support::corpus::{Tensors, seed};
 use super::support::daemon::Daemon;
 use super::support::ran::shell;
 use super::table::{Scale, Table, best, three};
+use super::warm::warm;
 
 /// Shards, as large checkpoints have them.
 const SHARDS: usize = 4;
@@ -20,7 +21,9 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
         // New bytes every round: what is known already would not be written again.
         let archive = daemon.place().join(&format!("model-{round}.tar.zst"));
         write_archive(scale, daemon.place().dir("tree").as_path(), &archive, seed() + round as u64);
+        warm(scale.bytes());
         native.push(1.0 / seconds_of_tar(&archive, &daemon.place().join("out")));
+        warm(scale.bytes());
         let began = Instant::now();
         daemon.capture(&format!("k{round}"), &archive);
         ours.push(1.0 / began.elapsed().as_secs_f64());

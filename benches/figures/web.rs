@@ -10,9 +10,10 @@ use super::support::files::regular_files;
 use super::support::ran::shell;
 use super::support::webserver::nginx;
 use super::table::{Scale, Table, best, three};
+use super::warm::warm;
 
 pub(crate) fn take(scale: &Scale, table: &mut Table) {
-    let bytes = (scale.tensors * scale.tensor_bytes) as u64;
+    let bytes = scale.bytes() as u64;
     one_file(scale, table, bytes);
     many_files(scale, table, bytes, scale.files as u64 / 50);
 }
@@ -27,8 +28,11 @@ fn one_file(scale: &Scale, table: &mut Table, bytes: u64) {
         let file = site.join("weights.bin");
         prepare(&site, || random_file(&file, seed() + round as u64, bytes));
         let copy = daemon.place().join("copy");
+        warm(scale.bytes());
         copies.push(1.0 / seconds_of("cp -r \"$1\" \"$2\"; sync -f \"$2\"", &site, &copy));
+        warm(scale.bytes());
         curls.push(1.0 / seconds_of("curl -sS -o \"$2\" \"$1\"; sync -f \"$2\"", Path::new(&url), &copy));
+        warm(scale.bytes());
         ingests.push(1.0 / seconds_of_ingest(&daemon, round, &url));
     }
     let (copy, curl, ingest) = (1.0 / best(copies), 1.0 / best(curls), 1.0 / best(ingests));
@@ -51,7 +55,9 @@ fn many_files(scale: &Scale, table: &mut Table, bytes: u64, files: u64) {
                 random_file(&path, seed() + round as u64 * files + index, bytes / files);
             }
         });
+        warm(scale.bytes());
         copies.push(1.0 / seconds_of("cp -r \"$1\" \"$2\"; sync -f \"$2\"", &site, &daemon.place().join("copy")));
+        warm(scale.bytes());
         ingests.push(1.0 / seconds_of_ingest(&daemon, round, &server.url("/")));
         assert_eq!(regular_files(&site).len() as u64, files);
     }
