@@ -226,7 +226,7 @@ impl<'a> Input<'a> {
     /// Up to `most` bytes; none only at the end.
     pub(super) fn piece(&mut self, most: u64) -> Result<Bytes> {
         if let Reader::Plain(stream) = &mut self.reader {
-            let most = usize::try_from(most).unwrap_or(usize::MAX);
+            let most = usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
             let piece = piece_of(stream.as_mut(), most).map_err(fault)?;
             self.meter.take(piece.len());
             self.given(piece.len())?;

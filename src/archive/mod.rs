@@ -130,6 +130,8 @@ pub enum What {
 #[derive(Debug)]
 pub struct Members {
     receiver: mpsc::Receiver<Result<Message>>,
+    /// Bytes of the present file that have come.
+    bytes: std::vec::IntoIter<Bytes>,
     /// A member met while bytes of the one before were asked for.
     next: Option<Member>,
     ended: bool,
@@ -216,7 +218,7 @@ impl Members {
                 sink.fail(error.during(format!("extracting `{shown}`")));
             }
         });
-        Self { receiver, next: None, ended: false }
+        Self { receiver, bytes: Vec::new().into_iter(), next: None, ended: false }
     }
 
     /// The next member, skipping what is left of the present one; `None` once the whole archive was read and found sound.
@@ -235,11 +237,17 @@ impl Members {
     /// # Errors
     /// See the module's page.
     pub async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+        if let Some(bytes) = self.bytes.next() {
+            return Ok(Some(bytes));
+        }
         if self.next.is_some() || self.ended {
             return Ok(None);
         }
         match self.receiver.recv().await {
-            Some(Ok(Message::Bytes(bytes))) => return Ok(Some(bytes)),
+            Some(Ok(Message::Bytes(bytes))) => {
+                self.bytes = bytes.into_iter();
+                return Ok(self.bytes.next());
+            }
             Some(Ok(Message::Member(member))) => self.next = Some(member),
             Some(Ok(Message::End)) => self.ended = true,
             Some(Err(error)) => return Err(error),
