@@ -144,6 +144,8 @@ pub struct Filling {
     disk: Arc<Disk>,
     path: PathBuf,
     file: File,
+    /// Who writes. The kernel takes one writer of a file at a time, and lets the others of its page cache spin on a processor for it.
+    writing: Mutex<()>,
     progress: Mutex<Progress>,
     moved: Condvar,
 }
@@ -158,7 +160,8 @@ impl Filling {
         let path = disk.filling_path(flight, number);
         let (file, was_there) = disk.open_filling(flight, number, units.size)?;
         let units = if was_there { units } else { UnitMap::new(units.size) };
-        Ok(Self { disk, path, file, progress: Mutex::new(Progress { units, given_up: false }), moved: Condvar::new() })
+        let progress = Mutex::new(Progress { units, given_up: false });
+        Ok(Self { disk, path, file, writing: Mutex::default(), progress, moved: Condvar::new() })
     }
 
     /// Creates file `number` of a flight of unknown size, to be written from its beginning; see [`Filling::set_complete`].
@@ -225,6 +228,7 @@ impl Filling {
     /// # Errors
     /// As [`Filling::write_at`].
     pub fn write_pieces_at(&self, pieces: &[Bytes], offset: u64) -> Result<()> {
+        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         write_all_at(&self.file, pieces, offset).map_err(|error| Error::io("writing", &self.path, error))
     }
 
