@@ -20,6 +20,7 @@ use std::any::Any;
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -28,6 +29,9 @@ use crate::error::{Error, Result};
 
 /// How long after the process has ended for a panic no other ends it.
 const QUIET: Duration = Duration::from_secs(3600);
+
+/// Panics are looked at one after the other.
+static TURNS: Mutex<()> = Mutex::new(());
 
 /// Runs `work` on a thread that others depend on: a panic in it becomes its error, and the thread goes on. The caller sees to it that what
 /// `work` may have left half done is right or is put right.
@@ -63,6 +67,8 @@ pub fn first_ends_the_process(mark: PathBuf) {
     let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         tell(panic);
+        // Another of the same moment waits, rather than be unwound before the process has ended.
+        let _turn = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
         if is_first(&mark) {
             std::process::abort();
         }

@@ -63,6 +63,9 @@ const DESCRIPTORS: usize = 1 << 16;
 /// Where a program says how readily it is killed for memory (`proc_pid_oom_score_adj(5)`), and what the unit says too.
 const OOM_SCORE: (&str, &str) = ("/proc/self/oom_score_adj", "-900");
 
+/// Exit code for a daemon that ended itself with SIGABRT, as shells have it.
+const ABORTED: u8 = 134;
+
 /// Exit code of a child that could not begin.
 const NOT_BEGUN: i32 = 127;
 
@@ -211,6 +214,8 @@ impl Keeping {
         let status = waitpid(child.pid, Some(WaitPidFlag::WNOHANG))?;
         let (code, ended) = match status {
             WaitStatus::Exited(_, code) => (u8::try_from(code).ok(), format!("it ended with code {code}")),
+            // By itself, for a bug: as much an end of its own as a code.
+            WaitStatus::Signaled(_, Signal::SIGABRT, _) => (Some(ABORTED), "it was killed by SIGABRT".to_owned()),
             WaitStatus::Signaled(_, signal, _) => (None, format!("it was killed by {signal}")),
             _ => return Ok(None),
         };

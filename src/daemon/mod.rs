@@ -83,6 +83,7 @@ impl Instance {
         let started = Instant::now();
         require_root()?;
         raise_descriptor_limit();
+        leave_no_core();
         for problem in config::examine_host(config) {
             tracing::warn!(key = problem.place, "{}", problem.what);
         }
@@ -341,6 +342,15 @@ fn raise_descriptor_limit() {
         .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
     if let Err(errno) = raised {
         tracing::warn!(%errno, "the limit of open files stays as it is");
+    }
+}
+
+/// A core would write the credentials of sources to disk, and a successor would wait for it.
+fn leave_no_core() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let lowered = getrlimit(Resource::RLIMIT_CORE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, 0, hard));
+    if let Err(errno) = lowered {
+        tracing::warn!(%errno, "a crash may leave a core, with credentials in it");
     }
 }
 

@@ -228,17 +228,17 @@ async fn fetch_units(
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
     let mut gathered = Pieces::default();
-    // A reader's: claimed when something comes, given back when it is written.
+    // A reader's: claimed when something comes, given back whenever some of it is written.
     let mut memory = None;
+    let mut due = None;
     loop {
-        let piece = match &memory {
-            Some((_, until)) => tokio::time::timeout_at(*until, stream.next()).await,
+        let piece = match due {
+            Some(due) => tokio::time::timeout_at(due, stream.next()).await,
             None => Ok(stream.next().await),
         };
         if let Ok(Some(Ok(piece))) = &piece {
             if step.wanted && memory.is_none() {
-                let claimed = flying.claim_wanted(2 * WRITE_BYTES as u64).await?;
-                memory = Some((claimed, Instant::now() + LULL));
+                memory = Some(flying.claim_wanted(2 * WRITE_BYTES as u64).await?);
             }
             gathered.push(piece.clone());
         }
@@ -253,7 +253,7 @@ async fn fetch_units(
             let pieces = gathered.take_first(usize::try_from(until - at).unwrap_or(usize::MAX));
             let came = write(filling, pieces, at, whole.clone()).await?;
             flying.progress.arrived(came);
-            memory = memory.filter(|_| gathered.len() > 0).map(|(claimed, _)| (claimed, Instant::now() + LULL));
+            (memory, due) = (None, None);
             at = until;
             *next = whole.end;
             let moved = !whole.is_empty();
@@ -262,6 +262,9 @@ async fn fetch_units(
                 return Ok(());
             }
             arriving.make_way(step).await;
+        }
+        if step.wanted && gathered.len() > 0 {
+            due.get_or_insert_with(|| Instant::now() + LULL);
         }
         match piece {
             Err(_) | Ok(Some(Ok(_))) => {}

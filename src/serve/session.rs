@@ -226,8 +226,9 @@ impl Session {
             open.end_passthrough();
         }
         let taking = Taking::of(config.resend && features.resend);
-        let _essential = Essential::new("taking a session over, which two must not serve");
         let fuse = handshake::resume(adapter, &device, &head.init, config.loops.max(1), taking)?;
+        // From here on it takes requests.
+        let _essential = Essential::new("taking a session over, which two must not serve");
         let ended = run(fuse, &device, true)?;
         // Also where this process takes through a clone: its predecessor may have been configured otherwise.
         if features.resend

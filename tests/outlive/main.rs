@@ -2,6 +2,8 @@
 
 #![cfg(test)]
 
+// The trap is in debug builds alone.
+#[cfg(debug_assertions)]
 mod panics;
 #[path = "../support/mod.rs"]
 mod support;

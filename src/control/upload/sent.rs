@@ -19,6 +19,9 @@ use crate::manifest::Manifest;
 use crate::names::EntryPath;
 use crate::source::{Begun, EntryStream, File, Here, Listed, What};
 
+/// Data from this length on is handed on in the message that it came in.
+const KEPT_FROM_BYTES: usize = 1 << 20;
+
 /// The first message of a call.
 pub(super) async fn first(messages: &mut Messages) -> Result<Option<Message>> {
     match messages.message().await {
@@ -83,7 +86,9 @@ impl EntryStream for Sent {
         match self.next().await? {
             Message::Data(data) if data.len() as u64 <= left => {
                 self.present = Some(left - data.len() as u64);
-                Ok(Some(data))
+                // A few bytes must not keep a whole message alive until they are written with others.
+                let is_large = data.len() >= KEPT_FROM_BYTES;
+                Ok(Some(if is_large { data } else { Bytes::copy_from_slice(&data) }))
             }
             Message::Data(_) => Err(protocol("more data was sent than the file has")),
             Message::Start(_) | Message::Entry(_) | Message::Finish(_) => Err(protocol("a file was cut short")),

@@ -196,6 +196,8 @@ impl Transfers {
             guarded_task("an upload", async { Ok(self.outcome_of(&upload, &record, entries, kept, before).await) });
         let outcome = match outcome.await {
             Ok(outcome) => outcome,
+            // What was kept of it is for the next daemon.
+            Err(bug) if upload.is_held() => Err(bug),
             Err(bug) => {
                 self.ingests.start_over(&record).await;
                 Err(bug.remedy("report it, then start the upload again"))
