@@ -61,23 +61,6 @@ impl Pieces {
         std::mem::take(&mut self.kept)
     }
 
-    /// The first `length` bytes of what was taken, in order; the rest is left.
-    pub(super) fn take_first(&mut self, length: usize) -> Vec<Bytes> {
-        let (mut first, mut left) = (Vec::new(), length);
-        for mut piece in self.take() {
-            if left > 0 {
-                let taken = piece.split_to(left.min(piece.len()));
-                left -= taken.len();
-                first.push(taken);
-            }
-            if !piece.is_empty() {
-                self.bytes += piece.len();
-                self.kept.push(piece);
-            }
-        }
-        first
-    }
-
     /// What was taken as one sequence of bytes.
     pub(super) fn whole(mut self) -> Whole {
         Whole(self.take())
@@ -169,17 +152,6 @@ mod tests {
                     assert_eq!(buffer[..read], rest[..rest.len().min(length)], "{lengths:?} {offset} {length}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn the_first_bytes_are_taken_and_the_rest_is_left_in_order() {
-        for (lengths, first) in [(&[][..], 0), (&[5], 3), (&[5, 5000, 70_000, 3], 5005), (&[70_000, 70_000], 100_001)] {
-            let (mut pieces, all) = pushed(lengths);
-            let taken = pieces.take_first(first).concat();
-            assert_eq!((taken.as_slice(), pieces.len()), (&all[..first], all.len() - first), "{lengths:?}");
-            pieces.push(Bytes::from_static(b"more"));
-            assert_eq!(pieces.take().concat(), [&all[first..], b"more"].concat(), "{lengths:?}");
         }
     }
 

@@ -8,7 +8,6 @@ use bytes::Bytes;
 use liblzma::stream::{CONCATENATED, Stream};
 
 use super::dictionaries::{Claimed, Dictionaries, too_large};
-use super::stream::{Copied, Stream as Arriving, copy};
 use super::{damaged, tar_header};
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
@@ -16,9 +15,6 @@ use crate::limits::{ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
 
 /// Bytes handed on at a time.
 pub(super) const PIECE_BYTES: usize = 512 << 10;
-
-/// What comes in a piece of so many bytes or more is handed on without a copy; what is smaller is put together up to twice as many.
-const LARGE_BYTES: usize = 64 << 10;
 
 /// What an xz decoder takes besides its dictionary.
 const XZ_BESIDES_BYTES: u64 = 1 << 20;
@@ -120,27 +116,9 @@ impl Meter {
     }
 }
 
-/// Where decompressed bytes come from.
-enum Reader<'a> {
-    /// As they came.
-    Plain(Box<dyn Arriving + 'a>),
-    /// Copied, or made of what came.
-    Made(Box<dyn Read + 'a>),
-}
-
-impl Reader<'_> {
-    fn read(&mut self, buffer: &mut [u8], meter: &Meter) -> io::Result<usize> {
-        match self {
-            Self::Plain(stream) => copy(stream.as_mut(), buffer).inspect(|length| meter.take(*length)),
-            // Metered further in.
-            Self::Made(reader) => reader.read(buffer),
-        }
-    }
-}
-
 /// Decompressed bytes.
 pub(super) struct Input<'a> {
-    reader: Reader<'a>,
+    reader: Box<dyn Read + 'a>,
     meter: Meter,
     claimed: Claimed,
     position: u64,
@@ -151,20 +129,7 @@ impl<'a> Input<'a> {
     pub(super) fn whole(stream: impl Read + 'a, coding: Coding, dictionaries: &Dictionaries) -> Result<Self> {
         let meter = Meter::default();
         let (reader, claimed) = coding.open(Metered { stream, meter: meter.clone() }, dictionaries)?;
-        Ok(Self { reader: Reader::Made(reader), meter, claimed, position: 0 })
-    }
-
-    /// All of what arrives in pieces.
-    pub(super) fn arriving(
-        stream: Box<dyn Arriving + 'a>,
-        coding: Coding,
-        dictionaries: &Dictionaries,
-    ) -> Result<Self> {
-        if coding != Coding::Plain {
-            return Self::whole(Copied(stream), coding, dictionaries);
-        }
-        let claimed = dictionaries.claim(coding, &[])?;
-        Ok(Self { reader: Reader::Plain(stream), meter: Meter::default(), claimed, position: 0 })
+        Ok(Self { reader, meter, claimed, position: 0 })
     }
 
     /// `length` bytes of `bytes` from `start`.
@@ -178,7 +143,7 @@ impl<'a> Input<'a> {
     ) -> Result<Self> {
         let range = FileRange::new(bytes, start, length, meter.clone());
         let (reader, claimed) = coding.open(range, dictionaries)?;
-        Ok(Self { reader: Reader::Made(reader), meter, claimed, position: 0 })
+        Ok(Self { reader, meter, claimed, position: 0 })
     }
 
     /// Says that the first byte is this one of something larger, as much of which was taken and given before.
@@ -201,11 +166,12 @@ impl<'a> Input<'a> {
     pub(super) fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut length = 0;
         while length < buffer.len() {
-            match self.reader.read(&mut buffer[length..], &self.meter) {
+            match self.reader.read(&mut buffer[length..]) {
                 Ok(0) => break,
                 Ok(more) => {
                     length += more;
-                    self.given(more)?;
+                    self.position += count(more);
+                    self.meter.give(count(more))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if claims_memory(&error) => return Err(too_large(self.claimed.bytes)),
@@ -225,13 +191,6 @@ impl<'a> Input<'a> {
 
     /// Up to `most` bytes; none only at the end.
     pub(super) fn piece(&mut self, most: u64) -> Result<Bytes> {
-        if let Reader::Plain(stream) = &mut self.reader {
-            let most = usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
-            let piece = piece_of(stream.as_mut(), most).map_err(fault)?;
-            self.meter.take(piece.len());
-            self.given(piece.len())?;
-            return Ok(piece);
-        }
         let mut buffer = vec![0; usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES)];
         let length = self.fill(&mut buffer)?;
         buffer.truncate(length);
@@ -255,29 +214,11 @@ impl<'a> Input<'a> {
         Ok(())
     }
 
-    fn given(&mut self, bytes: usize) -> Result<()> {
-        self.position += count(bytes);
-        self.meter.give(count(bytes))
-    }
-
     /// Reads to the end: what checks the compression's own sums.
     pub(super) fn drain(&mut self) -> Result<()> {
         let mut buffer = vec![0; PIECE_BYTES];
         while self.fill(&mut buffer)? > 0 {}
         Ok(())
-    }
-}
-
-/// The next bytes of what arrives: a large piece as it came, or small ones together up to the next large one.
-fn piece_of(stream: &mut dyn Arriving, most: usize) -> io::Result<Bytes> {
-    let mut together = Vec::new();
-    loop {
-        let left = most.min(2 * LARGE_BYTES).saturating_sub(together.len());
-        let at_hand = if left == 0 { 0 } else { stream.at_hand()?.min(most - together.len()) };
-        if at_hand == 0 || at_hand >= LARGE_BYTES {
-            return Ok(if together.is_empty() { stream.take(at_hand) } else { together.into() });
-        }
-        together.extend_from_slice(&stream.take(at_hand.min(left)));
     }
 }
 
@@ -364,72 +305,6 @@ fn claims_memory(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Pieces of these lengths, of one allocation.
-    struct Given(Vec<Bytes>);
-
-    impl Given {
-        fn of(lengths: &[usize]) -> (Self, Bytes) {
-            let all: Vec<u8> = (0..lengths.iter().sum()).map(|at: usize| u8::try_from(at % 251).unwrap()).collect();
-            let all = Bytes::from(all);
-            let mut rest = all.clone();
-            (Self(lengths.iter().map(|length| rest.split_to(*length)).collect()), all)
-        }
-    }
-
-    impl Arriving for Given {
-        fn at_hand(&mut self) -> io::Result<usize> {
-            Ok(self.0.first().map_or(0, Bytes::len))
-        }
-
-        fn take(&mut self, length: usize) -> Bytes {
-            let Some(first) = self.0.first_mut() else { return Bytes::new() };
-            let taken = first.split_to(length);
-            if first.is_empty() {
-                self.0.remove(0);
-            }
-            taken
-        }
-    }
-
-    fn plain(lengths: &[usize]) -> (Input<'static>, Bytes) {
-        let (given, all) = Given::of(lengths);
-        (Input::arriving(Box::new(given), Coding::Plain, &Dictionaries::within(0)).unwrap(), all)
-    }
-
-    #[test]
-    fn large_pieces_are_handed_on_as_they_came_and_small_ones_together() {
-        let (mut input, all) = plain(&[100_000, 1000, 2000, 90_000, 10]);
-        let mut header = [0; 512];
-        input.fill_all(&mut header).unwrap();
-        let pieces: Vec<_> =
-            std::iter::from_fn(|| Some(input.piece(u64::MAX).unwrap()).filter(|piece| !piece.is_empty())).collect();
-        assert_eq!(pieces.iter().map(Bytes::len).collect::<Vec<_>>(), [99_488, 3000, 90_000, 10]);
-        assert_eq!([&header[..], &pieces.concat()].concat(), all);
-        let place = |at: usize| all[at..].as_ptr();
-        assert_eq!((pieces[0].as_ptr(), pieces[2].as_ptr()), (place(512), place(103_000)), "nothing is copied");
-        assert_ne!(pieces[1].as_ptr(), place(100_000));
-        assert_eq!((input.position(), input.meter().0.taken.get()), (193_010, 193_010));
-    }
-
-    #[test]
-    fn no_piece_is_longer_than_asked_for_and_few_bytes_keep_no_large_piece() {
-        let (mut input, all) = plain(&[200_000, 200_000]);
-        let asked = [
-            (150_000, 150_000, true),
-            (10, 10, false),
-            (100_000, 100_000, false),
-            (300_000, 149_990, true),
-            (1, 0, false),
-        ];
-        for (most, expected, as_it_came) in asked {
-            let before = usize::try_from(input.position()).unwrap();
-            let piece = input.piece(most).unwrap();
-            assert_eq!(piece, all[before..before + expected]);
-            assert_eq!(piece.as_ptr() == all[before..].as_ptr() && expected > 0, as_it_came, "{most}");
-        }
-        assert!(matches!(input.fill_all(&mut [0]), Err(error) if error.reason() == "ARCHIVE_DAMAGED"));
-    }
 
     #[test]
     fn much_from_little_is_a_bomb_and_zeros_alone_are_not() {

@@ -32,12 +32,11 @@ mod gate;
 mod input;
 mod pax;
 mod sink;
-mod stream;
 mod tar;
 mod tar_header;
 mod zip;
 
-use std::io::{self, Read as _};
+use std::io::{self, Read};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -47,11 +46,9 @@ use crate::layout::ReadAt;
 use crate::names::{EntryName, EntryPath};
 use input::{Coding, FileRange, Input, Meter};
 use sink::{Message, Sink};
-use stream::{Begun, Copied};
 
 pub use dictionaries::Dictionaries;
 pub use format::Format;
-pub use stream::Stream;
 
 /// Messages under way between the thread and who takes them: with pieces of [`input::PIECE_BYTES`], 4 MiB at most.
 const QUEUE_MESSAGES: usize = 8;
@@ -130,8 +127,6 @@ pub enum What {
 #[derive(Debug)]
 pub struct Members {
     receiver: mpsc::Receiver<Result<Message>>,
-    /// Bytes of the present file that have come.
-    bytes: std::vec::IntoIter<Bytes>,
     /// A member met while bytes of the one before were asked for.
     next: Option<Member>,
     ended: bool,
@@ -140,7 +135,7 @@ pub struct Members {
 /// The bytes of an archive. What a reader fails with reaches who takes the members as it is, if it is an [`Error`] inside.
 pub enum Archived {
     /// In order, each once. Not for zips.
-    Stream(Box<dyn Stream>),
+    Stream(Box<dyn Read + Send>),
     /// In any order, with how many there are.
     Random(Box<dyn ReadAt + Send>, u64),
 }
@@ -199,10 +194,10 @@ impl Members {
 
     /// Goes on with a tar that is not compressed behind what was `given`, where `stream` begins ([`Given::until`]). What comes first are the bytes that
     /// are left of its last member. Needs a runtime.
-    pub fn go_on(stream: Box<dyn Stream>, name: EntryName, given: Given, watch: Watch) -> Self {
+    pub fn go_on(stream: Box<dyn Read + Send>, name: EntryName, given: Given, watch: Watch) -> Self {
         Self::begin(name, Box::new(|_, _| false), move |sink| {
             sink.watch(watch);
-            let mut input = Input::arriving(stream, Coding::Plain, &Dictionaries::within(0))?;
+            let mut input = Input::whole(stream, Coding::Plain, &Dictionaries::within(0))?;
             input.begins_at(given.until());
             tar::go_on(&mut input, sink, given)
         })
@@ -218,7 +213,7 @@ impl Members {
                 sink.fail(error.during(format!("extracting `{shown}`")));
             }
         });
-        Self { receiver, bytes: Vec::new().into_iter(), next: None, ended: false }
+        Self { receiver, next: None, ended: false }
     }
 
     /// The next member, skipping what is left of the present one; `None` once the whole archive was read and found sound.
@@ -237,17 +232,11 @@ impl Members {
     /// # Errors
     /// See the module's page.
     pub async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
-        if let Some(bytes) = self.bytes.next() {
-            return Ok(Some(bytes));
-        }
         if self.next.is_some() || self.ended {
             return Ok(None);
         }
         match self.receiver.recv().await {
-            Some(Ok(Message::Bytes(bytes))) => {
-                self.bytes = bytes.into_iter();
-                return Ok(self.bytes.next());
-            }
+            Some(Ok(Message::Bytes(bytes))) => return Ok(Some(bytes)),
             Some(Ok(Message::Member(member))) => self.next = Some(member),
             Some(Ok(Message::End)) => self.ended = true,
             Some(Err(error)) => return Err(error),
@@ -264,22 +253,22 @@ fn read(bytes: Archived, about: &About, dictionaries: &Dictionaries, sink: &mut 
             zip::read(bytes.as_ref(), size, dictionaries, sink)
         }
         Archived::Random(bytes, size) => {
-            let mut all = FileRange::new(bytes.as_ref(), 0, size, Meter::default());
-            let start = input::start_of(&mut all)?;
-            let coding = about.format.check(&start)?;
-            read_in_order(Input::whole(io::Cursor::new(start).chain(all), coding, dictionaries)?, coding, about, sink)
+            let all: Box<dyn Read + '_> = Box::new(FileRange::new(bytes.as_ref(), 0, size, Meter::default()));
+            read_stream(all, about, dictionaries, sink)
         }
-        Archived::Stream(rest) => {
-            let mut rest = Copied(rest);
-            let start = input::start_of(&mut rest)?;
-            let coding = about.format.check(&start)?;
-            let stream = Box::new(Begun { start: start.into(), rest: rest.0 });
-            read_in_order(Input::arriving(stream, coding, dictionaries)?, coding, about, sink)
-        }
+        Archived::Stream(stream) => read_stream(stream, about, dictionaries, sink),
     }
 }
 
-fn read_in_order(mut input: Input, coding: Coding, about: &About, sink: &mut Sink) -> Result<()> {
+fn read_stream<'a>(
+    mut stream: Box<dyn Read + 'a>,
+    about: &About,
+    dictionaries: &Dictionaries,
+    sink: &mut Sink,
+) -> Result<()> {
+    let start = input::start_of(&mut stream)?;
+    let coding = about.format.check(&start)?;
+    let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding, dictionaries)?;
     match about.format {
         Format::Zip => Err(Error::internal("a zip was given as a stream")),
         Format::Tar => tar::read(&mut input, sink, coding == Coding::Plain),

@@ -4,21 +4,17 @@ use bytes::Bytes;
 use tokio::sync::mpsc::Sender;
 
 use super::gate::{Gate, Linked};
-use super::input::PIECE_BYTES;
 use super::{Here, Member, Passed, Span, Watch, What};
 use crate::error::{Error, Kind, Result};
 use crate::names::EntryPath;
-
-/// Most pieces that go together.
-const TOGETHER: usize = 64;
 
 /// What passes the channel.
 #[derive(Debug)]
 pub(super) enum Message {
     /// The next member.
     Member(Member),
-    /// Bytes of the present file, in order.
-    Bytes(Vec<Bytes>),
+    /// Bytes of the present file.
+    Bytes(Bytes),
     /// The archive is whole.
     End,
 }
@@ -27,9 +23,6 @@ pub(super) enum Message {
 pub(super) struct Sink {
     sender: Sender<Result<Message>>,
     gate: Gate,
-    /// Bytes of the present file that are to go together.
-    together: Vec<Bytes>,
-    together_bytes: usize,
     here: Here,
     /// Of the next member.
     span: Span,
@@ -38,15 +31,7 @@ pub(super) struct Sink {
 
 impl Sink {
     pub(super) fn new(sender: Sender<Result<Message>>, here: Here) -> Self {
-        Self {
-            sender,
-            gate: Gate::default(),
-            together: Vec::new(),
-            together_bytes: 0,
-            here,
-            span: Span::default(),
-            watch: None,
-        }
+        Self { sender, gate: Gate::default(), here, span: Span::default(), watch: None }
     }
 
     /// Who is to hear of what is [passed](Sink::passed).
@@ -123,39 +108,21 @@ impl Sink {
 
     /// Bytes of the present file.
     pub(super) fn bytes(&mut self, bytes: Bytes) -> Result<()> {
-        // Whoever takes them is woken once for many.
-        if self.together_bytes + bytes.len() > PIECE_BYTES || self.together.len() >= TOGETHER {
-            self.pass_on()?;
-        }
-        self.together_bytes += bytes.len();
-        self.together.push(bytes);
-        if self.together_bytes >= PIECE_BYTES { self.pass_on() } else { Ok(()) }
-    }
-
-    fn pass_on(&mut self) -> Result<()> {
-        if self.together.is_empty() {
-            return Ok(());
-        }
-        self.together_bytes = 0;
-        let together = std::mem::take(&mut self.together);
-        self.send(Message::Bytes(together))
+        self.send(Message::Bytes(bytes))
     }
 
     /// The archive is read to its end: the last judgement.
     pub(super) fn end(&mut self) -> Result<()> {
         self.gate.end()?;
-        self.pass_on()?;
         self.send(Message::End)
     }
 
     /// The archive is at fault; whether anybody still listens does not matter.
-    pub(super) fn fail(mut self, error: Error) {
-        let _ = self.pass_on();
+    pub(super) fn fail(self, error: Error) {
         let _ = self.sender.blocking_send(Err(error));
     }
 
     fn member(&mut self, path: crate::names::EntryPath, what: What) -> Result<()> {
-        self.pass_on()?;
         self.send(Message::Member(Member { path, what, span: self.span }))
     }
 

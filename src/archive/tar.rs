@@ -14,7 +14,7 @@ use super::sink::Sink;
 use super::tar_header::{BLOCK_BYTES, Header, SparseMap, check_pieces, more_gnu_sparse};
 use super::{Given, Passed, Span, damaged, refused, unsupported};
 use crate::error::Result;
-use crate::limits::{self, UNIT_BYTES};
+use crate::limits;
 use crate::names::show_bytes;
 
 /// Reads everything up to the end mark, and what follows it for the compression's sake. `is_plain` says whether there is none.
@@ -196,22 +196,15 @@ impl Reading<'_, '_> {
 
     /// The next bytes of a file whose bytes begin at `bytes_at` of the tar.
     fn plain_bytes(&mut self, length: u64, bytes_at: u64) -> Result<()> {
-        let mut left = length;
-        while left > 0 {
-            let at = self.input.position();
-            // Pieces end where units do, for whoever wants to know how many are whole.
-            let rest = UNIT_BYTES - at.saturating_sub(bytes_at) % UNIT_BYTES;
-            let piece = self.input.piece(left.min(rest))?;
-            if piece.is_empty() {
-                return Err(truncated());
-            }
-            left -= count(piece.len());
+        let mut at = self.input.position();
+        self.input.pieces(length, |piece| {
+            at += count(piece.len());
             self.sink.bytes(piece)?;
             if self.is_plain {
-                self.sink.passed(Passed::Within { at: self.input.position(), bytes_at });
+                self.sink.passed(Passed::Within { at, bytes_at });
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn zeros(&mut self, length: u64) -> Result<()> {

@@ -17,12 +17,12 @@
 //! Digests that the source states of the archive are verified where it is read in order; members of zips have their own sums.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
@@ -33,7 +33,7 @@ use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};
 use super::tar;
-use crate::archive::{self, About, Archived, Format, Members, Stream};
+use crate::archive::{self, About, Archived, Format, Members};
 use crate::catalog::fills;
 use crate::digest::Digest;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
@@ -272,8 +272,8 @@ impl PieceReader {
     }
 }
 
-impl Stream for PieceReader {
-    fn at_hand(&mut self) -> io::Result<usize> {
+impl Read for PieceReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.present.is_empty() {
             let Some(verifier) = &mut self.verifier else { return Ok(0) };
             match self.pieces.blocking_recv().ok_or_else(given_up)?.map_err(io::Error::other)? {
@@ -287,11 +287,9 @@ impl Stream for PieceReader {
                 }
             }
         }
-        Ok(self.present.len())
-    }
-
-    fn take(&mut self, length: usize) -> Bytes {
-        self.present.split_to(length.min(self.present.len()))
+        let length = buffer.len().min(self.present.len());
+        self.present.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
     }
 }
 

@@ -33,8 +33,8 @@ use crate::units::now_unix_ms;
 /// Bytes gathered before they are handed to a blocking thread to be written.
 pub(super) const WRITE_BYTES: usize = 1 << 20;
 
-/// What came is written after this time at the latest, if nothing else comes: a slow source must not hold memory of what others wait for.
-pub(super) const LULL: Duration = Duration::from_millis(500);
+/// What came for a reader is written after this time at the latest: a slow source must not hold memory of what others wait for.
+const LULL: Duration = Duration::from_millis(500);
 
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
@@ -228,17 +228,17 @@ async fn fetch_units(
     let mut stream = flying.source.read(&file.file, range.clone()).await?;
     let mut at = range.start;
     let mut gathered = Pieces::default();
-    // A reader's: claimed when something comes, given back whenever some of it is written.
+    // A reader's: claimed when something comes, given back when it is written.
     let mut memory = None;
-    let mut due = None;
     loop {
-        let piece = match due {
-            Some(due) => tokio::time::timeout_at(due, stream.next()).await,
+        let piece = match &memory {
+            Some((_, until)) => tokio::time::timeout_at(*until, stream.next()).await,
             None => Ok(stream.next().await),
         };
         if let Ok(Some(Ok(piece))) = &piece {
-            if step.wanted && memory.is_none() {
-                memory = Some(flying.claim_wanted(2 * WRITE_BYTES as u64).await?);
+            if step.wanted && memory.is_none() && !piece.is_empty() {
+                let claimed = flying.claim_wanted(2 * WRITE_BYTES as u64).await?;
+                memory = Some((claimed, Instant::now() + LULL));
             }
             gathered.push(piece.clone());
         }
@@ -246,14 +246,12 @@ async fn fetch_units(
         if until > range.end {
             return Err(too_long(range.end - range.start));
         }
-        let is_all = !matches!(piece, Ok(Some(Ok(_)))) || until == range.end;
-        let until = if is_all { until } else { until - until % WRITE_BYTES as u64 };
-        if until > at {
+        let pauses = !matches!(piece, Ok(Some(Ok(_))));
+        if until > at && (pauses || gathered.len() >= WRITE_BYTES || until == range.end) {
             let whole = *next..(*next..end).find(|unit| map.range(*unit).end > until).unwrap_or(end);
-            let pieces = gathered.take_first(usize::try_from(until - at).unwrap_or(usize::MAX));
-            let came = write(filling, pieces, at, whole.clone()).await?;
+            let came = write(filling, gathered.take(), at, whole.clone()).await?;
             flying.progress.arrived(came);
-            (memory, due) = (None, None);
+            memory = None;
             at = until;
             *next = whole.end;
             let moved = !whole.is_empty();
@@ -262,9 +260,6 @@ async fn fetch_units(
                 return Ok(());
             }
             arriving.make_way(step).await;
-        }
-        if step.wanted && gathered.len() > 0 {
-            due.get_or_insert_with(|| Instant::now() + LULL);
         }
         match piece {
             Err(_) | Ok(Some(Ok(_))) => {}
@@ -279,8 +274,12 @@ async fn fetch_units(
 async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64, whole: Range<u64>) -> Result<u64> {
     let filling = filling.clone();
     blocking(move || {
+        let mut at = at;
         filling.check_room(pieces.iter().map(|piece| piece.len() as u64).sum())?;
-        filling.write_pieces_at(&pieces, at)?;
+        for piece in pieces {
+            filling.write_at(&piece, at)?;
+            at += piece.len() as u64;
+        }
         Ok(whole.map(|unit| filling.complete(unit)).sum())
     })
     .await

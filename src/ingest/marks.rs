@@ -5,14 +5,14 @@
 //! each is written with the row of the next member, or within a large member with its own, once so much of it is recorded.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf as _, Bytes};
 use tokio::sync::mpsc;
 
 use super::extract::{Piece, given_up};
-use crate::archive::{Member, Passed, Stream};
+use crate::archive::{Member, Passed};
 use crate::error::Result;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
@@ -165,8 +165,8 @@ impl MarkedReader {
     }
 }
 
-impl Stream for MarkedReader {
-    fn at_hand(&mut self) -> io::Result<usize> {
+impl Read for MarkedReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.present.is_empty() {
             if self.ended {
                 return Ok(0);
@@ -179,13 +179,11 @@ impl Stream for MarkedReader {
                 }
             }
         }
-        Ok(self.present.len())
-    }
-
-    fn take(&mut self, length: usize) -> Bytes {
-        let given = self.present.split_to(length.min(self.present.len()));
-        self.marks.give(given.clone());
-        given
+        let given = self.present.split_to(buffer.len().min(self.present.len()));
+        buffer[..given.len()].copy_from_slice(&given);
+        let length = given.len();
+        self.marks.give(given);
+        Ok(length)
     }
 }
 

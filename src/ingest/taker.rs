@@ -12,7 +12,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::Shared;
-use super::fetch::{LULL, WRITE_BYTES, blocking};
+use super::fetch::blocking;
 use super::progress::Progress;
 use super::publish::{Filled, GiveUp};
 use super::quota::Growth;
@@ -22,7 +22,7 @@ use crate::catalog::{fills, uploads};
 use crate::error::{Error, Result};
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
-use crate::pieces::{Pieces, Whole};
+use crate::pieces::Whole;
 use crate::source::{Begun, EntryStream, Expected, File, Recorded};
 use crate::store::filling::{Filling, UnitMap};
 
@@ -270,45 +270,22 @@ impl Taker<'_> {
         grown: watch::Sender<u64>,
     ) -> Result<()> {
         let mut at = *grown.borrow();
-        let mut gathered = Pieces::default();
-        loop {
-            let next = stream.next_bytes();
-            tokio::pin!(next);
-            let piece = match tokio::time::timeout(LULL, &mut next).await {
-                Ok(piece) => piece,
-                Err(_) => {
-                    at = self.write(filling, gathered.take(), at).await?;
-                    grown.send_replace(at);
-                    next.await
-                }
-            };
-            let is_end = matches!(piece, Ok(None));
-            let goes_on = matches!(piece, Ok(Some(_)));
-            let ended = piece.map(|piece| piece.into_iter().for_each(|piece| gathered.push(piece)));
-            let came = at + gathered.len() as u64;
-            check_length(path, came, size, is_end)?;
-            let until = if goes_on { came - came % WRITE_BYTES as u64 } else { came };
-            if until > at {
-                let pieces = gathered.take_first(usize::try_from(until - at).unwrap_or(usize::MAX));
-                at = self.write(filling, pieces, at).await?;
-                grown.send_replace(at);
-            }
-            ended?;
-            if is_end {
-                break;
-            }
+        while let Some(piece) = stream.next_bytes().await? {
+            check_length(path, at + piece.len() as u64, size, false)?;
+            at = self.write(filling, piece, at).await?;
+            grown.send_replace(at);
         }
+        check_length(path, at, size, true)?;
         let filling = filling.clone();
         blocking(move || filling.flush().map(|_| ())).await
     }
 
-    async fn write(&self, filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64) -> Result<u64> {
-        let bytes = pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
-        let end = at + bytes;
+    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
+        let end = at + piece.len() as u64;
         let target = filling.clone();
         blocking(move || {
-            target.check_room(bytes)?;
-            target.write_pieces_at(&pieces, at)?;
+            target.check_room(piece.len() as u64)?;
+            target.write_at(&piece, at)?;
             let map = target.units();
             (at / UNIT_BYTES..map.units())
                 .take_while(|unit| map.range(*unit).end <= end)

@@ -6,15 +6,9 @@
 //! when the fill is given up.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-
-use bytes::Bytes;
-use nix::errno::Errno;
-use nix::libc;
-use nix::sys::uio::pwritev;
 
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
@@ -144,8 +138,6 @@ pub struct Filling {
     disk: Arc<Disk>,
     path: PathBuf,
     file: File,
-    /// Who writes. The kernel takes one writer of a file at a time, and lets the others of its page cache spin on a processor for it.
-    writing: Mutex<()>,
     progress: Mutex<Progress>,
     moved: Condvar,
 }
@@ -160,8 +152,7 @@ impl Filling {
         let path = disk.filling_path(flight, number);
         let (file, was_there) = disk.open_filling(flight, number, units.size)?;
         let units = if was_there { units } else { UnitMap::new(units.size) };
-        let progress = Mutex::new(Progress { units, given_up: false });
-        Ok(Self { disk, path, file, writing: Mutex::default(), progress, moved: Condvar::new() })
+        Ok(Self { disk, path, file, progress: Mutex::new(Progress { units, given_up: false }), moved: Condvar::new() })
     }
 
     /// Creates file `number` of a flight of unknown size, to be written from its beginning; see [`Filling::set_complete`].
@@ -221,15 +212,6 @@ impl Filling {
     /// `NO_SPACE`, the I/O error.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_all_at(bytes, offset).map_err(|error| Error::io("writing", &self.path, error))
-    }
-
-    /// [`Filling::write_at`] of pieces that follow each other: at once, which the page cache takes in larger folios.
-    ///
-    /// # Errors
-    /// As [`Filling::write_at`].
-    pub fn write_pieces_at(&self, pieces: &[Bytes], offset: u64) -> Result<()> {
-        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        write_all_at(&self.file, pieces, offset).map_err(|error| Error::io("writing", &self.path, error))
     }
 
     /// Refuses `bytes` more where the disk has no room for them.
@@ -313,30 +295,6 @@ impl Filling {
 
 fn given_up() -> Error {
     Error::new(Kind::Cancelled, "FILL_GIVEN_UP", "the fill was given up")
-}
-
-/// Most pieces of one call (`IOV_MAX`).
-const PIECES_AT_ONCE: usize = 1024;
-
-fn write_all_at(file: &File, pieces: &[Bytes], offset: u64) -> io::Result<()> {
-    let mut at = offset;
-    for some in pieces.chunks(PIECES_AT_ONCE) {
-        let mut slices: Vec<_> = some.iter().map(|piece| IoSlice::new(piece)).collect();
-        let mut left = &mut slices[..];
-        IoSlice::advance_slices(&mut left, 0);
-        while !left.is_empty() {
-            let from = libc::off_t::try_from(at).map_err(io::Error::other)?;
-            let written = match pwritev(file, left, from) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => written,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => return Err(errno.into()),
-            };
-            at += written as u64;
-            IoSlice::advance_slices(&mut left, written);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

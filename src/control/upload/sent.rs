@@ -19,9 +19,6 @@ use crate::manifest::Manifest;
 use crate::names::EntryPath;
 use crate::source::{Begun, EntryStream, File, Here, Listed, What};
 
-/// Data from this length on is handed on in the message that it came in.
-const KEPT_FROM_BYTES: usize = 1 << 20;
-
 /// The first message of a call.
 pub(super) async fn first(messages: &mut Messages) -> Result<Option<Message>> {
     match messages.message().await {
@@ -86,9 +83,7 @@ impl EntryStream for Sent {
         match self.next().await? {
             Message::Data(data) if data.len() as u64 <= left => {
                 self.present = Some(left - data.len() as u64);
-                // A few bytes must not keep a whole message alive until they are written with others.
-                let is_large = data.len() >= KEPT_FROM_BYTES;
-                Ok(Some(if is_large { data } else { Bytes::copy_from_slice(&data) }))
+                Ok(Some(data))
             }
             Message::Data(_) => Err(protocol("more data was sent than the file has")),
             Message::Start(_) | Message::Entry(_) | Message::Finish(_) => Err(protocol("a file was cut short")),

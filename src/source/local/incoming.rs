@@ -3,17 +3,16 @@
 //! The thread takes the SHA-512 of everything on its way, trailing zeros included, and marks its state in the tail, so that a later run goes on from
 //! there. It can be asked for the digest without ending the stream.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::{Arc, OnceLock};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use sha2::digest::common::hazmat::{SerializableState as _, SerializedState};
 use sha2::{Digest as _, Sha512};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::StreamDigest;
 use super::settling::Settling;
-use crate::archive::Stream;
 use crate::error::{Error, Kind, Result};
 
 /// Bytes between two marks: so much of the tail is kept for the digest alone.
@@ -149,18 +148,16 @@ impl Incoming {
     }
 }
 
-impl Stream for Incoming {
-    fn at_hand(&mut self) -> io::Result<usize> {
+impl Read for Incoming {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.present.is_empty() {
             if self.ended || !self.advance()? {
                 return Ok(0);
             }
         }
-        Ok(self.present.len())
-    }
-
-    fn take(&mut self, length: usize) -> Bytes {
-        self.present.split_to(length.min(self.present.len()))
+        let length = self.present.len().min(buffer.len());
+        self.present.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
     }
 }
 
