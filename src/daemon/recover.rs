@@ -16,6 +16,7 @@ use crate::catalog::checkpoints::{self, Record, State};
 use crate::catalog::events::{self, NewEvent};
 use crate::control::Floors;
 use crate::error::Result;
+use crate::panics::guarded_task;
 use crate::source::SourceKind;
 use crate::units::now_unix_ms;
 
@@ -79,7 +80,7 @@ async fn finish_removal(floors: &Floors, record: &Record) {
     let id = record.id.clone();
     let mark = move |tx: &rusqlite::Connection| checkpoints::set_state(tx, &id, State::Removing, None);
     let removed = match floors.store.catalog().write(mark).await {
-        Ok(_) => floors.finish_removal(record.clone()).await,
+        Ok(_) => guarded_task("finishing a removal", floors.finish_removal(record.clone())).await,
         Err(error) => Err(error),
     };
     if let Err(error) = removed {

@@ -23,6 +23,7 @@ use crate::catalog::checkpoints::{self, Record};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::jobs::{self, JobRow, JobState};
 use crate::error::{Error, Result};
+use crate::panics::guarded_task;
 use crate::serve::keeping::{self, Keeping, Orphan, Outlive};
 use crate::serve::strays::Strays;
 use crate::serve::{Device, Mounted, SessionConfig};
@@ -119,7 +120,8 @@ impl Attachments {
                 done.kept += 1;
                 continue;
             }
-            match self.make_again(&row, &alive).await {
+            // What is wrong with one must not keep the daemon from starting.
+            match guarded_task("making a view again", self.make_again(&row, &alive)).await {
                 Ok(()) => done.remade += 1,
                 Err(error) => {
                     done.lost += 1;
