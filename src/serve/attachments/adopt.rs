@@ -38,10 +38,8 @@ impl Attachments {
         let (mut adopted, mut dropped) = (0, 0);
         for orphan in orphans {
             let checkpoint = orphan.checkpoint().to_owned();
-            let (own, rows) = (self.clone(), rows.clone());
             // A panic of one keeps no other from being taken over.
-            let taken = guarded_task("taking a session over", async move { own.take_over(orphan, &rows).await }).await;
-            match taken {
+            match guarded_task("taking a session over", self.take_over(orphan, &rows)).await {
                 Ok(()) => adopted += 1,
                 Err(error) if !is_final(&error) => {
                     // What it shows stays what is filled.
