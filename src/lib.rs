@@ -22,9 +22,11 @@
 //! * nothing that answers the kernel waits for network, SQLite or a lock of unknown length ([`serve`]).
 
 // 0: words.
+pub mod allocator;
 pub mod certificates;
 pub mod digest;
 pub mod error;
+mod in_place;
 pub mod limits;
 pub mod names;
 pub mod panics;

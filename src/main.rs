@@ -71,6 +71,7 @@ struct Quickstart {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    ckptd::allocator::set_up();
     let outcome = install_crypto().and_then(|()| match arguments.command {
         Command::Serve(serve) => run_serve(serve).map(|()| 0),
         Command::Keeper(_) => run_keeper(),

@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 
 /// The rooms of `src/`, lowest floor first. A room imports from lower floors only.
 const FLOORS: &[(&str, &[&str])] = &[
-    ("0 words", &["digest", "units", "names", "places", "certificates", "limits", "error", "panics"]),
+    (
+        "0 words",
+        &["allocator", "digest", "units", "names", "places", "certificates", "limits", "error", "in_place", "panics"],
+    ),
     ("1 model", &["manifest", "layout"]),
     ("2 disk", &["disk", "pieces"]),
     ("3 state and sources", &["catalog", "store", "source", "archive"]),
@@ -26,6 +29,7 @@ const NEIGHBOURS: &[(&str, &str, &str)] = &[
     ("certificates", "error", "parsing a certificate fails with the one error"),
     ("digest", "error", "parsing a digest fails with the one error"),
     ("names", "error", "parsing a name fails with the one error"),
+    ("in_place", "error", "a panic of what another thread did becomes the one error"),
     ("panics", "error", "a panic of a turn becomes the one error"),
     ("names", "limits", "names are bounded"),
     ("places", "error", "parsing a stamp fails with the one error"),

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 
-use super::fetch::{WRITE_BYTES, blocking, changed, filled, join_fill};
+use super::fetch::{blocking, changed, filled, join_fill};
 use super::flying::Bringing;
 use super::plan::ToFill;
 use super::progress::Progress;
@@ -16,6 +16,9 @@ use crate::store::filling::{Filling, UnitMap};
 
 /// Piece of a copy in the kernel.
 const COPY_BYTES: usize = 8 << 20;
+
+/// Piece of one that the kernel cannot make.
+const BY_HAND_BYTES: usize = 256 << 10;
 
 /// Copies and seals a large file that the source has opened here.
 pub(super) async fn large_from_here(
@@ -105,7 +108,7 @@ fn copy_piece(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) 
 
 fn copy_by_hand(from: &std::fs::File, to: &std::fs::File, at: u64, length: usize) -> std::io::Result<()> {
     use std::os::unix::fs::FileExt as _;
-    let mut buffer = vec![0; length.min(WRITE_BYTES)];
+    let mut buffer = vec![0; length.min(BY_HAND_BYTES)];
     let mut done = 0;
     while done < length {
         let want = (length - done).min(buffer.len());

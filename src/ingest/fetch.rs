@@ -24,14 +24,18 @@ use super::seal::{self, Digested};
 use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
+use crate::in_place;
 use crate::limits::UNIT_BYTES;
 use crate::pieces::Pieces;
 use crate::source::{File, SOURCE_CHANGED};
 use crate::store::filling::{Filling, UnitMap};
 use crate::units::now_unix_ms;
 
-/// Bytes gathered before they are handed to a blocking thread to be written.
-pub(super) const WRITE_BYTES: usize = 1 << 20;
+/// Bytes gathered before they are written: those of a few streams are in the processor's second-level cache then.
+const WRITE_BYTES: usize = 256 << 10;
+
+/// Memory of a stream: what is gathered, a piece more, and what is on its way.
+pub(super) const STREAM_BYTES: u64 = 2 << 20;
 
 /// What came for a reader is written after this time at the latest: a slow source must not hold memory of what others wait for.
 const LULL: Duration = Duration::from_millis(500);
@@ -175,11 +179,8 @@ pub(super) async fn range(bringing: &Bringing, step: Step) -> Result<()> {
         let before = next;
         let fetched = {
             let bounds = &flying.shared.bounds;
-            let _permits = if step.step.wanted {
-                bounds.request().await?
-            } else {
-                bounds.background(2 * WRITE_BYTES as u64).await?
-            };
+            let _permits =
+                if step.step.wanted { bounds.request().await? } else { bounds.background(STREAM_BYTES).await? };
             if !arriving.go_on(&step.step, next).await {
                 return Ok(());
             }
@@ -237,7 +238,7 @@ async fn fetch_units(
         };
         if let Ok(Some(Ok(piece))) = &piece {
             if step.wanted && memory.is_none() && !piece.is_empty() {
-                let claimed = flying.claim_wanted(2 * WRITE_BYTES as u64).await?;
+                let claimed = flying.claim_wanted(STREAM_BYTES).await?;
                 memory = Some((claimed, Instant::now() + LULL));
             }
             gathered.push(piece.clone());
@@ -273,7 +274,7 @@ async fn fetch_units(
 /// Writes `pieces` from `at` on, which makes the units `whole` complete; the bytes of those that were not here before.
 async fn write(filling: &Arc<Filling>, pieces: Vec<Bytes>, at: u64, whole: Range<u64>) -> Result<u64> {
     let filling = filling.clone();
-    blocking(move || {
+    in_place::blocking(move || {
         let mut at = at;
         filling.check_room(pieces.iter().map(|piece| piece.len() as u64).sum())?;
         for piece in pieces {
@@ -293,7 +294,7 @@ async fn large_unsized(bringing: &Bringing, file: &Arc<ToFill>, entry: u32) -> R
     let mut ladder = Ladder::new(flying.shared.settings.attempts);
     let size = loop {
         let fetched = {
-            let permits = flying.shared.bounds.background(2 * WRITE_BYTES as u64);
+            let permits = flying.shared.bounds.background(STREAM_BYTES);
             let _permits = permits.await.map_err(|error| error.during("fetching"))?;
             fetch_unsized(flying, file, &filling).await
         };

@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::Shared;
 use super::arriving::Arriving;
 use super::estimate;
-use super::fetch::{WRITE_BYTES, blocking};
+use super::fetch::{STREAM_BYTES, blocking};
 use super::progress::Progress;
 use super::quota::Growth;
 use crate::catalog::checkpoints::Record;
@@ -130,7 +130,7 @@ impl Bounds {
 
     /// What readers of one flight may have of it.
     fn wanted_of_one_kib(&self) -> u32 {
-        (self.budget_kib / 16).max(kib_of(2 * WRITE_BYTES as u64))
+        (self.budget_kib / 16).max(kib_of(STREAM_BYTES))
     }
 
     async fn claim_wanted(&self, bytes: u64) -> Result<OwnedSemaphorePermit> {

@@ -20,6 +20,7 @@ use super::seal::{self, Digested};
 use super::tasks::is_draining;
 use crate::catalog::{fills, uploads};
 use crate::error::{Error, Result};
+use crate::in_place;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
 use crate::pieces::Whole;
@@ -283,7 +284,7 @@ impl Taker<'_> {
     async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
         let end = at + piece.len() as u64;
         let target = filling.clone();
-        blocking(move || {
+        in_place::blocking(move || {
             target.check_room(piece.len() as u64)?;
             target.write_at(&piece, at)?;
             let map = target.units();
@@ -362,7 +363,7 @@ impl Recorder<'_> {
 
 pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
     let filling = filling.clone();
-    blocking(move || filling.write_at(&piece, at)).await
+    in_place::blocking(move || filling.write_at(&piece, at)).await
 }
 
 /// What to do about a file that was not as long as its sender said.

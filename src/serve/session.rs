@@ -39,6 +39,7 @@ use super::ledger::Head;
 use super::mount_calls::{self, Device};
 use super::open_files::{Ledger, NoLedger, OpenFiles};
 use super::view::View;
+use crate::allocator;
 use crate::digest::Digest;
 use crate::error::{Error, Kind, Result};
 use crate::manifest::Tree;
@@ -49,14 +50,6 @@ pub const LOOPS_DEFAULT: usize = 3;
 
 /// Read-ahead of a session in KiB: two requests of 1 MiB under way for a reader that goes straight on.
 pub const READ_AHEAD_KIB_DEFAULT: u32 = 2048;
-
-/// Allocations from here on are given straight from the kernel, which backs only what is touched.
-///
-/// Each loop of `fuser` allocates 16 MiB for a request of which it ever touches a page. glibc raises this bound
-/// to what was last freed, and then takes such buffers from its heap, where it must clear them: a hundred idle sessions took
-/// 1.6 GB. Setting the bound keeps it. Above any buffer of ours, so that those are not unmapped at every use.
-#[cfg(target_env = "gnu")]
-const UNBACKED_FROM_BYTES: libc::c_int = 8 << 20;
 
 /// The kernel's bound on stacked file systems.
 const STACK_DEPTH_MAX: u32 = 2;
@@ -153,7 +146,7 @@ impl Session {
     /// `NO_FUSE`, `FUSE_NOT_PERMITTED`, `MOUNT_FAILED`, `FUSE_HANDSHAKE`; `SESSION_MOUNTED` where something is mounted at
     /// the place already.
     pub fn start(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>) -> Result<Self> {
-        keep_large_buffers_unbacked();
+        allocator::set_up();
         let place = open_place(&config.mountpoint)?;
         let Fresh { device, mount, init } = features::make_filesystem(&config.mountpoint)?;
         let features = Features::from_init(&init).ok_or_else(features::unreadable_init)?;
@@ -196,7 +189,7 @@ impl Session {
     /// # Errors
     /// `FUSE_HANDSHAKE`, `TREE_CHANGED`; no descriptors, no threads, a ledger that cannot be read. The orphan is as it was then.
     pub fn adopt(config: SessionConfig, tree: Arc<Tree>, content: Arc<dyn Content>, orphan: &Orphan) -> Result<Self> {
-        keep_large_buffers_unbacked();
+        allocator::set_up();
         let Orphan { device, head, kept } = orphan;
         let (head, kept) = (head.clone(), kept.clone());
         let device =
@@ -389,20 +382,6 @@ fn mount_of(mountpoint: &Path, number: Device) -> Option<OwnedFd> {
     let root = open_path(mountpoint).ok()?;
     let standing = mount_calls::standing(&root).ok()?;
     (standing.is_mount_root && standing.device == number).then_some(root)
-}
-
-fn keep_large_buffers_unbacked() {
-    #[cfg(target_env = "gnu")]
-    {
-        static ONCE: std::sync::Once = std::sync::Once::new();
-        ONCE.call_once(|| {
-            // SAFETY: sets an option of the allocator, under its own lock.
-            let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, UNBACKED_FROM_BYTES) };
-            if set == 0 {
-                tracing::warn!("the allocator keeps its own bound; idle sessions may take 16 MiB each");
-            }
-        });
-    }
 }
 
 fn open_place(mountpoint: &Path) -> Result<OwnedFd> {

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::chunk::{Body, DEFAULT_ID, Range};
 use super::refusal::Refusal;
 use crate::error::{Error, Result};
+use crate::in_place;
 use crate::ingest::Ending;
 use crate::panics::Essential;
 use crate::source::local::{Feed, Room, StreamDigest};
@@ -144,9 +145,9 @@ impl Upload {
             return self.put(range, room, piece);
         }
         let keeping = Keeping::begin(self, range)?;
-        let kept = tokio::task::spawn_blocking(move || {
+        let kept = in_place::blocking(move || {
             room.keep(&piece.0, range.start);
-            keeping.put(range, room, piece)
+            Ok(keeping.put(range, room, piece))
         });
         // A bug of ours, which the log shows. What was kept of it is kept again.
         kept.await.map_err(|_| Refusal::Busy("keeping the piece ended early"))?
