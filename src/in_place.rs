@@ -26,6 +26,16 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T>
     if place.is_some() {
         return tokio::task::block_in_place(work);
     }
+    on_another_thread(work).await
+}
+
+/// Does `work` on one of the threads for blocking work, to its end also where whoever asked for it goes away. Needs a runtime.
+///
+/// # Errors
+/// Those of `work`; internal where it panics.
+pub(crate) async fn on_another_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Error::internal("a blocking task ended early").because(error))?

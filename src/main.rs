@@ -71,7 +71,6 @@ struct Quickstart {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    ckptd::allocator::set_up();
     let outcome = install_crypto().and_then(|()| match arguments.command {
         Command::Serve(serve) => run_serve(serve).map(|()| 0),
         Command::Keeper(_) => run_keeper(),
@@ -94,7 +93,9 @@ fn install_crypto() -> Result<()> {
         .map_err(|_| Error::internal("another TLS provider is installed already"))
 }
 
+/// Threads come with it: what is to be said of memory is said before, and where the log hears of it.
 fn runtime() -> Result<tokio::runtime::Runtime> {
+    ckptd::allocator::set_up();
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

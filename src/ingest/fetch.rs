@@ -25,6 +25,7 @@ use crate::catalog::events::{self, NewEvent};
 use crate::catalog::fills;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
 use crate::in_place;
+pub(super) use crate::in_place::on_another_thread as blocking;
 use crate::limits::UNIT_BYTES;
 use crate::pieces::Pieces;
 use crate::source::{File, SOURCE_CHANGED};
@@ -42,13 +43,6 @@ const LULL: Duration = Duration::from_millis(500);
 
 /// Times that a source is asked whether a file is still what was listed.
 const CONFIRM_ATTEMPTS: u32 = 3;
-
-/// Runs blocking work on a thread of its own.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
-}
 
 pub(super) fn changed(what: &str) -> Error {
     Error::wrong_state(SOURCE_CHANGED, format!("`{what}` changed while it was read"))

@@ -257,12 +257,19 @@ mod tests {
 
     const LARGE: u64 = 5 * UNIT_BYTES + 5;
 
-    /// Entries whose rows are their paths; drained in the last, when so much of it has come.
+    /// Entries whose rows are their paths; in the last, when so much of it has come, drained or silent for ever.
     struct Told {
         entries: std::vec::IntoIter<(&'static str, Option<u64>)>,
         given: u64,
         present: (&'static str, u64),
         until: u64,
+        falls_silent: bool,
+    }
+
+    impl Told {
+        fn new(entries: &[(&'static str, Option<u64>)], until: u64, falls_silent: bool) -> Box<Self> {
+            Box::new(Self { entries: Vec::from(entries).into_iter(), given: 0, present: ("", 0), until, falls_silent })
+        }
     }
 
     #[async_trait]
@@ -278,7 +285,7 @@ mod tests {
         async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
             let left = &mut self.present.1;
             if self.entries.len() == 0 && *left <= LARGE - self.until {
-                return Err(draining());
+                return if self.falls_silent { std::future::pending().await } else { Err(draining()) };
             }
             let next = (*left).min(1 << 20);
             *left -= next;
@@ -302,10 +309,9 @@ mod tests {
                 AND (f.blob IS NOT NULL OR f.units IS NOT NULL))
         BEGIN SELECT RAISE(ABORT, 'the row comes before what it speaks of'); END";
 
-    #[tokio::test(flavor = "multi_thread")]
-    async fn no_row_is_before_what_it_speaks_of_and_a_drain_leaves_none_unwritten() {
-        let directory = tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap();
-        let place = directory.path().to_owned();
+    /// Ingests into a store below `directory`, where a flight `f` has begun and the law holds.
+    async fn lawful(directory: &std::path::Path) -> Ingests {
+        let place = directory.to_owned();
         let store = tokio::task::spawn_blocking(move || Store::open(&place)).await.unwrap().unwrap();
         let begun = uploads::Begun { bytes_total: 0, one_file: false };
         let prepare = move |tx: &rusqlite::Connection| {
@@ -313,21 +319,51 @@ mod tests {
             tx.execute_batch(LAW).map_err(crate::catalog::catalog_error)
         };
         store.catalog().write(prepare).await.unwrap();
-        let make_room: MakeRoom = Arc::new(|_| Box::pin(async { Ok((0, Standing::default())) }));
-        let ingests = Ingests::new(store.clone(), Arc::new(|_, _, _| panic!("unused")), make_room, Settings::default());
         store.disk().begin_flight("f").unwrap();
+        let make_room: MakeRoom = Arc::new(|_| Box::pin(async { Ok((0, Standing::default())) }));
+        Ingests::new(store, Arc::new(|_, _, _| panic!("unused")), make_room, Settings::default())
+    }
+
+    fn place() -> tempfile::TempDir {
+        tempfile::tempdir_in(concat!(env!("CARGO_MANIFEST_DIR"), "/target")).unwrap()
+    }
+
+    /// The rows of what was sent, and the files with whether they are sealed and what came of them.
+    async fn recorded(ingests: &Ingests) -> (Vec<Vec<u8>>, Vec<(Vec<u8>, bool, Vec<u8>)>) {
+        let read = |tx: &rusqlite::Connection| Ok((uploads::entries(tx, "f")?, fills::of_flight(tx, "f")?));
+        let (rows, files) = ingests.0.store.catalog().read(read).await.unwrap();
+        (rows, files.into_iter().map(|row| (row.path, row.sealed.is_some(), row.units)).collect())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_row_is_before_what_it_speaks_of_and_a_drain_leaves_none_unwritten() {
+        let directory = place();
+        let ingests = lawful(directory.path()).await;
         let entries =
             [("d", None), ("a", Some(10)), ("l", Some(LARGE)), ("d2", None), ("b", Some(0)), ("m", Some(LARGE))];
-        let until = 2 * UNIT_BYTES + 1;
-        let told = Told { entries: Vec::from(entries).into_iter(), given: 0, present: ("", 0), until };
-        let ended = fill(&ingests.0, "f", Box::new(told), &Arc::default()).await;
+        let told = Told::new(&entries, 2 * UNIT_BYTES + 1, false);
+        let ended = fill(&ingests.0, "f", told, &Arc::default()).await;
         assert_eq!(ended.unwrap_err().reason(), "DRAINING");
-        let (rows, files) =
-            store.catalog().read(|tx| Ok((uploads::entries(tx, "f")?, fills::of_flight(tx, "f")?))).await.unwrap();
+        let (rows, files) = recorded(&ingests).await;
         assert_eq!(rows, entries.map(|(name, _)| name.as_bytes()));
-        let seen: Vec<_> =
-            files.iter().map(|row| (row.path.as_slice(), row.sealed.is_some(), row.units.clone())).collect();
-        let sealed = |name: &'static str| (name.as_bytes(), true, Vec::new());
-        assert_eq!(seen, [sealed("a"), sealed("b"), sealed("l"), (b"m", false, vec![0b11])]);
+        let sealed = |name: &'static str| (name.into(), true, Vec::new());
+        assert_eq!(files, [sealed("a"), sealed("b"), sealed("l"), (b"m".into(), false, vec![0b11])]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_came_at_once_before_a_sender_fell_silent_is_recorded() {
+        let directory = place();
+        let ingests = lawful(directory.path()).await;
+        let told = Told::new(&[("m", Some(LARGE))], 2 * UNIT_BYTES, true);
+        let come = async {
+            while recorded(&ingests).await.1 != [(b"m".into(), false, vec![0b11])] {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        let progress = Arc::default();
+        tokio::select! {
+            _ = fill(&ingests.0, "f", told, &progress) => panic!("it ended"),
+            waited = tokio::time::timeout(std::time::Duration::from_secs(60), come) => waited.unwrap(),
+        }
     }
 }

@@ -176,8 +176,11 @@ impl Taker<'_> {
         let mut recorder = Recorder { taker: self, bound, filling, unrecorded };
         let (grown, growing) = watch::channel(from);
         let written = self.write_all(stream, &bound.path, size, filling, grown);
-        let filled =
-            if is_recorded { tokio::try_join!(written, recorder.follow(growing)).map(drop) } else { written.await };
+        let filled = if is_recorded {
+            tokio::try_join!(written, recorder.follow(from, growing)).map(drop)
+        } else {
+            written.await
+        };
         // Now: the sealer may be at what an earlier run brought for long. Whole is as good as sealed: what comes behind it need not wait for that.
         if is_recorded
             && filled.as_ref().map_or_else(is_draining, |()| self.recorded.is_some())
@@ -309,9 +312,8 @@ struct Recorder<'a> {
 }
 
 impl Recorder<'_> {
-    /// Records for as long as anybody writes.
-    async fn follow(&mut self, mut grown: watch::Receiver<u64>) -> Result<()> {
-        let mut recorded = *grown.borrow();
+    /// Records what comes behind byte `recorded`, for as long as anybody writes; much may have come before this is first asked.
+    async fn follow(&mut self, mut recorded: u64, mut grown: watch::Receiver<u64>) -> Result<()> {
         loop {
             let much = grown.wait_for(|at| *at >= recorded + RECORD_BYTES);
             if let Ok(ended) = tokio::time::timeout(RECORD_EVERY, much).await.map(|grown| grown.is_err())

@@ -145,6 +145,7 @@ fn a_tar_with_a_stated_checksum_goes_on_after_each_kill_and_is_held_to_it() {
         for until in [72 << 20, 96 << 20, 0] {
             wait_bytes(&daemon, name, until);
             daemon.kill9();
+            faults.wait_idle();
             before = faults.body_bytes();
             daemon.restart();
         }

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::ran::{LIMIT, wait_until};
+
 /// What happens to one request.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
@@ -36,6 +38,7 @@ struct Shared {
     bytes_per_s: AtomicU64,
     body_bytes: AtomicU64,
     broken: AtomicUsize,
+    under_way: AtomicUsize,
     closed: AtomicBool,
 }
 
@@ -59,8 +62,10 @@ impl Faults {
                     return;
                 }
                 let ours = Arc::clone(&ours);
+                ours.under_way.fetch_add(1, Ordering::Relaxed);
                 thread::spawn(move || {
                     let _ = ours.pass(&client, port);
+                    ours.under_way.fetch_sub(1, Ordering::Relaxed);
                 });
             }
         });
@@ -99,6 +104,11 @@ impl Faults {
     /// Bytes of bodies that were handed to clients.
     pub(crate) fn body_bytes(&self) -> u64 {
         self.shared.body_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Waits until no request is under way: those of a client that is gone end, and count no more.
+    pub(crate) fn wait_idle(&self) {
+        wait_until("no request is under way", LIMIT, || self.shared.under_way.load(Ordering::Relaxed) == 0);
     }
 
     /// Bodies that were broken off: a fault after so many bytes leaves a shorter one as it is.
