@@ -6,7 +6,7 @@
 //! catalog.db                   owned by the catalog
 //! transfer.key                 what tokens of local transfers are derived from, mode 0600
 //! filling/<flight>/<n>         blobs being filled, sparse, mode 0444 from birth
-//! filling/<flight>/0           what has come of an upload by HTTP and is not recorded yet
+//! filling/<flight>/0           what has come of an upload by HTTP, is not recorded yet, and not where it belongs
 //! filling/<flight>.ended-<m>/  what is about to be removed of one; as a flight that nobody needs, it goes at a start at the latest
 //! blobs/ab/<file digest>       sealed blobs
 //! quarantine/                  blobs whose bytes were not what they were stated to be
@@ -53,7 +53,7 @@ pub use extents::{FileId, SealedFile, clone_file};
 pub use occupancy::{Filesystem, Occupied};
 pub use scratch::Scratch;
 pub use secret::SECRET_BYTES;
-pub use tail::{TAIL_BYTES, TAIL_NUMBER, Tail, TailLeft};
+pub use tail::{Stretch, TAIL_BYTES, TAIL_NUMBER, Tail, TailLeft};
 
 /// Version of the layout of the state directory; a daemon refuses a newer one untouched.
 pub const STATE_VERSION: u32 = 1;

@@ -10,10 +10,15 @@
 //! ([`Tail::append`]) and whether that is all, and, in two places by turns, a mark: what whoever reads wants to find again, and where
 //! ([`Tail::mark`]).
 //!
+//! Bytes of a large file need not be written twice: once it is said so ([`Tail::set_aside`]), those of a [stretch](Stretch) are not in the ring but in the file that
+//! they are bound for, where they belong, and are written there before whoever fills it comes to them. There is one stretch, which the page tells of. Another
+//! takes its place, and the file may go, when the last mark is behind it. Whoever opens the tail has what is needed of it copied into the ring first: so it is of one
+//! run of the daemon.
+//!
 //! # What survives
 //! The page cache does, so nothing here is ever flushed: a tail outlives its daemon, and not the boot it was made in ([`Disk::open_tail`] finds none
-//! then). The bytes of a piece are written before the end that includes them, and a mark has a digest. A write that a kill cuts off is one of a
-//! piece that nobody was told of.
+//! then). The bytes of a piece are written before the end that includes them, and a mark and a stretch have digests. A write that a kill cuts off is one of a
+//! piece that nobody was told of. Where the file of a stretch is gone that is needed still, there is no tail.
 //!
 //! # Limits
 //! What is not recorded can be [`TAIL_BYTES`] at most; whoever appends waits for room. Space is taken as it is written, and never what is kept free. Where
@@ -21,10 +26,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
 
 use super::Disk;
 use crate::digest::Digest;
@@ -43,13 +51,28 @@ pub const TAIL_WORD_BYTES: usize = 512;
 /// Length of the digest of all: SHA-512.
 pub const TAIL_DIGEST_BYTES: usize = 64;
 
-const MAGIC: &[u8; 8] = b"ckptdtl1";
+const MAGIC: &[u8; 8] = b"ckptdtl2";
+
+/// Of a tail that is as those are now, but has no stretch.
+const MAGIC_1: &[u8; 8] = b"ckptdtl1";
+
+/// Bytes copied at a time.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// The digest that a word begins with: of a word without there is none.
+const WORD_HEAD_BYTES: usize = 32;
+
+/// Begins what tells of a stretch.
+const STRETCH: &[u8] = b"stretch";
 
 /// Where the ring begins.
 const PAGE_BYTES: u64 = 4096;
 
 /// Where the end stands.
 const END_AT: u64 = 1024;
+
+/// Where the stretch stands.
+const STRETCH_AT: u64 = 1280;
 
 /// Where marks stand.
 const MARKS_AT: [u64; 2] = [2048, 3072];
@@ -61,7 +84,27 @@ pub struct Tail {
     file: File,
     path: PathBuf,
     marks: AtomicU64,
+    aside: Mutex<Option<Arc<Aside>>>,
     given_up: AtomicBool,
+}
+
+/// Bytes of an upload that are in the file they are bound for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// The first of them.
+    pub from: u64,
+    /// Behind the last that may be.
+    pub until: u64,
+    /// Where in the upload the file begins.
+    pub begins_at: u64,
+    /// Its number in the flight's directory.
+    pub number: u64,
+}
+
+#[derive(Debug)]
+struct Aside {
+    stretch: Stretch,
+    file: File,
 }
 
 /// What a tail says that an earlier run of the daemon has left.
@@ -98,7 +141,7 @@ impl Disk {
     /// The tail of a flight as an earlier run of the daemon has left it; `None` where there is none, of this boot and whole.
     ///
     /// # Errors
-    /// The I/O error.
+    /// The I/O error; `NO_SPACE` where what is in the file of a stretch has no room in the ring.
     pub fn open_tail(self: &Arc<Self>, flight: &str) -> Result<Option<(Tail, TailLeft)>> {
         let path = self.filling_path(flight, TAIL_NUMBER);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
@@ -114,8 +157,14 @@ impl Disk {
         let here = usize::try_from(length.min(PAGE_BYTES)).unwrap_or_default();
         file.read_exact_at(&mut page[..here], 0).map_err(fault)?;
         let boot = super::boot_id()?;
-        let key = [MAGIC.as_slice(), boot.as_bytes()].concat();
-        let Some(about) = read_word(&page, &key) else { return Ok(None) };
+        let [key, key_1] = [MAGIC, MAGIC_1].map(|magic| [magic.as_slice(), boot.as_bytes()].concat());
+        let (about, is_old) = match read_word(&page, &key) {
+            Some(about) => (about, false),
+            None => match read_word(&page, &key_1) {
+                Some(about) => (about, true),
+                None => return Ok(None),
+            },
+        };
         let digest = page[usize::try_from(END_AT).unwrap_or_default() + 16..].first_chunk().copied();
         let (end, ended) = (u64_at(&page, END_AT), digest.filter(|_| u64_at(&page, END_AT + 8) != 0));
         let marks = MARKS_AT.map(|at| read_mark(&page[usize::try_from(at).unwrap_or_default()..]));
@@ -124,37 +173,131 @@ impl Disk {
         let turn =
             u64::from(read_mark(&page[usize::try_from(MARKS_AT[0]).unwrap_or_default()..]).as_ref() == Some(&mark));
         let tail = Tail::of(self, file, path, turn);
+        if is_old {
+            // An earlier version does not read it any more: it may get a stretch.
+            tail.write(&word(&key, &about)?, 0)?;
+        }
+        if let Some(stretch) = read_stretch(&page[usize::try_from(STRETCH_AT).unwrap_or_default()..])
+            && !tail.take_in(&self.filling_path(flight, stretch.number), stretch, mark.0..end)?
+        {
+            return Ok(None);
+        }
         Ok(Some((tail, TailLeft { about, end, ended, mark })))
     }
 }
 
 impl Tail {
     fn of(disk: &Arc<Disk>, file: File, path: PathBuf, marks: u64) -> Self {
-        Self { disk: Arc::clone(disk), file, path, marks: AtomicU64::new(marks), given_up: AtomicBool::new(false) }
+        let (disk, marks, given_up) = (Arc::clone(disk), AtomicU64::new(marks), AtomicBool::new(false));
+        Self { disk, file, path, marks, aside: Mutex::new(None), given_up }
     }
 
-    /// Adds the piece that begins at `at`, where the last one ended, and is `runs` together; its sender may be told of it then.
+    /// Copies what is `needed` of a stretch from its file at `path` into the ring, and forgets it; whether it was there.
+    fn take_in(&self, path: &Path, stretch: Stretch, needed: Range<u64>) -> Result<bool> {
+        if needed.end > needed.start.saturating_add(TAIL_BYTES) {
+            return Ok(false);
+        }
+        let (mut at, until) = (needed.start.max(stretch.from), needed.end.min(stretch.until));
+        if at < until {
+            let file = match File::open(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                opened => opened.map_err(|error| Error::io("opening", path, error))?,
+            };
+            let there = self.file.metadata().map_err(|error| Error::io("reading", &self.path, error))?.blocks() * 512;
+            self.disk.check_room((until - at).min((PAGE_BYTES + TAIL_BYTES).saturating_sub(there)))?;
+            let mut buffer = vec![0; usize::try_from(COPY_BYTES.min(until - at)).unwrap_or_default()];
+            while at < until {
+                let some = usize::try_from(until - at).unwrap_or(usize::MAX).min(buffer.len());
+                match file.read_exact_at(&mut buffer[..some], at - stretch.begins_at) {
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                    read => read.map_err(|error| Error::io("reading", path, error))?,
+                }
+                self.each_in_ring(at, some, |from, place| self.write(&buffer[from], place))?;
+                at += some as u64;
+            }
+        }
+        self.write(&[0; WORD_HEAD_BYTES], STRETCH_AT)?;
+        Ok(true)
+    }
+
+    /// Shows where in the file each part of the `length` bytes from `at` on is in the ring.
+    fn each_in_ring(
+        &self,
+        at: u64,
+        length: usize,
+        mut each: impl FnMut(Range<usize>, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < length {
+            let place = (at + done as u64) % TAIL_BYTES;
+            let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(length - done);
+            each(done..done + most, PAGE_BYTES + place)?;
+            done += most;
+        }
+        Ok(())
+    }
+
+    /// Adds the piece that begins at `at`, where the last one ended, and is `runs` together; its sender may be told of it then. Which bytes of it are set aside.
     ///
     /// # Errors
     /// `NO_SPACE`, the I/O error.
-    pub fn append<'a>(&self, runs: impl Iterator<Item = &'a [u8]>, at: u64) -> Result<()> {
+    pub fn append(&self, runs: &[Bytes], at: u64) -> Result<Range<u64>> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Ok(at..at);
+        }
+        self.disk.check_room(runs.iter().map(|run| run.len() as u64).sum())?;
+        let aside = self.lock_aside().clone();
+        let stretch = aside.as_ref().map_or(at..at, |aside| aside.stretch.from..aside.stretch.until);
         let mut end = at;
         for run in runs {
-            let mut rest = run;
-            while !rest.is_empty() {
-                let place = end % TAIL_BYTES;
-                let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(rest.len());
-                let (now, later) = rest.split_at(most);
-                if end < TAIL_BYTES {
-                    // The first time round.
-                    self.disk.check_room(now.len() as u64)?;
-                }
-                self.write(now, PAGE_BYTES + place)?;
-                end += now.len() as u64;
-                rest = later;
+            let run_at = |at: u64| usize::try_from(at.clamp(end, end + run.len() as u64) - end).unwrap_or(run.len());
+            let (from, until) = (run_at(stretch.start), run_at(stretch.end));
+            for part in [0..from, until..run.len()] {
+                let bytes = &run[part.clone()];
+                self.each_in_ring(end + part.start as u64, bytes.len(), |some, place| self.write(&bytes[some], place))?;
             }
+            if let Some(aside) = aside.as_ref().filter(|_| from < until) {
+                let place = end + from as u64 - aside.stretch.begins_at;
+                let written = aside.file.write_all_at(&run[from..until], place);
+                written.map_err(|error| Error::io("writing bytes set aside from", &self.path, error))?;
+            }
+            end += run.len() as u64;
         }
-        self.write(&end.to_le_bytes(), END_AT)
+        self.write(&end.to_le_bytes(), END_AT)?;
+        let from = stretch.start.clamp(at, end);
+        Ok(from..stretch.end.clamp(from, end))
+    }
+
+    /// The stretch that is set aside, if any.
+    pub fn stretch(&self) -> Option<Stretch> {
+        self.lock_aside().as_ref().map(|aside| aside.stretch)
+    }
+
+    /// From now on what is appended of `stretch` is written to the `file` it is bound for. The last mark is behind the stretch before.
+    ///
+    /// # Errors
+    /// The I/O error.
+    pub fn set_aside(&self, stretch: Stretch, file: File) -> Result<()> {
+        let Stretch { from, until, begins_at, number } = stretch;
+        let said = [from, until, begins_at, number].map(u64::to_le_bytes).concat();
+        self.write(&word(STRETCH, &said)?, STRETCH_AT)?;
+        let mut aside = self.lock_aside();
+        let is_wanted = !self.given_up.load(Ordering::Relaxed);
+        let before = std::mem::replace(&mut *aside, is_wanted.then(|| Arc::new(Aside { stretch, file })));
+        drop(aside);
+        // Not under the lock: where the file is nobody else's any more, that takes as long as to free it.
+        drop(before);
+        Ok(())
+    }
+
+    /// Lets go of the file of the stretch: nothing more is appended of it, and the last mark is behind it.
+    pub fn end_aside(&self) {
+        let before = self.lock_aside().take();
+        drop(before);
+    }
+
+    fn lock_aside(&self) -> MutexGuard<'_, Option<Arc<Aside>>> {
+        self.aside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that all has come, and has this digest.
@@ -175,20 +318,14 @@ impl Tail {
         self.write(&word(&at.to_le_bytes(), mark)?, place)
     }
 
-    /// Reads bytes from `at` on: those that are neither recorded nor older than the ring is long.
+    /// Reads bytes from `at` on: those that are neither recorded nor older than the ring is long, nor set aside since it was opened.
     ///
     /// # Errors
     /// The I/O error.
     pub fn read(&self, buffer: &mut [u8], at: u64) -> Result<()> {
-        let mut done = 0;
-        while done < buffer.len() {
-            let place = (at + done as u64) % TAIL_BYTES;
-            let most = usize::try_from(TAIL_BYTES - place).unwrap_or(usize::MAX).min(buffer.len() - done);
-            let fault = |error| Error::io("reading", &self.path, error);
-            self.file.read_exact_at(&mut buffer[done..done + most], PAGE_BYTES + place).map_err(fault)?;
-            done += most;
-        }
-        Ok(())
+        self.each_in_ring(at, buffer.len(), |some, place| {
+            self.file.read_exact_at(&mut buffer[some], place).map_err(|error| Error::io("reading", &self.path, error))
+        })
     }
 
     /// What is written to it from now on goes nowhere. Does not block.
@@ -233,11 +370,17 @@ fn word(key: &[u8], text: &[u8]) -> Result<Vec<u8>> {
 
 /// The text that was written with `key`, if that is what `bytes` begin with.
 fn read_word(bytes: &[u8], key: &[u8]) -> Option<Vec<u8>> {
-    let (digest, said) = bytes.split_at_checked(32)?;
+    let (digest, said) = bytes.split_at_checked(WORD_HEAD_BYTES)?;
     let length = usize::from(u16::from_le_bytes(said.first_chunk().copied()?)).min(TAIL_WORD_BYTES);
     let said = said.get(..2 + key.len() + length)?;
     let text = said.get(2..)?.strip_prefix(key)?;
     (Digest::of(said).as_bytes().as_slice() == digest).then(|| text.to_vec())
+}
+
+fn read_stretch(place: &[u8]) -> Option<Stretch> {
+    let said = read_word(place, STRETCH)?;
+    let [from, until, begins_at, number] = [0, 8, 16, 24].map(|at| u64_at(&said, at));
+    Some(Stretch { from, until, begins_at, number }).filter(|stretch| stretch.begins_at <= stretch.from)
 }
 
 fn read_mark(place: &[u8]) -> Option<(u64, Vec<u8>)> {
@@ -252,14 +395,16 @@ fn u64_at(page: &[u8], at: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     fn disk(root: &Path) -> Arc<Disk> {
         let disk = Arc::new(Disk::open(root).unwrap());
         disk.begin_flight("f").unwrap();
         disk
+    }
+
+    fn runs<const N: usize>(runs: [&'static [u8]; N]) -> [Bytes; N] {
+        runs.map(Bytes::from_static)
     }
 
     fn read(tail: &Tail, range: std::ops::Range<u64>) -> Vec<u8> {
@@ -276,10 +421,10 @@ mod tests {
         let tail = disk.make_tail("f", b"for him").unwrap();
         let nothing = TailLeft { about: b"for him".to_vec(), end: 0, ended: None, mark: (0, Vec::new()) };
         assert_eq!(disk.open_tail("f").unwrap().unwrap().1, nothing);
-        tail.append([b"abc".as_slice(), b"de"].into_iter(), 0).unwrap();
+        tail.append(&runs([b"abc", b"de"]), 0).unwrap();
         for at in [1, 3, 4] {
             tail.mark(at, format!("at {at}").as_bytes()).unwrap();
-            tail.append([b"x".as_slice()].into_iter(), 4 + at).unwrap();
+            tail.append(&runs([b"x"]), 4 + at).unwrap();
             let (again, left) = disk.open_tail("f").unwrap().unwrap();
             assert_eq!((left.end, left.mark), (5 + at, (at, format!("at {at}").into_bytes())));
             again.mark(at, format!("at {at}").as_bytes()).unwrap();
@@ -291,7 +436,7 @@ mod tests {
         assert_eq!((left.end, left.ended), (9, Some([7; 64])));
         assert!(disk.make_tail("f", b"another").is_err(), "one that is there is not another's");
         again.give_up();
-        again.append([b"x".as_slice()].into_iter(), 9).unwrap();
+        again.append(&runs([b"x"]), 9).unwrap();
         again.remove();
         assert!(disk.open_tail("f").unwrap().is_none());
         assert_eq!(read(&again, 1..5), b"bcde", "whoever reads it does so to the end");
@@ -304,9 +449,70 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let tail = disk(directory.path()).make_tail("f", b"").unwrap();
         let at = 7 * TAIL_BYTES - 3;
-        tail.append([b"ab".as_slice(), b"cdefg"].into_iter(), at).unwrap();
+        tail.append(&runs([b"ab", b"cdefg"]), at).unwrap();
         assert_eq!(read(&tail, at..at + 7), b"abcdefg");
         assert_eq!(read(&tail, at + 2..at + 5), b"cde");
+    }
+
+    /// The ring as far as it goes.
+    fn ring(tail: &Tail) -> Vec<u8> {
+        fs::read(&tail.path).unwrap()[usize::try_from(PAGE_BYTES).unwrap()..].to_vec()
+    }
+
+    #[test]
+    fn a_stretch_is_in_the_file_it_is_bound_for_and_in_the_ring_for_who_opens_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        let tail = disk.make_tail("f", b"").unwrap();
+        assert!(tail.append(&runs([b"0123456789"]), 0).unwrap().is_empty());
+        let stretch = Stretch { from: 10, until: 16, begins_at: 4, number: 7 };
+        tail.set_aside(stretch, disk.open_filling("f", 7, 100).unwrap().0).unwrap();
+        assert_eq!(tail.append(&runs([b"ab", b"cdefgh", b"ij"]), 10).unwrap(), 10..16);
+        assert_eq!(tail.stretch(), Some(stretch));
+        let bound_for = disk.filling_path("f", 7);
+        assert_eq!(fs::read(&bound_for).unwrap()[..14], *b"\0\0\0\0\0\0abcdef\0\0");
+        assert_eq!(ring(&tail), b"0123456789\0\0\0\0\0\0ghij", "nothing is written twice");
+        tail.mark(11, b"").unwrap();
+
+        let sealed = directory.path().join("sealed");
+        fs::rename(&bound_for, &sealed).unwrap();
+        assert!(disk.open_tail("f").unwrap().is_none(), "some of it is nowhere");
+        fs::rename(&sealed, &bound_for).unwrap();
+        let (again, left) = disk.open_tail("f").unwrap().unwrap();
+        assert_eq!((left.end, again.stretch()), (20, None));
+        assert_eq!(ring(&again), b"0123456789\0bcdefghij", "what is before the mark is not needed");
+        fs::rename(&bound_for, &sealed).unwrap();
+        let (last, _) = disk.open_tail("f").unwrap().expect("it is all in the ring");
+        assert_eq!(read(&last, 11..20), b"bcdefghij");
+
+        let stretch = Stretch { from: 20, until: 30, begins_at: 20, number: 8 };
+        last.set_aside(stretch, disk.open_filling("f", 8, 100).unwrap().0).unwrap();
+        let (after, _) = disk.open_tail("f").unwrap().unwrap();
+        assert_eq!(
+            after.append(&runs([b"x"]), 20).unwrap(),
+            20..20,
+            "of one that has not begun nothing is found later"
+        );
+        last.append(&runs([b"xyz"]), 20).unwrap();
+        last.mark(30, b"").unwrap();
+        last.end_aside();
+        assert_eq!(last.append(&runs([b"z"]), 23).unwrap(), 23..23);
+        last.give_up();
+        assert_eq!(last.append(&runs([b"x"]), 24).unwrap(), 24..24);
+    }
+
+    #[test]
+    fn what_an_earlier_version_kept_is_gone_on_with() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path());
+        let tail = disk.make_tail("f", b"for him").unwrap();
+        let boot = crate::disk::boot_id().unwrap();
+        tail.write(&word(&[MAGIC_1.as_slice(), boot.as_bytes()].concat(), b"for him").unwrap(), 0).unwrap();
+        for _ in 0..2 {
+            assert_eq!(disk.open_tail("f").unwrap().unwrap().1.about, b"for him");
+        }
+        let page = fs::read(&tail.path).unwrap();
+        assert!(page.windows(8).any(|word| word == MAGIC), "it is of this version now");
     }
 
     #[test]
@@ -315,7 +521,7 @@ mod tests {
         let disk = disk(directory.path());
         let tail = disk.make_tail("f", b"for him").unwrap();
         let (path, length) = (tail.path.clone(), PAGE_BYTES + 10);
-        tail.append([b"0123456789".as_slice()].into_iter(), 0).unwrap();
+        tail.append(&runs([b"0123456789"]), 0).unwrap();
         tail.mark(3, b"three").unwrap();
         tail.mark(7, b"seven").unwrap();
         let sound = fs::read(&path).unwrap();

@@ -47,10 +47,15 @@ pub(super) async fn fill(
     let taker = Taker { shared, flight, progress, growth: &growth, recorded: recorded.as_ref() };
     let mut taken = Taken::new(&taker, shared.rooms.none());
     let all = taken.take_all(&mut *stream).await;
-    if all.as_ref().is_err_and(is_draining)
-        && let Err(error) = taken.settle().await
-    {
-        tracing::warn!(flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+    match &all {
+        Err(error) if is_draining(error) => {
+            if let Err(error) = taken.settle().await {
+                tracing::warn!(flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+            }
+        }
+        // Whoever keeps what comes lets go of it before it is removed.
+        Err(_) => stream.is_not_recorded(),
+        Ok(()) => {}
     }
     all?;
     taken.settle().await?;

@@ -2,9 +2,11 @@
 //! held in memory until it proves large, and then sealed after its end.
 //!
 //! A large file that a later run may go on with is recorded while it comes, every [`RECORD_BYTES`] and where it grows slower every second: its bytes are made durable, then its row says how
-//! far they go, in one transaction with the rows of the entries up to it. That goes on beside the writing, and once more when the daemon is drained.
+//! far they go, in one transaction with the rows of the entries up to it. That goes on beside the writing, and once more when the daemon is drained. Of a very large one
+//! the first unit is recorded at once: whoever keeps what comes may keep it in the file itself from then on ([`Recorded::fills`]), and it is not written twice.
 
 use std::fs::File as OpenFile;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +26,7 @@ use crate::in_place;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
 use crate::pieces::Whole;
-use crate::source::{Begun, EntryStream, Expected, File, Recorded};
+use crate::source::{Begun, BeingFilled, EntryStream, Expected, File, Recorded};
 use crate::store::filling::{Filling, UnitMap};
 
 /// Space that must be left before a file of unknown size grows by as much.
@@ -174,20 +176,29 @@ impl Taker<'_> {
         let is_recorded = bound.row.is_some() || bound.begun.is_some();
         unrecorded.extend(bound.row.clone());
         let mut recorder = Recorder { taker: self, bound, filling, unrecorded };
+        let keeper = Keeper::of(self, bound, size, filling);
         let (grown, growing) = watch::channel(from);
-        let written = self.write_all(stream, &bound.path, size, filling, grown);
+        let written = self.write_all(stream, &bound.path, size, (filling, &keeper), grown);
         let filled = if is_recorded {
             tokio::try_join!(written, recorder.follow(from, growing)).map(drop)
         } else {
             written.await
         };
         // Now: the sealer may be at what an earlier run brought for long. Whole is as good as sealed: what comes behind it need not wait for that.
-        if is_recorded
-            && filled.as_ref().map_or_else(is_draining, |()| self.recorded.is_some())
-            && let Err(error) = recorder.record().await
-        {
-            tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
-        }
+        let filled = match filled {
+            Ok(()) if is_recorded && self.recorded.is_some() => match recorder.record().await {
+                // Before it is sealed: its file may be another's then.
+                Ok(()) => keeper.settle().await,
+                failed => failed,
+            },
+            Err(error) if is_recorded && is_draining(&error) => {
+                if let Err(error) = recorder.record().await {
+                    tracing::warn!(flight = self.flight, error = %error.report(), "what came last could not be recorded and will be sent again");
+                }
+                Err(error)
+            }
+            filled => filled,
+        };
         if filled.is_err() {
             filling.give_up();
         }
@@ -270,13 +281,13 @@ impl Taker<'_> {
         stream: &mut dyn EntryStream,
         path: &EntryPath,
         size: u64,
-        filling: &Arc<Filling>,
+        (filling, keeper): (&Arc<Filling>, &Keeper),
         grown: watch::Sender<u64>,
     ) -> Result<()> {
         let mut at = *grown.borrow();
         while let Some(piece) = stream.next_bytes().await? {
             check_length(path, at + piece.len() as u64, size, false)?;
-            at = self.write(filling, piece, at).await?;
+            at = self.write(filling, piece, at, keeper.kept()).await?;
             grown.send_replace(at);
         }
         check_length(path, at, size, true)?;
@@ -284,21 +295,63 @@ impl Taker<'_> {
         blocking(move || filling.flush().map(|_| ())).await
     }
 
-    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<u64> {
+    /// Writes what is not `kept` of the piece that begins at `at`; where it ends.
+    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64, kept: Range<u64>) -> Result<u64> {
         let end = at + piece.len() as u64;
-        let target = filling.clone();
-        in_place::blocking(move || {
-            target.check_room(piece.len() as u64)?;
-            target.write_at(&piece, at)?;
-            let map = target.units();
-            (at / UNIT_BYTES..map.units())
-                .take_while(|unit| map.range(*unit).end <= end)
-                .for_each(|unit| _ = target.complete(unit));
-            Ok(())
-        })
-        .await?;
+        let parts = [at..end.min(kept.start), at.max(kept.end)..end];
+        let completes = at / UNIT_BYTES < end / UNIT_BYTES || end == filling.size();
+        if completes || parts.iter().any(|part| !part.is_empty()) {
+            let filling = Arc::clone(filling);
+            in_place::blocking(move || write_parts(&filling, &piece, at, parts)).await?;
+        }
         self.progress.arrived(end - at);
         Ok(end)
+    }
+}
+
+/// Writes these parts of the piece that begins at `at`; all before its end is there then.
+fn write_parts(filling: &Filling, piece: &[u8], at: u64, parts: [Range<u64>; 2]) -> Result<()> {
+    for part in parts.into_iter().filter(|part| !part.is_empty()) {
+        let [from, until] = [part.start, part.end].map(|byte| usize::try_from(byte - at).unwrap_or(usize::MAX));
+        let bytes = piece.get(from..until).ok_or_else(|| Error::internal("a piece is shorter than it is"))?;
+        filling.check_room(bytes.len() as u64)?;
+        filling.write_at(bytes, part.start)?;
+    }
+    let (map, end) = (filling.units(), at + piece.len() as u64);
+    (at / UNIT_BYTES..map.units())
+        .take_while(|unit| map.range(*unit).end <= end)
+        .for_each(|unit| _ = filling.complete(unit));
+    Ok(())
+}
+
+/// Who keeps what comes of a large file, perhaps in the file itself.
+struct Keeper(Option<(Arc<dyn Recorded>, u64)>);
+
+impl Keeper {
+    /// Whoever hears of entries that are recorded, told of the file.
+    fn of(taker: &Taker<'_>, bound: &Bound, size: u64, filling: &Filling) -> Self {
+        let position = bound.row.as_ref().map(|(position, _)| *position);
+        let Some((recorded, position)) = taker.recorded.zip(position) else { return Self(None) };
+        // Where there are no descriptors left, what comes is kept elsewhere.
+        if let Ok(file) = filling.file().try_clone() {
+            recorded.fills(position, BeingFilled { file, number: bound.number, size });
+        }
+        Self(Some((Arc::clone(recorded), position)))
+    }
+
+    /// The bytes that are in the file without having been written to it here.
+    fn kept(&self) -> Range<u64> {
+        self.0.as_ref().map_or(0..0, |(recorded, position)| recorded.kept(*position))
+    }
+
+    /// Waits until whatever follows from what is recorded is kept.
+    async fn settle(self) -> Result<()> {
+        let Some((recorded, _)) = self.0 else { return Ok(()) };
+        let settle = move || {
+            recorded.settle();
+            Ok(())
+        };
+        blocking(settle).await
     }
 }
 
@@ -314,8 +367,9 @@ struct Recorder<'a> {
 impl Recorder<'_> {
     /// Records what comes behind byte `recorded`, for as long as anybody writes; much may have come before this is first asked.
     async fn follow(&mut self, mut recorded: u64, mut grown: watch::Receiver<u64>) -> Result<()> {
+        let mut enough = if self.filling.size() >= 2 * RECORD_BYTES { UNIT_BYTES } else { RECORD_BYTES };
         loop {
-            let much = grown.wait_for(|at| *at >= recorded + RECORD_BYTES);
+            let much = grown.wait_for(|at| *at >= recorded + enough);
             if let Ok(ended) = tokio::time::timeout(RECORD_EVERY, much).await.map(|grown| grown.is_err())
                 && ended
             {
@@ -325,7 +379,7 @@ impl Recorder<'_> {
             if at / UNIT_BYTES == recorded / UNIT_BYTES {
                 continue;
             }
-            recorded = at;
+            (recorded, enough) = (at, RECORD_BYTES);
             self.record().await?;
         }
     }

@@ -295,6 +295,17 @@ pub enum Here {
     Sealed(u64, Digest),
 }
 
+/// What a large file of a stream is filled into.
+#[derive(Debug)]
+pub struct BeingFilled {
+    /// The file, writable.
+    pub file: std::fs::File,
+    /// Its number in the flight's directory.
+    pub number: u64,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
 /// Hears how far the entries of a stream are recorded, each by its position ([`EntryStream::to_record`]).
 pub trait Recorded: Send + Sync {
     /// All of it is.
@@ -302,6 +313,17 @@ pub trait Recorded: Send + Sync {
 
     /// So many bytes of a file are, from its beginning.
     fn begun(&self, _position: u64, _bytes: u64) {}
+
+    /// A large file is filled into this one: whoever keeps what comes may keep it there.
+    fn fills(&self, _position: u64, _into: BeingFilled) {}
+
+    /// Which of its bytes are kept there: they need not be written. What is not is written before this is asked again.
+    fn kept(&self, _position: u64) -> Range<u64> {
+        0..0
+    }
+
+    /// Waits until what follows from all that was said is kept. Blocks.
+    fn settle(&self) {}
 
     /// The row of a file of which so many bytes are about to be recorded, where it is another by now; written with them.
     fn row(&self, _position: u64, _bytes: u64) -> Option<Vec<u8>> {

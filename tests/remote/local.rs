@@ -1,6 +1,7 @@
 //! Checkpoints that somebody sends by the transfer protocol: with the platform's own SDK, and with requests that it never makes.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -259,6 +260,41 @@ fn the_sdk_sends_a_tree_while_the_daemon_is_drained_and_begun_again() {
         daemon.stop();
         daemon.restart();
     });
+}
+
+#[test]
+fn the_sdk_sends_a_file_that_is_kept_where_it_is_filled_while_the_daemon_is_killed_and_does_not_notice() {
+    let port = free_port().to_string();
+    let mut daemon = Daemon::start_with(&[("CKPTD_HTTP__LISTEN", &port)]);
+    let tree = daemon.place().dir("tree");
+    random_file(&tree.join("0.bin"), 1, 400 << 20);
+    random_file(&tree.join("1.bin"), 2, 150 << 20);
+    let transfer = create(&daemon, "k", &[]);
+    let id = daemon.json(&["get", "k"])["id"].as_str().unwrap().to_owned();
+    let tail = daemon.state().join("filling").join(id).join("0");
+    // What tells of it begins with a digest, which a start takes away.
+    let is_kept_there = || {
+        let mut page = [0; 4096];
+        File::open(&tail).and_then(|mut tail| tail.read_exact(&mut page)).is_ok() && {
+            let word = page.windows(7).position(|word| word == b"stretch");
+            word.is_some_and(|at| page[at - 34..at - 2] != [0; 32])
+        }
+    };
+    let mut sending = client("sdk", &transfer).arg(&tree).stderr(Stdio::inherit()).spawn().unwrap();
+    for _ in 0..3 {
+        wait_until("something is kept where it is filled", Duration::from_secs(60), is_kept_there);
+        let before = daemon.bytes_done("k");
+        wait_until("more of it is here", Duration::from_secs(60), || {
+            daemon.bytes_done("k").saturating_sub(before) > 20 << 20
+        });
+        assert!(daemon.bytes_done("k") < u64::MAX, "it was sent before the daemon was killed");
+        kill(&mut daemon);
+    }
+    assert_eq!(wait_for(&mut sending, Duration::from_secs(120)), Some(0), "its client was told that it failed");
+    assert_mounted(&tree, &daemon.attach("job", "k"));
+    let events = daemon.ctl(&["events"]).ok().stdout;
+    assert!(!events.contains("UPLOAD_REPLACED") && !events.contains("UPLOAD_EXPIRED"), "{events}");
+    daemon.wait_empty("filling");
 }
 
 #[test]

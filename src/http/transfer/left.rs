@@ -1,8 +1,8 @@
 //! Uploads that a dead daemon had under way, and their senders, who ask for it meanwhile and go on where they were told that they stood.
 //!
 //! What is recorded of one is taken as it is ([`Ingests::left_of`]), what was acknowledged behind that is read from its tail
-//! ([`local::go_on`]). Both must meet. Where they do not, or the tail is of an earlier boot, the record waits for another upload, and nothing of this one is left:
-//! whoever still sends it is told so.
+//! ([`local::go_on`]). Both must meet. Where they do not, the tail is of an earlier boot, or there is no room for what it needs, the record waits for another upload, and nothing of this one is
+//! left: whoever still sends it is told so.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ impl Transfers {
             match self.left(&record).await {
                 Ok(Some((id, left, kept))) => self.take_up(record, &id, left, kept),
                 Ok(None) => self.ingests.start_over(&record).await,
-                Err(error) if error.kind() == Kind::Corrupt => {
+                Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::NoSpace) => {
                     tracing::warn!(checkpoint = record.id, error = %error.report(), "an upload cannot be gone on with");
                     self.ingests.start_over(&record).await;
                 }

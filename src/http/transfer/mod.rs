@@ -30,7 +30,7 @@
 //!
 //! # Surviving
 //! A daemon that is killed, drained or replaced by a newer one goes on with every upload where its client was told that it stood: what was
-//! acknowledged is in the upload's tail ([`Tail`](crate::disk::Tail)) or recorded ([`left`]). The client notices a broken connection, asks again, and goes on.
+//! acknowledged is in the upload's tail ([`Tail`](crate::disk::Tail)), which of a large file is the file itself, or recorded ([`left`]). The client notices a broken connection, asks again, and goes on.
 //! A daemon that is drained takes no piece any more (503: the client tries until there is another daemon), and `/finalize` is left without an answer; what was
 //! all here becomes ready still, or with the next daemon.
 //!
@@ -38,7 +38,7 @@
 //! never sends it. Clients are told to start again then (410).
 //!
 //! # Cost
-//! A piece costs one keyed hash, one look-up in memory, one queue, and one thread that writes it to the page cache once more, for the tail: no row is read, and the
+//! A piece costs one keyed hash, one look-up in memory, one queue, and one write to the page cache: for the tail, and then once more where it belongs; of a large file there at once. No row is read, and the
 //! bytes are not copied otherwise between the socket's buffer and the reader of the tar, unless they come in small runs. Of one checkpoint two bodies at
 //! most are in memory ([`places`]).
 

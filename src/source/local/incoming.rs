@@ -16,7 +16,7 @@ use super::settling::Settling;
 use crate::error::{Error, Kind, Result};
 
 /// Bytes between two marks: so much of the tail is kept for the digest alone.
-const MARK_BYTES: u64 = 4 << 20;
+pub(super) const MARK_BYTES: u64 = 4 << 20;
 
 /// Bytes read from the tail at a time.
 const READ_BYTES: u64 = 256 << 10;

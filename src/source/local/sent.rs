@@ -530,7 +530,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let disk = disk(directory.path());
         let tail = disk.make_tail("f", b"").unwrap();
-        tail.append([[0; 700].as_slice()].into_iter(), 0).unwrap();
+        tail.append(&[vec![0; 700].into()], 0).unwrap();
         drop(tail);
         let spans = [(512, 1211, true), (512, 1213, false)];
         for (bytes_at, end, is_sound) in spans {

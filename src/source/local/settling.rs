@@ -6,23 +6,35 @@
 //! the tail goes through the digest again, which its sender states at the end. The tail is needed from that mark on, and room for a piece is where the
 //! tail has room.
 //!
+//! Of a large member that is begun in the catalog, with all before it recorded, what comes is kept in the very file that it is filled into ([`Stretch`]), and not in the tail's
+//! ring as well: whoever fills it has nothing to write then. Its last [`ENDS_IN_RING_BYTES`] are in the ring again: of them the mark can be made that the file is not needed
+//! behind, once it is sealed ([`Recorded::settle`]).
+//!
 //! What cannot be settled so gives the tail up, and the upload goes on without ([`Settling::give_up`]): where the tail cannot be written, where what
 //! comes is a compressed tar, one large file with holes, or an archive that was not all, and where room is waited for in vain ([`IN_VAIN`]): a tar may go
 //! on for ever without a member. What an earlier run has acknowledged is read to its end all the same.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::StreamDigest;
+use super::incoming::MARK_BYTES;
+use super::sent::PIECE_BYTES;
 use crate::archive::Span;
-use crate::disk::{Disk, TAIL_BYTES, Tail};
+use crate::disk::{Disk, Stretch, TAIL_BYTES, Tail};
 use crate::error::{Error, Result};
 use crate::panics::guarded;
-use crate::source::Recorded;
+use crate::source::{BeingFilled, Recorded};
+
+/// Bytes at the end of a large member that are in the ring: a mark is made in them, however its pieces lie.
+const ENDS_IN_RING_BYTES: u64 = 4 * MARK_BYTES;
+
+const _: () = assert!(ENDS_IN_RING_BYTES > MARK_BYTES + PIECE_BYTES as u64);
 
 /// How long room in the tail is waited for: longer than a slow disk needs to record what waits.
 const IN_VAIN: Duration = Duration::from_secs(60);
@@ -36,6 +48,8 @@ pub(super) struct Settling {
     state: Mutex<State>,
     /// Pieces are taken that end here or before: nothing before there is a tail, anything once it was given up.
     until: watch::Sender<u64>,
+    /// Told when no mark is being written.
+    is_marked: Condvar,
 }
 
 /// Where an earlier run of the daemon left an upload.
@@ -68,6 +82,19 @@ struct State {
     /// Position of the first of `entries`.
     first: u64,
     entries: VecDeque<Entry>,
+    /// The large member that comes, with its position.
+    filling: Option<(u64, Filling)>,
+}
+
+/// A large member that is filled.
+#[derive(Debug)]
+struct Filling {
+    /// Until what comes is kept there.
+    into: Option<BeingFilled>,
+    /// Where in the upload it begins, from then on.
+    begins_at: u64,
+    /// Which of its bytes are kept there.
+    kept: Range<u64>,
 }
 
 #[derive(Debug)]
@@ -107,8 +134,10 @@ impl Settling {
             settled,
             first: members,
             entries,
+            filling: None,
         };
-        Self { about, tail: OnceLock::new(), state: Mutex::new(state), until: watch::Sender::new(0) }
+        let (until, is_marked) = (watch::Sender::new(0), Condvar::new());
+        Self { about, tail: OnceLock::new(), state: Mutex::new(state), until, is_marked }
     }
 
     /// Makes the tail, where there is none, in the directory of a flight.
@@ -148,7 +177,15 @@ impl Settling {
 
     /// Keeps the piece that begins at `at` and is `runs` together, for which there was [room](Settling::room). Blocks.
     pub(super) fn keep(self: &Arc<Self>, runs: &[Bytes], at: u64) {
-        self.write(|tail| tail.append(runs.iter().map(AsRef::as_ref), at));
+        self.write(|tail| {
+            let begins = self.lock().aside_from(at, tail.stretch());
+            if let Some((stretch, file)) = begins {
+                tail.set_aside(stretch, file)?;
+            }
+            let aside = tail.append(runs, at)?;
+            self.lock().kept_aside(aside);
+            Ok(())
+        });
     }
 
     /// Notes that all has come, and has this digest. Blocks.
@@ -204,13 +241,16 @@ impl Settling {
         own.given_up = true;
         (own.entries, own.marks) = (VecDeque::new(), VecDeque::new());
         let is_replayed = own.is_replayed;
+        let into = own.filling.as_mut().and_then(|(_, filling)| filling.into.take());
         self.make_room(&own);
         drop(own);
         let Some(tail) = self.tail.get() else { return };
         tail.give_up();
         let own = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
+            drop(into);
             if let Some(tail) = own.tail.get() {
+                tail.end_aside();
                 tail.remove();
                 if !is_replayed {
                     tail.release();
@@ -260,6 +300,7 @@ impl Settling {
             state.marked = at;
             own.make_room(&state);
             own.write_mark(&mut state);
+            own.is_marked.notify_all();
         });
     }
 
@@ -291,6 +332,30 @@ impl State {
             self.settled = span.bytes_at + bytes;
         }
     }
+
+    /// The stretch that begins with the piece at `at`, where what comes can be kept in the file it is bound for; `before` is the last one.
+    fn aside_from(&mut self, at: u64, before: Option<Stretch>) -> Option<(Stretch, std::fs::File)> {
+        let (_, filling) = self.filling.as_mut().filter(|(position, _)| *position == self.first)?;
+        // With what is recorded of it its file stays, whatever becomes of the daemon.
+        let front = self.entries.front().filter(|entry| entry.span.plain && entry.bytes > 0)?;
+        let begins_at = front.span.bytes_at;
+        let until = (begins_at + filling.into.as_ref()?.size).saturating_sub(ENDS_IN_RING_BYTES);
+        if !(begins_at..until).contains(&at) || before.is_some_and(|before| self.marked < before.until) {
+            return None;
+        }
+        let BeingFilled { file, number, .. } = filling.into.take()?;
+        (filling.begins_at, filling.kept) = (begins_at, at - begins_at..at - begins_at);
+        Some((Stretch { from: at, until, begins_at, number }, file))
+    }
+
+    /// Notes that these bytes of the upload were set aside.
+    fn kept_aside(&mut self, bytes: Range<u64>) {
+        if let Some((_, Filling { into: None, begins_at, kept })) = &mut self.filling
+            && !bytes.is_empty()
+        {
+            kept.end = kept.end.max(bytes.end.saturating_sub(*begins_at));
+        }
+    }
 }
 
 /// Tells an upload what is recorded of it.
@@ -303,6 +368,36 @@ impl Recorded for Told {
 
     fn begun(&self, position: u64, bytes: u64) {
         self.0.heard(position, |entry| entry.bytes = entry.bytes.max(bytes));
+    }
+
+    fn fills(&self, position: u64, into: BeingFilled) {
+        let into = Some(into).filter(|_| self.0.survives());
+        let before = self.0.lock().filling.replace((position, Filling { into, begins_at: 0, kept: 0..0 }));
+        // Not under the lock: it may take long to close.
+        drop(before);
+    }
+
+    fn kept(&self, position: u64) -> Range<u64> {
+        match &self.0.lock().filling {
+            Some((present, filling)) if *present == position => filling.kept.clone(),
+            _ => 0..0,
+        }
+    }
+
+    fn settle(&self) {
+        let waited = self.0.is_marked.wait_while(self.0.lock(), |own| own.is_marking);
+        let mut own = waited.unwrap_or_else(PoisonError::into_inner);
+        let marked = own.marked;
+        let over = own.filling.take();
+        drop(own);
+        drop(over);
+        match self.0.tail.get().and_then(|tail| Some((tail, tail.stretch()?))) {
+            Some((tail, stretch)) if stretch.until <= marked => tail.end_aside(),
+            Some(_) if self.0.survives() => {
+                self.0.gave_up(&Error::internal("of a file that is all here no mark was made"));
+            }
+            _ => {}
+        }
     }
 }
 
@@ -373,6 +468,45 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_comes_of_a_large_member_is_kept_where_it_is_filled_once_its_beginning_is_recorded() {
+        const PIECE: u64 = 1 << 20;
+        let directory = tempfile::tempdir().unwrap();
+        let settling = begun(directory.path()).await;
+        let told = Told(Arc::clone(&settling));
+        let large = |number: u64, begins_at: u64| {
+            let size = ENDS_IN_RING_BYTES + 4 * PIECE;
+            settling.add(span(begins_at, begins_at + size));
+            BeingFilled { file: tempfile::tempfile().unwrap(), number, size }
+        };
+        let keep = |at: u64| settling.keep(&[vec![1; usize::try_from(PIECE).unwrap()].into()], at);
+        settling.add(span(512, 1024));
+        told.fills(1, large(7, 1024));
+        told.begun(1, 1);
+        keep(1024);
+        assert!(told.kept(1).is_empty(), "what came before it is not recorded");
+        told.whole(0);
+        keep(1024 + PIECE);
+        keep(1024 + 2 * PIECE);
+        assert_eq!((told.kept(1), told.kept(0)), (PIECE..3 * PIECE, 0..0));
+        keep(1024 + 3 * PIECE);
+        keep(1024 + 4 * PIECE);
+        assert_eq!(told.kept(1), PIECE..4 * PIECE, "its end is kept in the ring");
+        settling.offer(1024 + 5 * PIECE, Vec::new());
+        told.whole(1);
+        told.settle();
+        assert!(settling.survives() && told.kept(1).is_empty(), "the mark is behind the stretch, its file may go");
+        told.fills(2, large(8, 1024 + ENDS_IN_RING_BYTES + 4 * PIECE));
+        told.begun(2, 1);
+        keep(1024 + ENDS_IN_RING_BYTES + 4 * PIECE);
+        keep(1024 + ENDS_IN_RING_BYTES + 5 * PIECE);
+        assert_eq!(told.kept(2), 0..2 * PIECE);
+        told.whole(2);
+        told.settle();
+        assert!(!settling.survives(), "without a mark it cannot be gone on with once the file goes");
+        assert_eq!(told.kept(2), 0..0);
+    }
+
+    #[tokio::test]
     async fn what_is_never_recorded_is_waited_for_a_while_once_it_is_taken() {
         let directory = tempfile::tempdir().unwrap();
         let settling = begun(directory.path()).await;
@@ -391,7 +525,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let disk = Arc::new(Disk::open(directory.path()).unwrap());
         disk.begin_flight("f").unwrap();
-        disk.make_tail("f", b"me").unwrap().append([b"abc".as_slice()].into_iter(), 0).unwrap();
+        disk.make_tail("f", b"me").unwrap().append(&[Bytes::from_static(b"abc")], 0).unwrap();
         let (tail, _) = disk.open_tail("f").unwrap().unwrap();
         let settling = Arc::new(Settling::left(b"me".to_vec(), tail, &From::default()));
         settling.give_up();
