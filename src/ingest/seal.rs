@@ -2,15 +2,16 @@
 //!
 //! The sealer reads behind the frontier into a buffer of its own. It does not map the file: a mapped page that the disk cannot
 //! deliver is a signal that ends the daemon, a read that fails is an error; and mapped bytes count as the daemon's memory, which
-//! is bounded. One more copy out of the page cache costs a tenth of the digesting. Its chunks are digested on one thread, the whole on another.
+//! is bounded. One more copy out of the page cache costs a tenth of the digesting. Its chunks are digested on one thread, the whole on another where one does not keep up.
 //!
 //! Chunking needs the layout, and the layout needs the header. Files of this host are looked at before they are copied. Of others, the
 //! sealer looks as soon as there is something, and again while the header goes on beyond what is here; a zip keeps its directory at the end, so it is chunked in a second pass when all is here.
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::catalog::blobs::ChunkRow;
 use crate::digest::{Digest, Digester};
@@ -24,6 +25,9 @@ use crate::store::filling::Filling;
 
 /// Bytes read at a time: stays in the second-level cache while it is cut and digested.
 const WINDOW_BYTES: usize = 512 << 10;
+
+/// How far behind what is here its digests may be without a thread of their own.
+const LAG_BYTES: u64 = 64 << 20;
 
 /// Bytes at the beginning that hold every header we parse, save zip's: more is not waited for.
 const HEADER_BYTES: u64 = 64 << 20;
@@ -104,41 +108,52 @@ pub(super) fn follow(filling: &Filling, path: &EntryPath, expected: &Expected, l
     Ok(Digested { digest: digester.finish(), chunks })
 }
 
-/// Shows every window to `each` and, on a thread of its own, to the digests of the whole: one after the other they would take as long as the fastest
-/// sources.
+/// Shows every window to `each` and to the digests of the whole. Where they fall behind ([`LAG_BYTES`]), or there is another digest to verify, those have a thread of
+/// their own: one after the other they would take as long as the fastest sources. Where they keep up, the window is in this core's cache, and no wake is needed.
 fn side_by_side(
     filling: &Filling,
     size: u64,
-    (mut digester, mut verifier): (Digester, Verifier),
+    digests: (Digester, Verifier),
     mut each: impl FnMut(&[u8]),
 ) -> Result<(Digester, Verifier)> {
     let ended = || Error::internal("the thread that digests a file ended early");
+    let (is_light, digests, waiting) = (digests.1.is_empty(), Mutex::new(digests), AtomicUsize::new(0));
+    let digest = |window: &[u8]| {
+        let (digester, verifier) = &mut *digests.lock().unwrap_or_else(PoisonError::into_inner);
+        digester.update(window);
+        verifier.update(window);
+    };
     std::thread::scope(|scope| {
         let (sender, windows) = sync_channel::<(Arc<Vec<u8>>, usize)>(1);
         let digesting = std::thread::Builder::new()
             .name("digester".to_owned())
-            .spawn_scoped(scope, move || {
+            .spawn_scoped(scope, || {
                 for (window, length) in windows {
-                    digester.update(&window[..length]);
-                    verifier.update(&window[..length]);
+                    digest(&window[..length]);
+                    waiting.fetch_sub(1, Ordering::Release);
                 }
-                (digester, verifier)
             })
             .map_err(|error| Error::unavailable("NO_THREAD", "starting a thread that digests").because(error))?;
         // One that is read, one that waits, one that is digested.
         let mut buffers: [Arc<Vec<u8>>; 3] = std::array::from_fn(|_| Arc::new(vec![0; WINDOW_BYTES]));
-        let passed = each_range(filling, size, |range| {
+        let passed = each_range(filling, size, |range, frontier| {
             buffers.rotate_left(1);
             let length = usize::try_from(range.end - range.start).unwrap_or(WINDOW_BYTES);
             filling.read_exact_at(&mut Arc::make_mut(&mut buffers[0])[..length], range.start)?;
-            sender.send((buffers[0].clone(), length)).map_err(|_| ended())?;
+            // In their order: not before those that wait.
+            if is_light && frontier - range.end <= LAG_BYTES && waiting.load(Ordering::Acquire) == 0 {
+                digest(&buffers[0][..length]);
+            } else {
+                waiting.fetch_add(1, Ordering::Relaxed);
+                sender.send((buffers[0].clone(), length)).map_err(|_| ended())?;
+            }
             each(&buffers[0][..length]);
             Ok(())
         });
         drop(sender);
-        let digested = digesting.join().map_err(|_| ended());
-        passed.and(digested)
-    })
+        passed.and(digesting.join().map_err(|_| ended()))
+    })?;
+    Ok(digests.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// The layout, if the beginning of the file tells it, as soon as all that it is read from is here. A zip's is at its end, which is waited for only
@@ -180,7 +195,7 @@ fn begins_as_zip(filling: &Filling, until: u64) -> Result<bool> {
 
 fn pass(filling: &Filling, size: u64, mut each: impl FnMut(&[u8])) -> Result<()> {
     let mut buffer = vec![0; WINDOW_BYTES];
-    each_range(filling, size, |range| {
+    each_range(filling, size, |range, _| {
         let window = &mut buffer[..usize::try_from(range.end - range.start).unwrap_or(WINDOW_BYTES)];
         filling.read_exact_at(window, range.start)?;
         each(window);
@@ -188,15 +203,15 @@ fn pass(filling: &Filling, size: u64, mut each: impl FnMut(&[u8])) -> Result<()>
     })
 }
 
-/// Gives every range of [`WINDOW_BYTES`] in order, once it is here.
-fn each_range(filling: &Filling, size: u64, mut each: impl FnMut(Range<u64>) -> Result<()>) -> Result<()> {
+/// Gives every range of [`WINDOW_BYTES`] in order, once it is here, and how far all is.
+fn each_range(filling: &Filling, size: u64, mut each: impl FnMut(Range<u64>, u64) -> Result<()>) -> Result<()> {
     let mut at = 0;
     while at < size {
         let frontier = filling.wait_beyond(at)?;
         while at < frontier {
             filling.check_wanted()?;
             let end = frontier.min(at + WINDOW_BYTES as u64);
-            each(at..end)?;
+            each(at..end, frontier)?;
             at = end;
         }
     }

@@ -5,6 +5,7 @@
 
 use std::io::{self, Read};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use sha2::digest::common::hazmat::{SerializableState as _, SerializedState};
@@ -20,6 +21,10 @@ pub(super) const MARK_BYTES: u64 = 4 << 20;
 
 /// Bytes read from the tail at a time.
 const READ_BYTES: u64 = 256 << 10;
+
+/// How long the thread rests where nothing waits for it, before it is woken by the next piece: a sender waits for the answer to each, so that otherwise every piece, which
+/// is hashed in half the time, costs a wake.
+const REST: Duration = Duration::from_micros(500);
 
 /// What passes the queue.
 pub(super) enum Message {
@@ -112,7 +117,7 @@ impl Incoming {
                 return Ok(true);
             }
             self.counted = None;
-            match self.receiver.blocking_recv() {
+            match self.hear() {
                 Some(Message::Piece(piece, counted)) => {
                     self.runs = piece.into_iter();
                     self.counted = Some(counted);
@@ -126,6 +131,15 @@ impl Incoming {
                 None => return Err(io::Error::other(broken_off())),
             }
         }
+    }
+
+    /// The next message; `None` when there will be none. One wake brings the pieces that come in a [`REST`].
+    fn hear(&mut self) -> Option<Message> {
+        if let Ok(message) = self.receiver.try_recv() {
+            return Some(message);
+        }
+        std::thread::sleep(REST);
+        self.receiver.blocking_recv()
     }
 
     fn replayed(&self) -> Result<Bytes> {
