@@ -322,7 +322,8 @@ fn ten_thousand_waiting_reads_cost_little_and_all_are_answered() {
 #[test]
 fn what_is_here_is_read_at_once_however_many_reads_wait() {
     const READS: usize = 100;
-    let scene = Scene::new(96, 4 * MIB);
+    // So slow that it is a quarter of a minute before the first of the last units comes.
+    let scene = Scene::new(96, MIB);
     scene.create(&scene.put(Page::Ranged));
     let file = scene.attach("job");
     scene.assert_read(&file, 0, 10);
