@@ -31,6 +31,7 @@ use crate::control::tls::Certificates;
 use crate::control::{self, Facts, Floors, Listeners, Uploads};
 use crate::error::{Error, Result};
 use crate::http::{self, transfer::Transfers};
+use crate::in_place::on_another_thread as blocking;
 use crate::ingest::{Connector, Ingests, MakeRoom, Settings};
 use crate::panics;
 use crate::retain::Retention;
@@ -369,10 +370,4 @@ pub fn stop_signal() -> Result<impl Future<Output = ()>> {
             _ = interrupt.recv() => {}
         }
     })
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }

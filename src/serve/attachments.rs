@@ -38,6 +38,7 @@ use super::{Features, NamedView, Place, ReadBuffers, Reserved, Session, Views, f
 use crate::catalog::checkpoints::Record;
 use crate::catalog::jobs::{self, JobRow, JobState, Lease};
 use crate::error::{Error, Kind, Result};
+use crate::in_place::on_another_thread as blocking;
 use crate::ingest::Ingests;
 use crate::limits;
 use crate::names::{CheckpointName, EntryName, JobId};
@@ -584,12 +585,6 @@ fn attached_elsewhere(row: &JobRow) -> Error {
     .fact("job", &row.job)
     .fact("target", &row.target)
     .remedy(format!("`ckptctl detach {}` first", row.job))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::internal("a blocking task ended early").because(error))?
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
