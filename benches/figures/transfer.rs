@@ -20,7 +20,7 @@ use super::warm::warm;
 /// Bytes of a body: what the platform's client sends is between 64 and 192 KiB.
 const BODY_BYTES: usize = 128 << 10;
 
-/// Seconds of CPU that one server took, and the other, and what is taken by SHA-512 alone, which the protocol states of all bytes.
+/// Seconds of CPU that one server took, and the other, and what SHA-512 takes by itself with our library: the protocol states it of all bytes.
 struct Round {
     ours: f64,
     native: f64,
@@ -59,7 +59,7 @@ pub(crate) fn take(scale: &Scale, table: &mut Table) {
 
 impl fmt::Display for Round {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.2} s ({:.2} s are SHA-512) of {:.2} s", self.ours, self.sha512, self.native)
+        write!(f, "{:.2} s of {:.2} s (SHA-512 alone {:.2} s)", self.ours, self.native, self.sha512)
     }
 }
 

@@ -8,11 +8,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use sha2::digest::common::hazmat::{SerializableState as _, SerializedState};
-use sha2::{Digest as _, Sha512};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::StreamDigest;
+use super::digester::Digester;
 use super::settling::Settling;
 use crate::error::{Error, Kind, Result};
 
@@ -64,7 +63,7 @@ pub(super) struct Incoming {
     /// Where what the tail has ends.
     replay_until: u64,
     marked: u64,
-    sha512: Sha512,
+    digester: Digester,
     ended: bool,
     heard: Arc<Heard>,
     settling: Arc<Settling>,
@@ -94,7 +93,7 @@ impl Incoming {
             from: before.read,
             replay_until: before.end,
             marked: *hashed,
-            sha512: if *hashed == 0 { Sha512::new() } else { thaw(state)? },
+            digester: if *hashed == 0 { Digester::new() } else { Digester::thaw(state, *hashed)? },
             ended: false,
             heard,
             settling,
@@ -122,10 +121,10 @@ impl Incoming {
                     self.runs = piece.into_iter();
                     self.counted = Some(counted);
                 }
-                Some(Message::Digest(answer)) => drop(answer.send(self.sha512.clone().finalize().into())),
+                Some(Message::Digest(answer)) => drop(answer.send(self.digester.digest())),
                 Some(Message::End) => {
                     self.ended = true;
-                    let _ = self.heard.digest.set(self.sha512.clone().finalize().into());
+                    let _ = self.heard.digest.set(self.digester.digest());
                     return Ok(false);
                 }
                 None => return Err(io::Error::other(broken_off())),
@@ -152,11 +151,11 @@ impl Incoming {
     fn take(&mut self, run: Bytes) {
         let end = self.at + run.len() as u64;
         let unread = usize::try_from(self.from.saturating_sub(self.at)).unwrap_or(usize::MAX).min(run.len());
-        self.sha512.update(&run);
+        self.digester.update(&run);
         self.present = run.slice(unread..);
         self.at = end;
         if end >= self.marked + MARK_BYTES {
-            self.settling.offer(end, self.sha512.serialize().to_vec());
+            self.settling.offer(end, self.digester.state());
             self.marked = end;
         }
     }
@@ -173,13 +172,6 @@ impl Read for Incoming {
         self.present.copy_to_slice(&mut buffer[..length]);
         Ok(length)
     }
-}
-
-/// The digester that was at `state`.
-pub(super) fn thaw(state: &[u8]) -> Result<Sha512> {
-    let damaged = || Error::corrupt("UPLOAD_TAIL_DAMAGED", "the digest of an upload cannot be gone on with");
-    let state = SerializedState::<Sha512>::try_from(state).map_err(|error| damaged().because(error))?;
-    Sha512::deserialize(&state).map_err(|error| damaged().because(error))
 }
 
 fn broken_off() -> Error {

@@ -4,6 +4,7 @@
 //! [token](Tokens) sends. Here are what proves that right, and the stream between the requests that bring bytes and the ingest that
 //! takes entries ([`stream`]). The protocol is spoken by `http::transfer`.
 
+mod digester;
 mod incoming;
 mod sent;
 mod settling;

@@ -16,7 +16,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
-use super::incoming::{Before, Heard, Incoming, Message, thaw};
+use super::digester::Digester;
+use super::incoming::{Before, Heard, Incoming, Message};
 use super::settling::{From, Settling, Told};
 use super::{StreamDigest, revision};
 use crate::archive::{About, Archived, Dictionaries, Format, Given, Member, Members, What};
@@ -149,7 +150,7 @@ impl Left {
             return Err(Error::corrupt("UPLOAD_TAIL_DAMAGED", "what had come of an upload is not all there"));
         }
         if from.marked > 0 {
-            thaw(&said.mark.1)?;
+            Digester::thaw(&said.mark.1, said.mark.0)?;
         }
         Ok(Self { tail, said, entries, given, from })
     }
