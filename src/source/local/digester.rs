@@ -1,7 +1,7 @@
 //! SHA-512 of what is sent, as far as it has come: the protocol states it of every byte, and nothing else that is done with one costs as much.
 //!
-//! On x86-64 our library needs half as much again as OpenSSL, which has it in the assembler of each processor. Building OpenSSL into the daemon for one digest would
-//! take longer than building the rest, so the host's is used, where it has one ([`HOST`]): for whole blocks, from one state to the next. All else, the
+//! On x86-64 our library needs half as much again as OpenSSL, which has it in the assembler of each processor. Building OpenSSL for one digest
+//! would add minutes to every build, so the host's is used, where it has one ([`HOST`]): for whole blocks, from one state to the next. All else, the
 //! beginning, the end and the form in which a state is kept, is our library's, so that a daemon goes on with what another has left on a host
 //! that has no OpenSSL any more.
 
