@@ -5,7 +5,9 @@
 //! that one had to do.
 //!
 //! A disk may take long all the same, or for ever, and whoever answers calls must not wait for it: only [`AT_A_TIME`] block so, and what is more is handed to
-//! the threads for blocking work, where it waits for its turn.
+//! the threads for blocking work, where it waits for its turn. A thread that has nothing else to do ([`may_block_here`]) holds up nobody.
+
+use std::cell::Cell;
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::Semaphore;
@@ -17,11 +19,24 @@ const AT_A_TIME: usize = 32;
 
 static PLACES: Semaphore = Semaphore::const_new(AT_A_TIME);
 
-/// Does `work`, to its end also where whoever asked for it goes away. Needs a runtime.
+thread_local! {
+    /// Whether the thread has nothing else to do.
+    static IS_ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Says that this thread has nothing else to do than what it blocks for, for as long as it lives.
+pub(crate) fn may_block_here() {
+    IS_ALONE.set(true);
+}
+
+/// Does `work`, to its end also where whoever asked for it goes away. Needs a runtime, which `work` may not wait for: it may be on a thread that runs one.
 ///
 /// # Errors
 /// Those of `work`; internal where it panics on another thread.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    if IS_ALONE.get() {
+        return work();
+    }
     let place = PLACES.try_acquire().ok().filter(|_| Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread);
     if place.is_some() {
         return tokio::task::block_in_place(work);
@@ -96,6 +111,19 @@ mod tests {
             }
         });
         assert!(watch.join().unwrap(), "the runtime stood still");
+    }
+
+    #[test]
+    fn a_thread_that_is_alone_does_it_itself() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (here, there) = std::thread::spawn(move || {
+            may_block_here();
+            let there = runtime.block_on(blocking(|| Ok(std::thread::current().id())));
+            (std::thread::current().id(), there.unwrap())
+        })
+        .join()
+        .unwrap();
+        assert_eq!(here, there);
     }
 
     #[tokio::test]

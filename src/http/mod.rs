@@ -7,8 +7,9 @@
 //! | `/ping`, `/upload`, `/upload/status`, `/finalize` | the transfer protocol for checkpoints of type `local` ([`transfer`]) |
 //!
 //! It listens before the daemon is ready and answers once it is. Connections are bounded, and so is the time that one may take for
-//! a head or stay silent between requests; requests bound their own bodies. Nothing here is durable. TLS ends before us.
+//! a head or stay silent between requests ([`connections`]); requests bound their own bodies. Nothing here is durable. TLS ends before us.
 
+mod connections;
 pub mod transfer;
 
 use std::net::SocketAddr;
@@ -19,19 +20,13 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 
 use crate::error::{Error, Result};
 use crate::limits;
+use connections::Connections;
 use transfer::Transfers;
-
-/// Longest wait for a request's head, and so between requests: well above what clients keep connections for.
-const HEAD_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Pause after a connection could not be accepted: out of descriptors, most likely.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -53,20 +48,10 @@ pub async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
 
 /// Answers until it is dropped; connections end with it.
 pub async fn serve(listener: TcpListener, transfers: Arc<Transfers>) {
-    let service = TowerToHyperService::new(router(transfers));
     let places = Arc::new(Semaphore::new(limits::HTTP_CONNECTIONS));
-    let mut connections = JoinSet::new();
+    let mut connections = Connections::new(router(transfers));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
-        let stream = accept(&listener).await;
-        let service = service.clone();
-        connections.spawn(async move {
-            let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-            builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE);
-            // That a connection broke is for its client to know.
-            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
-            drop(place);
-        });
-        while connections.try_join_next().is_some() {}
+        connections.begin(accept(&listener).await, place);
     }
 }
 
