@@ -24,7 +24,7 @@ use crate::source::{Expected, Verifier};
 use crate::store::filling::Filling;
 
 /// Bytes read at a time: stays in the second-level cache while it is cut and digested.
-const WINDOW_BYTES: usize = 512 << 10;
+const WINDOW_BYTES: usize = 256 << 10;
 
 /// How far behind what is here its digests may be without a thread of their own.
 const LAG_BYTES: u64 = 64 << 20;
