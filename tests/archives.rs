@@ -48,7 +48,7 @@ async fn extract(path: &Path) -> Result<Tree> {
             What::File(file) => {
                 let mut bytes = Vec::new();
                 while let Some(piece) = stream.next_bytes().await? {
-                    bytes.extend_from_slice(&piece);
+                    piece.iter().for_each(|run| bytes.extend_from_slice(run));
                 }
                 assert!(file.size.is_none_or(|size| size == bytes.len() as u64), "{}", entry.path);
                 Found::File(bytes, file.executable)

@@ -1,26 +1,25 @@
 //! The bytes of an archive, decompressed, with a bound on what a few bytes may become.
 
 use std::cell::Cell;
-use std::io::{self, BufRead as _, BufReader, Read};
+use std::io::{self, Read};
 use std::rc::Rc;
 
 use bytes::Bytes;
 use liblzma::stream::{CONCATENATED, Stream};
 
 use super::dictionaries::{Claimed, Dictionaries, too_large};
+use super::runs::{FileRange, Reader};
 use super::{damaged, tar_header};
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
 use crate::limits::{ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
+use crate::pieces::Pieces;
 
 /// Bytes handed on at a time.
 pub(super) const PIECE_BYTES: usize = 512 << 10;
 
 /// What an xz decoder takes besides its dictionary.
 const XZ_BESIDES_BYTES: u64 = 1 << 20;
-
-/// Bytes read from the file at a time.
-const READ_BYTES: usize = 128 << 10;
 
 /// How bytes are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,16 +50,10 @@ impl Coding {
         }
     }
 
-    fn open<'a>(self, reader: impl Read + 'a, dictionaries: &Dictionaries) -> Result<(Box<dyn Read + 'a>, Claimed)> {
-        let mut reader = BufReader::with_capacity(READ_BYTES, reader);
-        let claimed = dictionaries.claim(self, reader.fill_buf().map_err(fault)?)?;
-        Ok((self.decode(reader, claimed.bytes).map_err(fault)?, claimed))
-    }
-
     /// Decodes with a dictionary of so many bytes at most.
-    fn decode<'a>(self, reader: BufReader<impl Read + 'a>, dictionary_bytes: u64) -> io::Result<Box<dyn Read + 'a>> {
-        Ok(match self {
-            Self::Plain => Box::new(reader),
+    fn decode(self, reader: Reader<'_>, dictionary_bytes: u64) -> io::Result<Decoded<'_>> {
+        Ok(Decoded::By(match self {
+            Self::Plain => return Ok(Decoded::Plain(reader)),
             Self::Deflate => Box::new(flate2::bufread::DeflateDecoder::new(reader)),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(reader)),
             Self::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(reader)),
@@ -73,8 +66,14 @@ impl Coding {
                 decoder.window_log_max(dictionary_bytes.next_power_of_two().ilog2())?;
                 Box::new(decoder)
             }
-        })
+        }))
     }
+}
+
+/// Bytes as they come, or what a decoder makes of them.
+enum Decoded<'a> {
+    Plain(Reader<'a>),
+    By(Box<dyn Read + 'a>),
 }
 
 /// What an archive took from its file and what it gave for it.
@@ -88,7 +87,8 @@ struct Figures {
 }
 
 impl Meter {
-    fn take(&self, bytes: usize) {
+    /// Counts bytes taken.
+    pub(super) fn take(&self, bytes: usize) {
         self.0.taken.set(self.0.taken.get().saturating_add(count(bytes)));
     }
 
@@ -118,18 +118,23 @@ impl Meter {
 
 /// Decompressed bytes.
 pub(super) struct Input<'a> {
-    reader: Box<dyn Read + 'a>,
+    bytes: Decoded<'a>,
     meter: Meter,
     claimed: Claimed,
     position: u64,
 }
 
 impl<'a> Input<'a> {
-    /// All of `stream`.
-    pub(super) fn whole(stream: impl Read + 'a, coding: Coding, dictionaries: &Dictionaries) -> Result<Self> {
-        let meter = Meter::default();
-        let (reader, claimed) = coding.open(Metered { stream, meter: meter.clone() }, dictionaries)?;
-        Ok(Self { reader, meter, claimed, position: 0 })
+    /// All that `reader` reads, which counts what it takes with `meter`.
+    pub(super) fn whole(
+        mut reader: Reader<'a>,
+        coding: Coding,
+        meter: Meter,
+        dictionaries: &Dictionaries,
+    ) -> Result<Self> {
+        let claimed = dictionaries.claim(coding, start_of(&mut reader)?)?;
+        let bytes = coding.decode(reader, claimed.bytes).map_err(fault)?;
+        Ok(Self { bytes, meter, claimed, position: 0 })
     }
 
     /// `length` bytes of `bytes` from `start`.
@@ -141,9 +146,8 @@ impl<'a> Input<'a> {
         meter: Meter,
         dictionaries: &Dictionaries,
     ) -> Result<Self> {
-        let range = FileRange::new(bytes, start, length, meter.clone());
-        let (reader, claimed) = coding.open(range, dictionaries)?;
-        Ok(Self { reader, meter, claimed, position: 0 })
+        let range = Box::new(FileRange::new(bytes, start, length));
+        Self::whole(Reader::new(range, meter.clone()), coding, meter, dictionaries)
     }
 
     /// Says that the first byte is this one of something larger, as much of which was taken and given before.
@@ -166,12 +170,16 @@ impl<'a> Input<'a> {
     pub(super) fn fill(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let mut length = 0;
         while length < buffer.len() {
-            match self.reader.read(&mut buffer[length..]) {
+            let rest = &mut buffer[length..];
+            let read = match &mut self.bytes {
+                Decoded::Plain(reader) => reader.read(rest),
+                Decoded::By(decoder) => decoder.read(rest),
+            };
+            match read {
                 Ok(0) => break,
                 Ok(more) => {
                     length += more;
-                    self.position += count(more);
-                    self.meter.give(count(more))?;
+                    self.give(more)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if claims_memory(&error) => return Err(too_large(self.claimed.bytes)),
@@ -179,6 +187,11 @@ impl<'a> Input<'a> {
             }
         }
         Ok(length)
+    }
+
+    fn give(&mut self, bytes: usize) -> Result<()> {
+        self.position += count(bytes);
+        self.meter.give(count(bytes))
     }
 
     /// Fills `buffer` wholly.
@@ -189,26 +202,43 @@ impl<'a> Input<'a> {
         if self.fill(buffer)? < buffer.len() { Err(truncated()) } else { Ok(()) }
     }
 
-    /// Up to `most` bytes; none only at the end.
-    pub(super) fn piece(&mut self, most: u64) -> Result<Bytes> {
-        let mut buffer = vec![0; usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES)];
+    /// Up to `most` bytes, as they came where they are not compressed; none only at the end.
+    pub(super) fn piece(&mut self, most: u64) -> Result<Vec<Bytes>> {
+        let most = usize::try_from(most).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+        let mut piece = Pieces::default();
+        while piece.len() < most {
+            let run = match &mut self.bytes {
+                Decoded::Plain(reader) => reader.run(most - piece.len()).map_err(fault)?,
+                Decoded::By(_) => return self.decoded(most),
+            };
+            if run.is_empty() {
+                break;
+            }
+            self.give(run.len())?;
+            piece.push(run);
+        }
+        Ok(piece.take())
+    }
+
+    fn decoded(&mut self, most: usize) -> Result<Vec<Bytes>> {
+        let mut buffer = vec![0; most];
         let length = self.fill(&mut buffer)?;
         buffer.truncate(length);
-        Ok(buffer.into())
+        Ok(if buffer.is_empty() { Vec::new() } else { vec![buffer.into()] })
     }
 
     /// Exactly `length` bytes, in pieces.
     ///
     /// # Errors
     /// `ARCHIVE_DAMAGED` where it ends before; what `each` says.
-    pub(super) fn pieces(&mut self, length: u64, mut each: impl FnMut(Bytes) -> Result<()>) -> Result<()> {
+    pub(super) fn pieces(&mut self, length: u64, mut each: impl FnMut(Vec<Bytes>) -> Result<()>) -> Result<()> {
         let mut left = length;
         while left > 0 {
             let piece = self.piece(left)?;
             if piece.is_empty() {
                 return Err(truncated());
             }
-            left -= count(piece.len());
+            left -= length_of(&piece);
             each(piece)?;
         }
         Ok(())
@@ -216,59 +246,19 @@ impl<'a> Input<'a> {
 
     /// Reads to the end: what checks the compression's own sums.
     pub(super) fn drain(&mut self) -> Result<()> {
-        let mut buffer = vec![0; PIECE_BYTES];
-        while self.fill(&mut buffer)? > 0 {}
+        while !self.piece(u64::MAX)?.is_empty() {}
         Ok(())
     }
 }
 
-/// A stream whose bytes are counted as they are taken.
-struct Metered<R> {
-    stream: R,
-    meter: Meter,
+/// The first bytes, which stay: as many as tell what it is, fewer only where there are no more.
+pub(super) fn start_of<'r>(reader: &'r mut Reader<'_>) -> Result<&'r [u8]> {
+    reader.start(tar_header::BLOCK_BYTES).map_err(fault)
 }
 
-impl<R: Read> Read for Metered<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.stream.read(buffer)?;
-        self.meter.take(length);
-        Ok(length)
-    }
-}
-
-/// A range of what is read at offsets.
-pub(super) struct FileRange<'a> {
-    bytes: &'a (dyn ReadAt + Send),
-    at: u64,
-    end: u64,
-    meter: Meter,
-}
-
-impl<'a> FileRange<'a> {
-    /// `length` bytes from `start`, or up to the end.
-    pub(super) fn new(bytes: &'a (dyn ReadAt + Send), start: u64, length: u64, meter: Meter) -> Self {
-        Self { bytes, at: start, end: start.saturating_add(length), meter }
-    }
-}
-
-impl Read for FileRange<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = usize::try_from(self.end - self.at).unwrap_or(usize::MAX).min(buffer.len());
-        if most == 0 {
-            return Ok(0);
-        }
-        let length = self.bytes.read_at(self.at, &mut buffer[..most])?;
-        self.at += count(length);
-        self.meter.take(length);
-        Ok(length)
-    }
-}
-
-/// The first bytes: as many as tell what it is, fewer only where there are no more.
-pub(super) fn start_of(mut stream: impl Read) -> Result<Vec<u8>> {
-    let mut start = Vec::with_capacity(tar_header::BLOCK_BYTES);
-    stream.by_ref().take(count(tar_header::BLOCK_BYTES)).read_to_end(&mut start).map_err(fault)?;
-    Ok(start)
+/// Bytes of a piece.
+pub(super) fn length_of(piece: &[Bytes]) -> u64 {
+    piece.iter().map(|run| count(run.len())).sum()
 }
 
 /// A length as a count of bytes.

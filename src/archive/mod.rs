@@ -31,12 +31,11 @@ mod format;
 mod gate;
 mod input;
 mod pax;
+mod runs;
 mod sink;
 mod tar;
 mod tar_header;
 mod zip;
-
-use std::io::{self, Read};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -44,13 +43,16 @@ use tokio::sync::mpsc;
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
 use crate::names::{EntryName, EntryPath};
-use input::{Coding, FileRange, Input, Meter};
+use input::{Coding, Input, Meter};
+use runs::{FileRange, Reader};
 use sink::{Message, Sink};
 
 pub use dictionaries::Dictionaries;
 pub use format::Format;
+pub use runs::Runs;
 
-/// Messages under way between the thread and who takes them: with pieces of [`input::PIECE_BYTES`], 4 MiB at most.
+/// Messages under way between the thread and who takes them: with pieces of [`input::PIECE_BYTES`] 4 MiB at most, and what else is in the buffers that
+/// their bytes came in.
 const QUEUE_MESSAGES: usize = 8;
 
 /// One member of an archive.
@@ -135,7 +137,7 @@ pub struct Members {
 /// The bytes of an archive. What a reader fails with reaches who takes the members as it is, if it is an [`Error`] inside.
 pub enum Archived {
     /// In order, each once. Not for zips.
-    Stream(Box<dyn Read + Send>),
+    Stream(Box<dyn Runs + Send>),
     /// In any order, with how many there are.
     Random(Box<dyn ReadAt + Send>, u64),
 }
@@ -194,10 +196,12 @@ impl Members {
 
     /// Goes on with a tar that is not compressed behind what was `given`, where `stream` begins ([`Given::until`]). What comes first are the bytes that
     /// are left of its last member. Needs a runtime.
-    pub fn go_on(stream: Box<dyn Read + Send>, name: EntryName, given: Given, watch: Watch) -> Self {
+    pub fn go_on(stream: Box<dyn Runs + Send>, name: EntryName, given: Given, watch: Watch) -> Self {
         Self::begin(name, Box::new(|_, _| false), move |sink| {
             sink.watch(watch);
-            let mut input = Input::whole(stream, Coding::Plain, &Dictionaries::within(0))?;
+            let meter = Meter::default();
+            let reader = Reader::new(stream, meter.clone());
+            let mut input = Input::whole(reader, Coding::Plain, meter, &Dictionaries::within(0))?;
             input.begins_at(given.until());
             tar::go_on(&mut input, sink, given)
         })
@@ -227,16 +231,16 @@ impl Members {
         Ok(self.next.take())
     }
 
-    /// The next bytes of the present file; `None` at its end. Exactly as many as were announced.
+    /// The next bytes of the present file, some at least, in runs; `None` at its end. Exactly as many as were announced.
     ///
     /// # Errors
     /// See the module's page.
-    pub async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    pub async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         if self.next.is_some() || self.ended {
             return Ok(None);
         }
         match self.receiver.recv().await {
-            Some(Ok(Message::Bytes(bytes))) => return Ok(Some(bytes)),
+            Some(Ok(Message::Bytes(piece))) => return Ok(Some(piece)),
             Some(Ok(Message::Member(member))) => self.next = Some(member),
             Some(Ok(Message::End)) => self.ended = true,
             Some(Err(error)) => return Err(error),
@@ -249,26 +253,27 @@ impl Members {
 fn read(bytes: Archived, about: &About, dictionaries: &Dictionaries, sink: &mut Sink) -> Result<()> {
     match bytes {
         Archived::Random(bytes, size) if about.format == Format::Zip => {
-            about.format.check(&input::start_of(FileRange::new(bytes.as_ref(), 0, size, Meter::default()))?)?;
+            let range = Box::new(FileRange::new(bytes.as_ref(), 0, size));
+            about.format.check(input::start_of(&mut Reader::new(range, Meter::default()))?)?;
             zip::read(bytes.as_ref(), size, dictionaries, sink)
         }
         Archived::Random(bytes, size) => {
-            let all: Box<dyn Read + '_> = Box::new(FileRange::new(bytes.as_ref(), 0, size, Meter::default()));
-            read_stream(all, about, dictionaries, sink)
+            read_stream(Box::new(FileRange::new(bytes.as_ref(), 0, size)), about, dictionaries, sink)
         }
         Archived::Stream(stream) => read_stream(stream, about, dictionaries, sink),
     }
 }
 
 fn read_stream<'a>(
-    mut stream: Box<dyn Read + 'a>,
+    stream: Box<dyn Runs + 'a>,
     about: &About,
     dictionaries: &Dictionaries,
     sink: &mut Sink,
 ) -> Result<()> {
-    let start = input::start_of(&mut stream)?;
-    let coding = about.format.check(&start)?;
-    let mut input = Input::whole(io::Cursor::new(start).chain(stream), coding, dictionaries)?;
+    let meter = Meter::default();
+    let mut reader = Reader::new(stream, meter.clone());
+    let coding = about.format.check(input::start_of(&mut reader)?)?;
+    let mut input = Input::whole(reader, coding, meter, dictionaries)?;
     match about.format {
         Format::Zip => Err(Error::internal("a zip was given as a stream")),
         Format::Tar => tar::read(&mut input, sink, coding == Coding::Plain),

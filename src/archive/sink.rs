@@ -13,8 +13,8 @@ use crate::names::EntryPath;
 pub(super) enum Message {
     /// The next member.
     Member(Member),
-    /// Bytes of the present file.
-    Bytes(Bytes),
+    /// Bytes of the present file, some at least, in runs.
+    Bytes(Vec<Bytes>),
     /// The archive is whole.
     End,
 }
@@ -106,9 +106,9 @@ impl Sink {
         self.member(path, what)
     }
 
-    /// Bytes of the present file.
-    pub(super) fn bytes(&mut self, bytes: Bytes) -> Result<()> {
-        self.send(Message::Bytes(bytes))
+    /// Bytes of the present file, some at least.
+    pub(super) fn bytes(&mut self, piece: Vec<Bytes>) -> Result<()> {
+        self.send(Message::Bytes(piece))
     }
 
     /// The archive is read to its end: the last judgement.

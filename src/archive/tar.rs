@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 
-use super::input::{Input, PIECE_BYTES, count, truncated};
+use super::input::{Input, PIECE_BYTES, count, length_of, truncated};
 use super::pax::{self, Extended};
 use super::sink::Sink;
 use super::tar_header::{BLOCK_BYTES, Header, SparseMap, check_pieces, more_gnu_sparse};
@@ -198,7 +198,7 @@ impl Reading<'_, '_> {
     fn plain_bytes(&mut self, length: u64, bytes_at: u64) -> Result<()> {
         let mut at = self.input.position();
         self.input.pieces(length, |piece| {
-            at += count(piece.len());
+            at += length_of(&piece);
             self.sink.bytes(piece)?;
             if self.is_plain {
                 self.sink.passed(Passed::Within { at, bytes_at });
@@ -214,7 +214,7 @@ impl Reading<'_, '_> {
             let piece = zeros.slice(..usize::try_from(left).unwrap_or(usize::MAX).min(zeros.len()));
             left -= count(piece.len());
             self.input.meter().give(count(piece.len()))?;
-            self.sink.bytes(piece)?;
+            self.sink.bytes(vec![piece])?;
         }
         Ok(())
     }
@@ -226,7 +226,7 @@ impl Reading<'_, '_> {
         }
         let mut bytes = Vec::new();
         self.input.pieces(size, |piece| {
-            bytes.extend_from_slice(&piece);
+            piece.iter().for_each(|run| bytes.extend_from_slice(run));
             Ok(())
         })?;
         self.pad(size)?;

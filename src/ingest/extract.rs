@@ -17,12 +17,12 @@
 //! Digests that the source states of the archive are verified where it is read in order; members of zips have their own sums.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::task::AbortHandle;
@@ -33,7 +33,7 @@ use super::retry::Ladder;
 use super::stream;
 use super::taker::{self, ADMIT_BYTES};
 use super::tar;
-use crate::archive::{self, About, Archived, Format, Members};
+use crate::archive::{self, About, Archived, Format, Members, Runs};
 use crate::catalog::fills;
 use crate::digest::Digest;
 use crate::error::{CUT_SHORT, Error, Kind, Result};
@@ -182,7 +182,7 @@ impl EntryStream for Extracting {
         Ok(member.map(listed_member))
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         self.members.next_bytes().await
     }
 
@@ -259,7 +259,6 @@ async fn pump_once(
 /// The reader's end of [`pump`].
 pub(super) struct PieceReader {
     pieces: mpsc::Receiver<Piece>,
-    present: Bytes,
     /// Taken at the end.
     verifier: Option<Verifier>,
     path: EntryPath,
@@ -268,18 +267,18 @@ pub(super) struct PieceReader {
 impl PieceReader {
     /// Reads `pieces` and holds them to what is expected of the file at `path`.
     pub(super) const fn new(pieces: mpsc::Receiver<Piece>, verifier: Verifier, path: EntryPath) -> Self {
-        Self { pieces, present: Bytes::new(), verifier: Some(verifier), path }
+        Self { pieces, verifier: Some(verifier), path }
     }
 }
 
-impl Read for PieceReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.present.is_empty() {
-            let Some(verifier) = &mut self.verifier else { return Ok(0) };
+impl Runs for PieceReader {
+    fn next_run(&mut self) -> io::Result<Bytes> {
+        while let Some(verifier) = &mut self.verifier {
             match self.pieces.blocking_recv().ok_or_else(given_up)?.map_err(io::Error::other)? {
+                Some(piece) if piece.is_empty() => {}
                 Some(piece) => {
                     verifier.update(&piece);
-                    self.present = piece;
+                    return Ok(piece);
                 }
                 None => {
                     let whole = self.verifier.take().map_or(Ok(()), |verifier| verifier.finish(&self.path.to_string()));
@@ -287,9 +286,7 @@ impl Read for PieceReader {
                 }
             }
         }
-        let length = buffer.len().min(self.present.len());
-        self.present.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
+        Ok(Bytes::new())
     }
 }
 
@@ -419,7 +416,7 @@ async fn spool(flying: &Arc<Flying>, archive: &Archive) -> Result<(std::fs::File
             shared.admit_more(ADMIT_BYTES).await?;
             admitted = end + ADMIT_BYTES;
         }
-        taker::append(&filling, piece, size).await?;
+        taker::append(&filling, vec![piece], size).await?;
         size = end;
     }
     Ok((file, size))

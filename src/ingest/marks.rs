@@ -5,14 +5,14 @@
 //! each is written with the row of the next member, or within a large member with its own, once so much of it is recorded.
 
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Buf as _, Bytes};
 use tokio::sync::mpsc;
 
 use super::extract::{Piece, given_up};
-use crate::archive::{Member, Passed};
+use crate::archive::{Member, Passed, Runs};
 use crate::error::Result;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
@@ -22,8 +22,11 @@ use crate::source::{Recorded, Verifier};
 /// Bytes between two marks, and so the most that is fetched and written again.
 const MARK_BYTES: u64 = 16 * UNIT_BYTES;
 
-/// Bytes that the reader of a tar may have taken ahead: twice its buffer.
-const LAG_BYTES: u64 = 256 << 10;
+/// Bytes given to the reader of a tar at a time.
+const RUN_BYTES: usize = 128 << 10;
+
+/// Bytes that it may have taken ahead, and as many again.
+const LAG_BYTES: u64 = 2 * RUN_BYTES as u64;
 
 /// See the module's page.
 pub(super) struct Marks(Mutex<State>);
@@ -68,7 +71,7 @@ impl Marks {
     fn give(&self, bytes: Bytes) {
         let mut own = self.lock();
         own.given += bytes.len() as u64;
-        if own.is_wanted {
+        if own.is_wanted && !bytes.is_empty() {
             own.behind.push_back(bytes);
             let until = own.given.saturating_sub(LAG_BYTES);
             own.take_until(until);
@@ -165,12 +168,9 @@ impl MarkedReader {
     }
 }
 
-impl Read for MarkedReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.present.is_empty() {
-            if self.ended {
-                return Ok(0);
-            }
+impl Runs for MarkedReader {
+    fn next_run(&mut self) -> io::Result<Bytes> {
+        while self.present.is_empty() && !self.ended {
             match self.pieces.blocking_recv().ok_or_else(given_up)?.map_err(io::Error::other)? {
                 Some(piece) => self.present = piece,
                 None => {
@@ -179,11 +179,9 @@ impl Read for MarkedReader {
                 }
             }
         }
-        let given = self.present.split_to(buffer.len().min(self.present.len()));
-        buffer[..given.len()].copy_from_slice(&given);
-        let length = given.len();
-        self.marks.give(given);
-        Ok(length)
+        let run = self.present.split_to(RUN_BYTES.min(self.present.len()));
+        self.marks.give(run.clone());
+        Ok(run)
     }
 }
 

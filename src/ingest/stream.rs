@@ -287,14 +287,15 @@ mod tests {
             Ok(Some(Listed { path: path(name), what }))
         }
 
-        async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+        async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
             let left = &mut self.present.1;
             if self.entries.len() == 0 && *left <= LARGE - self.until {
                 return if self.falls_silent { std::future::pending().await } else { Err(draining()) };
             }
             let next = (*left).min(1 << 20);
             *left -= next;
-            Ok((next > 0).then(|| vec![u8::try_from(*left % 251).unwrap(); usize::try_from(next).unwrap()].into()))
+            let run = || vec![u8::try_from(*left % 251).unwrap(); usize::try_from(next).unwrap()].into();
+            Ok((next > 0).then(|| vec![run()]))
         }
 
         fn to_record(&self) -> Option<uploads::Sent> {

@@ -113,9 +113,9 @@ impl Taker<'_> {
     ) -> Result<Digested> {
         // Copied: a piece may keep the whole message alive that it came in, of which a sender may make what he likes.
         let mut bytes = Vec::new();
-        while let Some(piece) = stream.next_bytes().await? {
-            check_length(path, bytes.len() as u64 + piece.len() as u64, size, false)?;
-            bytes.extend_from_slice(&piece);
+        while let Some(runs) = stream.next_bytes().await? {
+            check_length(path, bytes.len() as u64 + length_of(&runs), size, false)?;
+            runs.iter().for_each(|run| bytes.extend_from_slice(run));
         }
         check_length(path, bytes.len() as u64, size, true)?;
         self.progress.arrived(size);
@@ -235,7 +235,7 @@ impl Taker<'_> {
         let mut ended = false;
         while !ended && bytes.len() as u64 <= UNIT_BYTES {
             match stream.next_bytes().await? {
-                Some(piece) => bytes.extend_from_slice(&piece),
+                Some(runs) => runs.iter().for_each(|run| bytes.extend_from_slice(run)),
                 None => ended = true,
             }
         }
@@ -247,11 +247,11 @@ impl Taker<'_> {
             return Ok(Filled { path, number, size, executable, digested, synced: false, sent });
         }
         let filling = Arc::new(Filling::open_unsized(self.shared.store.disk().clone(), self.flight, number)?);
-        append(&filling, bytes.into(), 0).await?;
-        while let Some(piece) = stream.next_bytes().await? {
-            let end = size + piece.len() as u64;
+        append(&filling, vec![bytes.into()], 0).await?;
+        while let Some(runs) = stream.next_bytes().await? {
+            let end = size + length_of(&runs);
             self.check_growth(size, end, before).await?;
-            append(&filling, piece, size).await?;
+            append(&filling, runs, size).await?;
             self.progress.arrived(end - size);
             size = end;
         }
@@ -275,7 +275,7 @@ impl Taker<'_> {
         Ok(())
     }
 
-    /// Writes what comes of a file behind what is here; `grown` is told how far it is.
+    /// Writes what comes of a file behind what is here; `grown` is told how far it is with every unit.
     async fn write_all(
         &self,
         stream: &mut dyn EntryStream,
@@ -285,42 +285,55 @@ impl Taker<'_> {
         grown: watch::Sender<u64>,
     ) -> Result<()> {
         let mut at = *grown.borrow();
-        while let Some(piece) = stream.next_bytes().await? {
-            check_length(path, at + piece.len() as u64, size, false)?;
-            at = self.write(filling, piece, at, keeper.kept()).await?;
-            grown.send_replace(at);
+        while let Some(runs) = stream.next_bytes().await? {
+            let before = at;
+            check_length(path, before + length_of(&runs), size, false)?;
+            at = self.write(filling, runs, before, keeper.kept()).await?;
+            // Nothing less than a unit is recorded.
+            if before / UNIT_BYTES < at / UNIT_BYTES {
+                grown.send_replace(at);
+            }
         }
         check_length(path, at, size, true)?;
         let filling = filling.clone();
         blocking(move || filling.flush().map(|_| ())).await
     }
 
-    /// Writes what is not `kept` of the piece that begins at `at`; where it ends.
-    async fn write(&self, filling: &Arc<Filling>, piece: Bytes, at: u64, kept: Range<u64>) -> Result<u64> {
-        let end = at + piece.len() as u64;
+    /// Writes what is not `kept` of the runs that begin at `at`; where they end.
+    async fn write(&self, filling: &Arc<Filling>, runs: Vec<Bytes>, at: u64, kept: Range<u64>) -> Result<u64> {
+        let end = at + length_of(&runs);
         let parts = [at..end.min(kept.start), at.max(kept.end)..end];
         let completes = at / UNIT_BYTES < end / UNIT_BYTES || end == filling.size();
         if completes || parts.iter().any(|part| !part.is_empty()) {
             let filling = Arc::clone(filling);
-            in_place::blocking(move || write_parts(&filling, &piece, at, parts)).await?;
+            in_place::blocking(move || write_parts(&filling, &runs, at, &parts)).await?;
         }
         self.progress.arrived(end - at);
         Ok(end)
     }
 }
 
-/// Writes these parts of the piece that begins at `at`; all before its end is there then.
-fn write_parts(filling: &Filling, piece: &[u8], at: u64, parts: [Range<u64>; 2]) -> Result<()> {
-    for part in parts.into_iter().filter(|part| !part.is_empty()) {
-        let [from, until] = [part.start, part.end].map(|byte| usize::try_from(byte - at).unwrap_or(usize::MAX));
-        let bytes = piece.get(from..until).ok_or_else(|| Error::internal("a piece is shorter than it is"))?;
-        filling.check_room(bytes.len() as u64)?;
-        filling.write_at(bytes, part.start)?;
+/// Writes these parts of the runs that begin at `at`; all before their end is there then.
+fn write_parts(filling: &Filling, runs: &[Bytes], mut at: u64, parts: &[Range<u64>]) -> Result<()> {
+    let first = at / UNIT_BYTES;
+    let bytes = parts.iter().map(|part| part.end.saturating_sub(part.start)).sum();
+    if bytes > 0 {
+        filling.check_room(bytes)?;
     }
-    let (map, end) = (filling.units(), at + piece.len() as u64);
-    (at / UNIT_BYTES..map.units())
-        .take_while(|unit| map.range(*unit).end <= end)
-        .for_each(|unit| _ = filling.complete(unit));
+    for run in runs {
+        let end = at + run.len() as u64;
+        for part in parts {
+            let (from, until) = (part.start.max(at), part.end.min(end));
+            if from < until {
+                let [from_byte, until_byte] =
+                    [from, until].map(|byte| usize::try_from(byte - at).unwrap_or(usize::MAX));
+                filling.write_at(&run[from_byte..until_byte], from)?;
+            }
+        }
+        at = end;
+    }
+    let map = filling.units();
+    (first..map.units()).take_while(|unit| map.range(*unit).end <= at).for_each(|unit| _ = filling.complete(unit));
     Ok(())
 }
 
@@ -417,9 +430,22 @@ impl Recorder<'_> {
     }
 }
 
-pub(super) async fn append(filling: &Arc<Filling>, piece: Bytes, at: u64) -> Result<()> {
+/// Writes these runs from byte `at` on.
+pub(super) async fn append(filling: &Arc<Filling>, runs: Vec<Bytes>, mut at: u64) -> Result<()> {
     let filling = filling.clone();
-    in_place::blocking(move || filling.write_at(&piece, at)).await
+    in_place::blocking(move || {
+        for run in runs {
+            filling.write_at(&run, at)?;
+            at += run.len() as u64;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Bytes of these runs.
+fn length_of(runs: &[Bytes]) -> u64 {
+    runs.iter().map(|run| run.len() as u64).sum()
 }
 
 /// What to do about a file that was not as long as its sender said.

@@ -212,7 +212,7 @@ impl EntryStream for Extracting {
         Ok(Some(listed))
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         self.members.next_bytes().await
     }
 

@@ -9,6 +9,7 @@
 //! What is taken apart while it comes is sent anew after a restart. A spool is recorded like a large file, where entries are: the next run goes on with it, and
 //! takes it apart from its beginning.
 
+use std::collections::VecDeque;
 use std::fs::File as OpenFile;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
@@ -67,7 +68,8 @@ struct Arriving {
 struct Feed {
     /// `None` once all are on their way.
     sender: Option<mpsc::Sender<Piece>>,
-    piece: Option<Bytes>,
+    /// What is to be handed on next.
+    runs: VecDeque<Bytes>,
 }
 
 struct Spool {
@@ -98,7 +100,8 @@ impl Unpacked {
             let (sender, pieces) = mpsc::channel(QUEUE_PIECES);
             let reader = PieceReader::new(pieces, Verifier::new(&Expected::default(), size), first.path);
             let members = Members::read(Archived::Stream(Box::new(reader)), about, dictionaries);
-            self.state = State::Arriving(Arriving { members, feed: Feed { sender: Some(sender), piece: None } });
+            self.state =
+                State::Arriving(Arriving { members, feed: Feed { sender: Some(sender), runs: VecDeque::new() } });
             return self.next_entry().await;
         }
         let spool = self.spool(&first.path, size).await?;
@@ -162,7 +165,7 @@ impl Unpacked {
 
 impl Arriving {
     /// The next bytes of the present member, while those of the archive are handed on. Cancel-safe, as what is sent is.
-    async fn next_bytes(&mut self, sent: &mut dyn EntryStream) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self, sent: &mut dyn EntryStream) -> Result<Option<Vec<Bytes>>> {
         loop {
             tokio::select! {
                 biased;
@@ -184,24 +187,24 @@ impl Arriving {
 }
 
 impl Feed {
-    /// Hands on one piece, or the end; for ever at nothing when all is handed on.
+    /// Hands on one run, or the end; for ever at nothing when all is handed on.
     async fn step(&mut self, sent: &mut dyn EntryStream) -> Result<()> {
         let Some(sender) = &self.sender else { return std::future::pending().await };
-        if self.piece.is_none() {
-            self.piece = sent.next_bytes().await?;
+        if self.runs.is_empty() {
+            let Some(runs) = sent.next_bytes().await? else {
+                if let Some(behind) = sent.next_entry().await? {
+                    return Err(not_alone(&behind));
+                }
+                let _ = sender.send(Ok(None)).await;
+                self.sender = None;
+                return Ok(());
+            };
+            self.runs = runs.into();
         }
-        if self.piece.is_none()
-            && let Some(behind) = sent.next_entry().await?
-        {
-            return Err(not_alone(&behind));
-        }
-        let is_last = self.piece.is_none();
         // Where nobody reads any more, the members say why.
-        if let Ok(place) = sender.reserve().await {
-            place.send(Ok(self.piece.take()));
-        }
-        if is_last {
-            self.sender = None;
+        let place = sender.reserve().await;
+        if let (Ok(place), Some(run)) = (place, self.runs.pop_front()) {
+            place.send(Ok(Some(run)));
         }
         Ok(())
     }
@@ -246,7 +249,7 @@ impl EntryStream for Unpacked {
         }
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         self.check_drain()?;
         match &mut self.state {
             State::First => Ok(None),
@@ -256,7 +259,7 @@ impl EntryStream for Unpacked {
             State::Again { spool, at, .. } => {
                 let piece = spool.read(*at).await?;
                 *at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
-                Ok(piece)
+                Ok(piece.map(|piece| vec![piece]))
             }
         }
     }

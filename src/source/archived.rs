@@ -83,7 +83,7 @@ impl EntryStream for ArchivedEntries {
         }
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         let bytes = self.reading.members()?.next_bytes().await;
         bytes.map_err(|error| self.explain(error))
     }

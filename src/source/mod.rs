@@ -230,8 +230,8 @@ pub trait EntryStream: Send {
     /// stream known to be whole.
     async fn next_entry(&mut self) -> Result<Option<Listed>>;
 
-    /// The next bytes of the present file; `None` at its end.
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>>;
+    /// The next bytes of the present file, in runs as they came; `None` at its end.
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>>;
 
     /// Size and digest of the present file where its bytes do not follow: an earlier attempt has sealed them.
     fn sealed(&self) -> Option<(u64, Digest)> {

@@ -160,7 +160,7 @@ impl RecordedMembers {
     ///
     /// # Errors
     /// Those of [`Members::next_bytes`].
-    pub async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    pub async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         if self.comes { self.members.next_bytes().await } else { Ok(None) }
     }
 

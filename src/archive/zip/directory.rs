@@ -1,8 +1,9 @@
 //! The directory of a zip: found from the end of the file, walked a record at a time.
 
-use std::io::{BufReader, Read};
+use std::io::Read as _;
 
-use super::super::input::{self, FileRange, Meter, count};
+use super::super::input::{self, Meter, count};
+use super::super::runs::{FileRange, Reader};
 use super::{Bytes, damaged, read_exact_at, show_bytes, unsupported};
 use crate::error::{Error, Result};
 
@@ -45,7 +46,7 @@ impl Record {
 
 /// See the module's page.
 pub(super) struct Directory<'a> {
-    reader: BufReader<FileRange<'a>>,
+    reader: Reader<'a>,
     start: u64,
     left: u64,
     seen: u64,
@@ -69,7 +70,8 @@ impl<'a> Directory<'a> {
     /// `ARCHIVE_DAMAGED` where there is none; unsupported for split zips.
     pub(super) fn open(file: Bytes<'a>, size: u64) -> Result<Self> {
         let end = End::find(file, size)?;
-        let reader = BufReader::new(FileRange::new(file, end.start, end.length, Meter::default()));
+        let range = Box::new(FileRange::new(file, end.start, end.length));
+        let reader = Reader::new(range, Meter::default());
         Ok(Self { reader, start: end.start, left: end.length, seen: 0, end })
     }
 

@@ -81,7 +81,7 @@ impl<'a> Reading<'a> {
         self.sink.file(name, Some(record.size), executable)?;
         let mut crc = flate2::Crc::new();
         input.pieces(record.size, |piece| {
-            crc.update(&piece);
+            piece.iter().for_each(|run| crc.update(run));
             self.sink.bytes(piece)
         })?;
         check_end(&mut input, &crc, record)
@@ -93,14 +93,14 @@ impl<'a> Reading<'a> {
             return Err(refused(format!("the target of the symbolic link `{}` is too long", record.shown())));
         }
         let mut input = self.open(record)?;
-        let target = input.piece(record.size)?;
+        let target = input.piece(record.size)?.concat();
         if count(target.len()) < record.size {
             return Err(truncated());
         }
         let mut crc = flate2::Crc::new();
         crc.update(&target);
         check_end(&mut input, &crc, record)?;
-        Ok(target.to_vec())
+        Ok(target)
     }
 
     /// The bytes of a member, after a look at its own header.

@@ -75,7 +75,7 @@ impl EntryStream for Sent {
         }
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         let Some(left) = self.present.filter(|left| *left > 0) else {
             self.present = None;
             return Ok(None);
@@ -83,7 +83,7 @@ impl EntryStream for Sent {
         match self.next().await? {
             Message::Data(data) if data.len() as u64 <= left => {
                 self.present = Some(left - data.len() as u64);
-                Ok(Some(data))
+                Ok(Some(vec![data]))
             }
             Message::Data(_) => Err(protocol("more data was sent than the file has")),
             Message::Start(_) | Message::Entry(_) | Message::Finish(_) => Err(protocol("a file was cut short")),

@@ -20,8 +20,11 @@ const BLOCK_BYTES: usize = 128;
 /// What is shorter goes the plain way: a state is turned into OpenSSL's and back for it.
 const WORTH_BYTES: usize = 16 * BLOCK_BYTES;
 
-/// The state's share of its kept form, which begins with it; the number of blocks follows, and then how far the next one is.
+/// The state's share of its kept form, which begins with it; the number of blocks follows.
 const STATE_BYTES: usize = 64;
+
+/// Where its kept form says how many bytes of the next block are there; those follow.
+const PENDING_AT: usize = STATE_BYTES + size_of::<u128>();
 
 /// OpenSSL 3, as distributions name it.
 const LIBRARY: &str = "libcrypto.so.3";
@@ -46,8 +49,6 @@ static HOST: LazyLock<Option<Blocks>> = LazyLock::new(|| match Blocks::of_host()
 #[derive(Clone)]
 pub(super) struct Digester {
     sha512: Sha512,
-    /// Bytes of the block that is not whole.
-    pending: usize,
     blocks: Option<Blocks>,
 }
 
@@ -57,19 +58,18 @@ impl Digester {
     }
 
     fn with(blocks: Option<Blocks>) -> Self {
-        Self { sha512: Sha512::new(), pending: 0, blocks }
+        Self { sha512: Sha512::new(), blocks }
     }
 
-    /// The one that was [kept](Digester::state) after `bytes`.
+    /// The one that was [kept](Digester::state).
     ///
     /// # Errors
     /// `UPLOAD_TAIL_DAMAGED` where `state` is none.
-    pub(super) fn thaw(state: &[u8], bytes: u64) -> Result<Self> {
+    pub(super) fn thaw(state: &[u8]) -> Result<Self> {
         let damaged = || Error::corrupt("UPLOAD_TAIL_DAMAGED", "the digest of an upload cannot be gone on with");
         let state = SerializedState::<Sha512>::try_from(state).map_err(|error| damaged().because(error))?;
         let sha512 = Sha512::deserialize(&state).map_err(|error| damaged().because(error))?;
-        let pending = usize::try_from(bytes % BLOCK_BYTES as u64).unwrap_or_default();
-        Ok(Self { sha512, pending, ..Self::new() })
+        Ok(Self { sha512, ..Self::new() })
     }
 
     /// Its state, to be kept.
@@ -83,29 +83,28 @@ impl Digester {
     }
 
     /// Takes what comes next.
-    pub(super) fn update(&mut self, mut bytes: &[u8]) {
-        if let Some(blocks) = self.blocks.filter(|_| bytes.len() >= WORTH_BYTES) {
-            let (before, rest) = bytes.split_at((BLOCK_BYTES - self.pending) % BLOCK_BYTES);
-            self.plain(before);
-            let (whole, _) = rest.as_chunks();
-            if let Some(sha512) = self.after(blocks, whole) {
-                self.sha512 = sha512;
-                bytes = &rest[whole.as_flattened().len()..];
-            } else {
-                bytes = rest;
-            }
+    pub(super) fn update(&mut self, bytes: &[u8]) {
+        let Some(blocks) = self.blocks.filter(|_| bytes.len() >= WORTH_BYTES) else {
+            return self.sha512.update(bytes);
+        };
+        let pending = usize::from(self.sha512.serialize()[PENDING_AT]);
+        let (before, rest) = bytes.split_at(BLOCK_BYTES.saturating_sub(pending) % BLOCK_BYTES);
+        self.sha512.update(before);
+        let (whole, end) = rest.as_chunks();
+        if let Some(sha512) = self.after(blocks, whole) {
+            self.sha512 = sha512;
+            self.sha512.update(end);
+        } else {
+            self.sha512.update(rest);
         }
-        self.plain(bytes);
-    }
-
-    fn plain(&mut self, bytes: &[u8]) {
-        self.sha512.update(bytes);
-        self.pending = (self.pending + bytes.len()) % BLOCK_BYTES;
     }
 
     /// Our digest after these blocks; nothing where it is within another, or where that is refused.
     fn after(&self, blocks: Blocks, whole: &[[u8; BLOCK_BYTES]]) -> Option<Sha512> {
         let mut kept = self.sha512.serialize();
+        if kept[PENDING_AT] != 0 {
+            return None;
+        }
         let (state, rest) = kept.split_first_chunk_mut::<STATE_BYTES>()?;
         let (words, _) = state.as_chunks_mut();
         let mut present = [0; 8];
@@ -116,10 +115,7 @@ impl Digester {
         for (word, value) in words.iter_mut().zip(present) {
             *word = value.to_le_bytes();
         }
-        let (number, pending) = rest.split_first_chunk_mut()?;
-        if pending.first() != Some(&0) {
-            return None;
-        }
+        let (number, _) = rest.split_first_chunk_mut()?;
         *number = u128::from_le_bytes(*number).checked_add(whole.len() as u128)?.to_le_bytes();
         Sha512::deserialize(&kept).ok()
     }
@@ -214,7 +210,7 @@ mod tests {
             for at in [0, 1, 127, 128, 129, WORTH_BYTES, 150_001, bytes.len()] {
                 let mut digester = Digester::with(sides[first]);
                 in_pieces(&mut digester, &bytes[..at], at + 1);
-                let thawed = Digester::thaw(&digester.state(), at as u64).unwrap();
+                let thawed = Digester::thaw(&digester.state()).unwrap();
                 let mut digester = Digester { blocks: sides[second], ..thawed };
                 in_pieces(&mut digester, &bytes[at..], 5000);
                 assert_eq!(digester.digest(), digest, "{first} {second} {at}");
@@ -235,7 +231,7 @@ mod tests {
     #[test]
     fn a_state_that_is_none_is_refused() {
         let state = Digester::new().state();
-        let error = Digester::thaw(&state[1..], 0).err().unwrap();
+        let error = Digester::thaw(&state[1..]).err().unwrap();
         assert_eq!(error.reason(), "UPLOAD_TAIL_DAMAGED");
     }
 

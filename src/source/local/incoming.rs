@@ -3,16 +3,17 @@
 //! The thread takes the SHA-512 of everything on its way, trailing zeros included, and marks its state in the tail, so that a later run goes on from
 //! there. It can be asked for the digest without ending the stream.
 
-use std::io::{self, Read};
+use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::StreamDigest;
 use super::digester::Digester;
 use super::settling::Settling;
+use crate::archive::Runs;
 use crate::error::{Error, Kind, Result};
 
 /// Bytes between two marks: so much of the tail is kept for the digest alone.
@@ -22,8 +23,8 @@ pub(super) const MARK_BYTES: u64 = 4 << 20;
 const READ_BYTES: u64 = 256 << 10;
 
 /// How long the thread rests where nothing waits for it, before it is woken by the next piece: a sender waits for the answer to each, so that otherwise every piece, which
-/// is hashed in half the time, costs a wake.
-const REST: Duration = Duration::from_micros(500);
+/// is hashed in half the time, costs a wake, or a rest.
+const REST: Duration = Duration::from_millis(2);
 
 /// What passes the queue.
 pub(super) enum Message {
@@ -93,7 +94,7 @@ impl Incoming {
             from: before.read,
             replay_until: before.end,
             marked: *hashed,
-            digester: if *hashed == 0 { Digester::new() } else { Digester::thaw(state, *hashed)? },
+            digester: if *hashed == 0 { Digester::new() } else { Digester::thaw(state)? },
             ended: false,
             heard,
             settling,
@@ -161,16 +162,10 @@ impl Incoming {
     }
 }
 
-impl Read for Incoming {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.present.is_empty() {
-            if self.ended || !self.advance()? {
-                return Ok(0);
-            }
-        }
-        let length = self.present.len().min(buffer.len());
-        self.present.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
+impl Runs for Incoming {
+    fn next_run(&mut self) -> io::Result<Bytes> {
+        while self.present.is_empty() && !self.ended && self.advance()? {}
+        Ok(std::mem::take(&mut self.present))
     }
 }
 

@@ -150,7 +150,7 @@ impl Left {
             return Err(Error::corrupt("UPLOAD_TAIL_DAMAGED", "what had come of an upload is not all there"));
         }
         if from.marked > 0 {
-            Digester::thaw(&said.mark.1, said.mark.0)?;
+            Digester::thaw(&said.mark.1)?;
         }
         Ok(Self { tail, said, entries, given, from })
     }
@@ -266,7 +266,7 @@ impl EntryStream for SentTar {
         Ok(next.map(|next| self.entry(next)))
     }
 
-    async fn next_bytes(&mut self) -> Result<Option<Bytes>> {
+    async fn next_bytes(&mut self) -> Result<Option<Vec<Bytes>>> {
         tokio::select! {
             biased;
             why = left(&mut self.left) => Err(why),
@@ -368,7 +368,7 @@ mod tests {
     async fn bytes_of(entries: &mut SentTar) -> Vec<u8> {
         let mut all = Vec::new();
         while let Some(bytes) = entries.next_bytes().await.unwrap() {
-            all.extend_from_slice(&bytes);
+            bytes.iter().for_each(|run| all.extend_from_slice(run));
         }
         all
     }
