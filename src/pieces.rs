@@ -67,6 +67,11 @@ impl Pieces {
     }
 }
 
+/// Bytes of these pieces together.
+pub(super) fn length_of(pieces: &[Bytes]) -> u64 {
+    pieces.iter().map(|piece| piece.len() as u64).sum()
+}
+
 /// Pieces that are read as one.
 #[derive(Debug)]
 pub(super) struct Whole(Vec<Bytes>);
@@ -74,7 +79,7 @@ pub(super) struct Whole(Vec<Bytes>);
 impl Whole {
     /// Bytes in all.
     pub(super) fn size(&self) -> u64 {
-        self.0.iter().map(|piece| piece.len() as u64).sum()
+        length_of(&self.0)
     }
 
     /// Shows all of it in order, uncopied, in windows that stay in the processor's second-level cache.

@@ -13,7 +13,7 @@ use super::{damaged, tar_header};
 use crate::error::{Error, Result};
 use crate::layout::ReadAt;
 use crate::limits::{ARCHIVE_RATIO, ARCHIVE_RATIO_FROM_BYTES};
-use crate::pieces::Pieces;
+use crate::pieces::{Pieces, length_of};
 
 /// Bytes handed on at a time.
 pub(super) const PIECE_BYTES: usize = 512 << 10;
@@ -125,13 +125,9 @@ pub(super) struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    /// All that `reader` reads, which counts what it takes with `meter`.
-    pub(super) fn whole(
-        mut reader: Reader<'a>,
-        coding: Coding,
-        meter: Meter,
-        dictionaries: &Dictionaries,
-    ) -> Result<Self> {
+    /// All that `reader` reads.
+    pub(super) fn whole(mut reader: Reader<'a>, coding: Coding, dictionaries: &Dictionaries) -> Result<Self> {
+        let meter = reader.meter().clone();
         let claimed = dictionaries.claim(coding, start_of(&mut reader)?)?;
         let bytes = coding.decode(reader, claimed.bytes).map_err(fault)?;
         Ok(Self { bytes, meter, claimed, position: 0 })
@@ -147,7 +143,7 @@ impl<'a> Input<'a> {
         dictionaries: &Dictionaries,
     ) -> Result<Self> {
         let range = Box::new(FileRange::new(bytes, start, length));
-        Self::whole(Reader::new(range, meter.clone()), coding, meter, dictionaries)
+        Self::whole(Reader::new(range, meter), coding, dictionaries)
     }
 
     /// Says that the first byte is this one of something larger, as much of which was taken and given before.
@@ -254,11 +250,6 @@ impl<'a> Input<'a> {
 /// The first bytes, which stay: as many as tell what it is, fewer only where there are no more.
 pub(super) fn start_of<'r>(reader: &'r mut Reader<'_>) -> Result<&'r [u8]> {
     reader.start(tar_header::BLOCK_BYTES).map_err(fault)
-}
-
-/// Bytes of a piece.
-pub(super) fn length_of(piece: &[Bytes]) -> u64 {
-    piece.iter().map(|run| count(run.len())).sum()
 }
 
 /// A length as a count of bytes.

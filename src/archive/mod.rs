@@ -199,9 +199,8 @@ impl Members {
     pub fn go_on(stream: Box<dyn Runs + Send>, name: EntryName, given: Given, watch: Watch) -> Self {
         Self::begin(name, Box::new(|_, _| false), move |sink| {
             sink.watch(watch);
-            let meter = Meter::default();
-            let reader = Reader::new(stream, meter.clone());
-            let mut input = Input::whole(reader, Coding::Plain, meter, &Dictionaries::within(0))?;
+            let reader = Reader::new(stream, Meter::default());
+            let mut input = Input::whole(reader, Coding::Plain, &Dictionaries::within(0))?;
             input.begins_at(given.until());
             tar::go_on(&mut input, sink, given)
         })
@@ -270,10 +269,9 @@ fn read_stream<'a>(
     dictionaries: &Dictionaries,
     sink: &mut Sink,
 ) -> Result<()> {
-    let meter = Meter::default();
-    let mut reader = Reader::new(stream, meter.clone());
+    let mut reader = Reader::new(stream, Meter::default());
     let coding = about.format.check(input::start_of(&mut reader)?)?;
-    let mut input = Input::whole(reader, coding, meter, dictionaries)?;
+    let mut input = Input::whole(reader, coding, dictionaries)?;
     match about.format {
         Format::Zip => Err(Error::internal("a zip was given as a stream")),
         Format::Tar => tar::read(&mut input, sink, coding == Coding::Plain),

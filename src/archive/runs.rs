@@ -31,6 +31,11 @@ impl<'a> Reader<'a> {
         Self { runs, present: Bytes::new(), meter }
     }
 
+    /// What counts the bytes that are taken.
+    pub(super) fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
     /// The first bytes, which stay: as many as `length`, fewer only where there are no more.
     pub(super) fn start(&mut self, length: usize) -> io::Result<&[u8]> {
         while self.present.len() < length {

@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 
-use super::input::{Input, PIECE_BYTES, count, length_of, truncated};
+use super::input::{Input, PIECE_BYTES, count, truncated};
 use super::pax::{self, Extended};
 use super::sink::Sink;
 use super::tar_header::{BLOCK_BYTES, Header, SparseMap, check_pieces, more_gnu_sparse};
@@ -16,6 +16,7 @@ use super::{Given, Passed, Span, damaged, refused, unsupported};
 use crate::error::Result;
 use crate::limits;
 use crate::names::show_bytes;
+use crate::pieces::length_of;
 
 /// Reads everything up to the end mark, and what follows it for the compression's sake. `is_plain` says whether there is none.
 pub(super) fn read(input: &mut Input, sink: &mut Sink, is_plain: bool) -> Result<()> {

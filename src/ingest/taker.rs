@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::in_place;
 use crate::limits::UNIT_BYTES;
 use crate::names::EntryPath;
-use crate::pieces::Whole;
+use crate::pieces::{Whole, length_of};
 use crate::source::{Begun, BeingFilled, EntryStream, Expected, File, Recorded};
 use crate::store::filling::{Filling, UnitMap};
 
@@ -441,11 +441,6 @@ pub(super) async fn append(filling: &Arc<Filling>, runs: Vec<Bytes>, mut at: u64
         Ok(())
     })
     .await
-}
-
-/// Bytes of these runs.
-fn length_of(runs: &[Bytes]) -> u64 {
-    runs.iter().map(|run| run.len() as u64).sum()
 }
 
 /// What to do about a file that was not as long as its sender said.
